@@ -1,0 +1,243 @@
+"""Image codecs on pretrained autoencoders: DC-AE (32x down), and the KL autoencoders of SD3 and SDXL (8x).
+
+Latents are what a denoiser sees: (raw - shift_factor) * scaling_factor, about unit variance. The numbers are
+arguments with the published values as defaults, so that a network can be checked against its codec before
+anything is loaded; they are compared with the model's own config when it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, frozen
+
+
+class AutoencoderCodec(FrozenModel, ImageCodec):
+    """What the codecs on a diffusers autoencoder share.
+
+    Args:
+        latent_channels, downsample: channels of the latents, pixels per latent side.
+        scaling_factor, shift_factor: latents = (raw - shift_factor) * scaling_factor; None for scaling_factor
+            = the model's own numbers, whatever they are.
+        slicing: encode and decode the batch one by one (less memory).
+        tiling: cut large images into overlapping tiles, blended (less memory; not the same numbers as in one
+            piece).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        latent_channels: int,
+        downsample: int,
+        scaling_factor: float | None,
+        shift_factor: float = 0.0,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(source, dtype, subfolder, revision)
+        self.latent_channels, self.downsample = latent_channels, downsample
+        self._scaling_factor, self._shift_factor = scaling_factor, shift_factor
+        self.slicing, self.tiling = slicing, tiling
+
+    @property
+    def scaling_factor(self) -> float:
+        if self._scaling_factor is None:
+            self.load()
+        return self._scaling_factor  # type: ignore[return-value]
+
+    @property
+    def shift_factor(self) -> float:
+        if self._scaling_factor is None:
+            self.load()
+        return self._shift_factor
+
+    def scale(self, raw: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's own latents (as the Nitro-E shards store them) -> what a denoiser sees."""
+        return (raw - self.shift_factor) * self.scaling_factor
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `scale`."""
+        return latents / self.scaling_factor + self.shift_factor
+
+    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(B,3,H,W) in [-1,1] -> scaled latents (B,C,H/d,W/d) float32. ValueError for other sides.
+
+        `generator` is for codecs that draw their latents (`sample=True`); without it they use torch's global
+        one.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{type(self).__name__} encodes images (B,3,H,W), not {tuple(images.shape)}.")
+        height, width = images.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            fits = [max(1, side // self.downsample) * self.downsample for side in (height, width)]
+            raise ValueError(
+                f"{type(self).__name__} needs image sides divisible by {self.downsample}, not "
+                f"{height}x{width}: resize or crop to {fits[0]}x{fits[1]}."
+            )
+        with frozen(self.device):
+            return self.scale(self._encode(images.to(self.device, self.dtype), generator).float())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B,C,h,w) -> images (B,3,h*d,w*d) float32, clamped to [-1,1]."""
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"{type(self).__name__} decodes latents (B,{self.latent_channels},h,w), not "
+                f"{tuple(latents.shape)}."
+            )
+        with frozen(self.device):
+            raw = self.unscale(latents.to(self.device, torch.float32)).to(self.dtype)
+            return self.model.decode(raw, return_dict=False)[0].float().clamp(-1.0, 1.0)
+
+    def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _prepare(self, model: nn.Module, downsample: int, shift_factor: float) -> nn.Module:
+        self._agree("latent_channels", self.latent_channels, model.config.latent_channels)
+        self._agree("downsample", self.downsample, downsample)
+        if self._scaling_factor is None:
+            self._scaling_factor, self._shift_factor = model.config.scaling_factor, shift_factor
+        self._agree("scaling_factor", self._scaling_factor, model.config.scaling_factor)
+        self._agree("shift_factor", self._shift_factor, shift_factor)
+        if self.slicing:
+            model.enable_slicing()
+        if self.tiling:
+            model.enable_tiling()
+        return model
+
+
+class DCAE(AutoencoderCodec):
+    """The deep-compression autoencoder of SANA and E-MMDiT: 32 channels, 32x down, deterministic."""
+
+    def __init__(
+        self,
+        source: str = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+        scaling_factor: float | None = 0.41407,
+        latent_channels: int = 32,
+        downsample: int = 32,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(
+            source,
+            latent_channels,
+            downsample,
+            scaling_factor,
+            0.0,
+            dtype,
+            slicing,
+            tiling,
+            subfolder,
+            revision,
+        )
+
+    def _build(self) -> nn.Module:
+        from diffusers import AutoencoderDC
+
+        model = self._load(AutoencoderDC, kinds=("AutoencoderDC",))
+        return self._prepare(model, model.spatial_compression_ratio, 0.0)
+
+    def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return self.model.encode(images, return_dict=False)[0]
+
+
+class AutoencoderKLCodec(AutoencoderCodec):
+    """A diffusers AutoencoderKL: encodes to the posterior's mode, or with `sample=True` to a draw of it."""
+
+    def __init__(
+        self,
+        source: str,
+        latent_channels: int = 4,
+        downsample: int = 8,
+        scaling_factor: float | None = None,
+        shift_factor: float = 0.0,
+        sample: bool = False,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(
+            source,
+            latent_channels,
+            downsample,
+            scaling_factor,
+            shift_factor,
+            dtype,
+            slicing,
+            tiling,
+            subfolder,
+            revision,
+        )
+        self.sample = sample
+
+    def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        posterior = self.model.encode(images, return_dict=False)[0]
+        return posterior.sample(generator) if self.sample else posterior.mode()
+
+    def _build(self) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        model = self._load(AutoencoderKL, kinds=("AutoencoderKL",))
+        downsample = 2 ** (len(model.config.block_out_channels) - 1)
+        return self._prepare(model, downsample, model.config.shift_factor or 0.0)
+
+
+class SD3VAE(AutoencoderKLCodec):
+    """The autoencoder of Stable Diffusion 3 and 3.5: 16 channels, 8x down."""
+
+    def __init__(
+        self,
+        source: str = "stabilityai/stable-diffusion-3.5-medium",
+        subfolder: str | None = "vae",
+        sample: bool = False,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(source, 16, 8, 1.5305, 0.0609, sample, dtype, slicing, tiling, subfolder, revision)
+
+
+class SDXLVAE(AutoencoderKLCodec):
+    """The autoencoder of SDXL and PixArt-Sigma: 4 channels, 8x down.
+
+    Its activations overflow in float16 (images come out black), so that type is refused; bfloat16 and float32
+    are safe, and so is float16 with `madebyollin/sdxl-vae-fp16-fix`, whose config says `force_upcast: false`.
+    """
+
+    def __init__(
+        self,
+        source: str = "stabilityai/sdxl-vae",
+        subfolder: str | None = None,
+        sample: bool = False,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(source, 4, 8, 0.13025, 0.0, sample, dtype, slicing, tiling, subfolder, revision)
+
+    def _build(self) -> nn.Module:
+        model = super()._build()
+        self._refuse_float16(model, self.dtype)
+        return model
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> SDXLVAE:
+        if self.loaded and dtype is not None:
+            self._refuse_float16(self.model, as_dtype(dtype))
+        return super().to(device, dtype)
+
+    def _refuse_float16(self, model: nn.Module, dtype: torch.dtype) -> None:
+        if dtype == torch.float16 and model.config.force_upcast:
+            raise ValueError(
+                f"The autoencoder in '{self.source}' overflows in float16: set dtype to bfloat16 or float32, "
+                f"or source to madebyollin/sdxl-vae-fp16-fix."
+            )

@@ -1,0 +1,169 @@
+"""The interfaces of the frozen parts (text, image codec, vision features), and what their real forms share.
+
+They are plain Python objects that hold the diffusers/transformers modules, not `nn.Module`s: as attributes of
+a LightningModule they are then neither saved, averaged, sharded nor optimised. The interfaces are base
+classes and not protocols because jsonargparse takes a protocol with `__call__` for a function's signature,
+and then a config could not name a class for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from torch import nn
+
+from emmdit.encoders.loading import load_model
+
+Condition = dict[str, torch.Tensor]
+"""Keyword arguments of a denoiser beside latents and time, batch first: `encoder_hidden_states` (B,T,D)
+always; `encoder_attention_mask` (B,T) bool, True = a real token, and `pooled_projections` (B,P) where the
+network takes them."""
+
+
+class ImageCodec(ABC):
+    """Images to latents and back. `latent_channels` and `downsample` are known before weights are loaded."""
+
+    latent_channels: int
+    downsample: int
+
+    @abstractmethod
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [-1,1] -> scaled latents (B,latent_channels,H/downsample,W/downsample), float32."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents -> images (B,3,H,W) clamped to [-1,1], float32."""
+
+    @abstractmethod
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Self: ...
+
+
+class TextConditioner(ABC):
+    """Captions to the condition of a denoiser."""
+
+    caption_channels: int
+    max_length: int
+
+    @abstractmethod
+    def __call__(self, captions: list[str]) -> Condition: ...
+
+    @abstractmethod
+    def null(self, batch_size: int) -> Condition:
+        """The condition of the empty caption, encoded once; views, so do not write into them."""
+
+    @abstractmethod
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Self: ...
+
+
+class VisionFeatures(ABC):
+    """Images to the patch features of a pretrained vision encoder (the target of REPA)."""
+
+    feature_dim: int
+
+    @abstractmethod
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [-1,1] -> (B,rows*columns,feature_dim) float32, row-major."""
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the features of an image of this height and width in pixels."""
+
+    @abstractmethod
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Self: ...
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`"bfloat16"` (as a config writes it) or `torch.bfloat16` -> `torch.bfloat16`."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"{dtype!r} is not a floating-point type of torch: give float32, bfloat16 or float16."
+        )
+    return found
+
+
+@contextmanager
+def frozen(device: torch.device) -> Iterator[None]:
+    """No gradients, and no autocast: the type given to an encoder is the one it computes in, whatever the
+    trainer's precision (an SDXL autoencoder in float32 must not be turned into float16 by `16-mixed`)."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class FrozenModel:
+    """Holds one pretrained module, loaded at first use (or by `load()`), in eval mode and without gradients.
+
+    Args:
+        source: local folder made by `save_pretrained`, hub id, or `standin:NAME` (see `standins.py`).
+        dtype: type the module computes in.
+        subfolder: where the module lies inside `source`, as in a diffusers pipeline.
+        revision: branch, tag or commit of a hub repository.
+    """
+
+    def __init__(
+        self, source: str, dtype: str | torch.dtype, subfolder: str | None = None, revision: str | None = None
+    ) -> None:
+        self.source, self.subfolder, self.revision = str(source), subfolder, revision
+        self.dtype = as_dtype(dtype)
+        self.device = torch.device("cpu")
+        self._model: nn.Module | None = None
+
+    def _build(self) -> nn.Module:
+        """Load the module and check it against what the constructor was told."""
+        raise NotImplementedError
+
+    def _load(self, cls: type, kinds: Collection[str] = ()) -> nn.Module:
+        return load_model(
+            cls, self.source, subfolder=self.subfolder, revision=self.revision, dtype=self.dtype, kinds=kinds
+        )
+
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module; loads it if need be."""
+        if self._model is None:
+            self._model = self._build().eval().requires_grad_(False).to(self.device)
+        return self._model
+
+    def load(self) -> Self:
+        """Load now. Raises MissingModelError (an OSError), or ValueError for a model that does not fit."""
+        _ = self.model
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self:
+        """Move, and/or change the type; loads nothing. A narrower type's rounding stays when going back."""
+        if device is not None:
+            self.device = torch.device(device)
+            if self._model is not None:
+                self._model.to(self.device)
+        if dtype is not None and as_dtype(dtype) != self.dtype:
+            self.dtype = as_dtype(dtype)
+            # Not module.to(dtype): it would also round buffers that from_pretrained keeps in float32, such as
+            # Llama's rotary frequencies.
+            for parameter in self._model.parameters() if self._model is not None else ():
+                parameter.data = parameter.data.to(self.dtype)
+        return self
+
+    def _agree(self, name: str, given: float | int, found: float | int) -> None:
+        """Raise ValueError unless the loaded model's `found` is what the constructor was `given`."""
+        if abs(given - found) > 1e-6 * max(abs(given), abs(found)):
+            raise ValueError(
+                f"{type(self).__name__}: {name} is {given}, but the model in '{self.source}' has {found}; "
+                f"set {name} to {found} or name another model."
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, dtype={self.dtype}, loaded={self.loaded})"

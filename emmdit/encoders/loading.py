@@ -1,0 +1,244 @@
+"""`from_pretrained` for every frozen model, from a local folder or a hub id, with one sentence for every way
+it can fail.
+
+Safetensors only, weights only, never `trust_remote_code`. The many exceptions of huggingface_hub,
+transformers and diffusers (a gated repository alone arrives in four shapes) become a `MissingModelError` that
+says what to do next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STANDIN_SCHEME = "standin:"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class MissingModelError(OSError):
+    """A pretrained model could not be had, or is not what was asked for; the message says the way out."""
+
+
+def locate(source: str, subfolder: str | None = None) -> tuple[str, str | None]:
+    """(source, subfolder) as `from_pretrained` takes them: an existing local folder, or a hub id as it is.
+
+    `standin:NAME` is made on demand. `~` is expanded. Where `source` is the module's own folder instead of
+    the pipeline around it, `subfolder` is dropped. Raises MissingModelError for a local folder that is not
+    there.
+    """
+    if source.startswith(STANDIN_SCHEME):
+        from emmdit.encoders.standins import standin
+
+        source = str(standin(source.removeprefix(STANDIN_SCHEME)))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if subfolder and not (path / subfolder).is_dir():
+            if not any((path / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+                raise MissingModelError(
+                    f"'{source}' has no folder '{subfolder}': name a folder made by save_pretrained."
+                )
+            subfolder = None
+        return str(path), subfolder
+    if path.is_file():
+        raise MissingModelError(
+            f"'{source}' is a file: name the folder made by save_pretrained that it lies in."
+        )
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.is_absolute():
+        raise MissingModelError(
+            f"The folder '{source}' does not exist: name a folder made by save_pretrained, or a hub id."
+        )
+    return source, subfolder
+
+
+def read_config(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """The raw `config.json` of a model; for a gated repository this is what fails first."""
+    import huggingface_hub
+
+    source, subfolder = locate(source, subfolder)
+    with one_sentence(source):
+        if Path(source).is_dir():
+            file = str(Path(source, subfolder or "", "config.json"))
+            if not Path(file).is_file():
+                raise MissingModelError(f"There is no '{file}': name a folder made by save_pretrained.")
+        else:
+            file = huggingface_hub.hf_hub_download(
+                source, "config.json", subfolder=subfolder, revision=revision
+            )
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def load_model(
+    cls: type,
+    source: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    kinds: Collection[str] = (),
+) -> Any:
+    """`cls.from_pretrained(...)` of a diffusers or transformers class, in eval mode.
+
+    `kinds`: what the config's `_class_name` (diffusers) or `model_type` (transformers) may be. Without this
+    check both libraries fill a model of the wrong kind with random weights and only log a warning; weights
+    missing from the files are an error here for the same reason. Raises MissingModelError.
+    """
+    config = read_config(source, subfolder, revision)
+    library = cls.__module__.partition(".")[0]
+    kind = config.get("_class_name" if library == "diffusers" else "model_type")
+    if kind is None:
+        raise MissingModelError(f"'{source}' does not hold a model of {library}: name another source.")
+    if kinds and kind not in kinds:
+        raise MissingModelError(
+            f"'{source}' holds a model of kind '{kind}', not {' or '.join(kinds)}: name another source."
+        )
+    place, subfolder = locate(source, subfolder)
+    options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True)
+    if library == "diffusers":  # it knows no remote code and, with use_safetensors, no pickles
+        options |= dict(torch_dtype=dtype, subfolder=subfolder, revision=revision)
+    else:
+        options |= dict(dtype=dtype, subfolder=subfolder or "", revision=revision or "main")
+        options |= dict(trust_remote_code=False, weights_only=True)
+    with one_sentence(place), _no_conversion_on_the_hub():
+        model, info = cls.from_pretrained(place, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise MissingModelError(
+            f"'{source}' lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...): the "
+            f"files are incomplete or of another model, so download them again or name another source."
+        )
+    return model.eval()
+
+
+def load_tokenizer(source: str, subfolder: str | None = None, revision: str | None = None) -> Any:
+    """`AutoTokenizer.from_pretrained(...)`. Raises MissingModelError."""
+    from transformers import AutoTokenizer
+
+    source, subfolder = locate(source, subfolder)
+    with one_sentence(source):
+        return AutoTokenizer.from_pretrained(
+            source, subfolder=subfolder or "", revision=revision or "main", trust_remote_code=False
+        )
+
+
+@contextmanager
+def one_sentence(source: str) -> Iterator[None]:
+    """Turn what the libraries raise while loading `source` into a MissingModelError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (MissingModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(
+            error
+        ):
+            raise MissingModelError(_sentence(error, source)) from error
+        raise
+
+
+def _sentence(error: BaseException, source: str) -> str:
+    from huggingface_hub import constants, errors
+    from safetensors import SafetensorError
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while (
+        link is not None and link not in chain
+    ):  # diffusers raises without `from`: the cause is then the context
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(str(e) for e in chain).lower()
+
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+    local = Path(source).is_dir()
+    if raised(errors.GatedRepoError) or "gated repo" in text or (status & {401, 403} and not local):
+        if raised(errors.RepositoryNotFoundError) and not raised(errors.GatedRepoError):
+            return _no_repository(source)  # the hub answers 401 for names that do not exist, too
+        return (
+            f"'{source}' is gated: accept its licence at https://huggingface.co/{source} and run `hf auth "
+            f"login`, or give a local folder or an ungated mirror as the source."
+        )
+    if raised(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return _no_repository(source)
+    if raised(errors.RevisionNotFoundError):
+        return (
+            f"'{source}' has no such revision: see https://huggingface.co/{source}/commits for those it has."
+        )
+    if (
+        not local
+        and constants.is_offline_mode()
+        and raised(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    ):
+        return (
+            f"'{source}' is not in the local cache and HF_HUB_OFFLINE forbids a download: run "
+            f"`hf download {source}` with HF_HUB_OFFLINE unset, or give a local folder as the source."
+        )
+    unreachable = raised(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
+        map(_of_http, chain)
+    )
+    if not local and unreachable and not raised(errors.RemoteEntryNotFoundError):
+        return (
+            f"'{source}' is not in the local cache and the hub cannot be reached: check the network, or give "
+            f"a local folder as the source."
+        )
+    if "config.json" in text and raised(errors.RemoteEntryNotFoundError):
+        return f"'{source}' has no config.json where it was looked for: check subfolder or the source."
+    if "backend tokenizer" in text:
+        return f"'{source}' has no tokenizer that can be read: check tokenizer_subfolder or the source."
+    if raised(ImportError):
+        return f"'{source}' needs a package that is not installed: {_first_line(error)}."
+    if "trust_remote_code" in text:
+        return f"'{source}' needs code of its own to run, which is never executed here: name another source."
+    if raised(SafetensorError):
+        return f"The weights in '{source}' are damaged: download them again ({_first_line(error)})."
+    if raised(json.JSONDecodeError, UnicodeDecodeError):
+        return f"A JSON file in '{source}' is damaged: download it again ({_first_line(error)})."
+    if ".safetensors" in text or "no file named" in text:
+        pickled = local and any(any(Path(source).rglob(pattern)) for pattern in _PICKLES)
+        only = ", only pickled ones, which are refused" if pickled else ""
+        return (
+            f"'{source}' has no safetensors weights{only}: save the model again with save_pretrained, or "
+            f"name another source."
+        )
+    return f"'{source}' could not be loaded: {_first_line(error)}."
+
+
+def _no_repository(source: str) -> str:
+    return (
+        f"'{source}' is neither a local folder nor a repository of the Hugging Face hub: check the spelling, "
+        f"or run `hf auth login` if it is private."
+    )
+
+
+def _of_http(error: BaseException) -> bool:
+    """Whether the HTTP library raised it; huggingface_hub has used requests, httpx and httpx2 in turn."""
+    library = type(error).__module__.partition(".")[0]
+    return library in ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+@contextmanager
+def _no_conversion_on_the_hub() -> Iterator[None]:
+    """transformers asks a hub service to convert a repository that has pickled weights only; we do not."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,283 @@
+"""Tiny random models in place of the downloads: same classes, same interface sizes, almost nothing inside.
+
+Each function saves a folder that the real class (`DCAE`, `TextEncoder`, ...) loads through `from_pretrained`.
+A config gets one by `source: standin:NAME`, or `source: standin:NAME?key=value&key=value` to change a size,
+and then runs on a CPU with no network. What comes out means nothing: for pictures and captions that do, see
+the shapes world.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import torch
+
+_TEXT = """a photo of the an and in on left right above below two three four red green blue yellow orange
+purple pink brown black white circle square star cross triangle ring person dog cat car table tree house"""
+_WORDS = _TEXT.split()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw weights from `seed` and leave torch's global generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
+        yield
+
+
+def tiny_dc_ae(folder: str | Path, latent_channels: int = 32, downsample: int = 32, seed: int = 0) -> Path:
+    """AutoencoderDC for `DCAE`; `downsample` is a power of two."""
+    from diffusers import AutoencoderDC
+
+    stages = downsample.bit_length()
+    channels = (8,) * (stages - 2) + (latent_channels,) * 2
+    with _seeded(seed):
+        model = AutoencoderDC(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            encoder_layers_per_block=(1,) * stages,
+            decoder_layers_per_block=(1,) * stages,
+            encoder_qkv_multiscales=((),) * stages,
+            decoder_qkv_multiscales=((),) * stages,
+            scaling_factor=0.41407,
+        )
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def _tiny_kl(
+    folder: str | Path, latent_channels: int, downsample: int, sample_size: int, seed: int, **config
+) -> Path:
+    from diffusers import AutoencoderKL
+
+    stages = downsample.bit_length()
+    with _seeded(seed):
+        model = AutoencoderKL(
+            latent_channels=latent_channels,
+            block_out_channels=(8,) * stages,
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            norm_num_groups=4,
+            sample_size=sample_size,
+            **config,
+        )
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sd3_vae(folder: str | Path, sample_size: int = 1024, seed: int = 0) -> Path:
+    """AutoencoderKL for `SD3VAE`; `sample_size` is the tile side when tiling."""
+    config = dict(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    return _tiny_kl(folder, 16, 8, sample_size, seed, **config)
+
+
+def tiny_sdxl_vae(folder: str | Path, sample_size: int = 1024, seed: int = 0) -> Path:
+    """AutoencoderKL for `SDXLVAE`."""
+    return _tiny_kl(folder, 4, 8, sample_size, seed, scaling_factor=0.13025, force_upcast=True)
+
+
+def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: int = 1, seed: int = 0) -> Path:
+    """LlamaModel and a byte-level BPE tokenizer without a pad token (as Llama's) for `TextEncoder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[bos, eos], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([_TEXT] * 2, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=caption_channels,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with _seeded(seed):
+        model = LlamaModel(config)
+    return _save(folder, model, tokenizer)
+
+
+def tiny_t5(folder: str | Path, caption_channels: int = 4096, layers: int = 1, seed: int = 0) -> Path:
+    """T5EncoderModel and a unigram tokenizer for `TextEncoder`; `T5ForConditionalGeneration` checkpoints load
+    alike."""
+    model, tokenizer = _t5_parts(caption_channels, layers, seed)
+    return _save(folder, model, tokenizer)
+
+
+def _t5_parts(caption_channels: int, layers: int, seed: int):
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -4.0) for word in dict.fromkeys(_WORDS)] + [
+        (chr(i), -9.0) for i in range(33, 127)
+    ]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=caption_channels,
+        d_kv=8,
+        d_ff=16,
+        num_layers=layers,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    with _seeded(seed):
+        return T5EncoderModel(config), tokenizer
+
+
+def tiny_clip_text(
+    folder: str | Path,
+    hidden_size: int = 768,
+    layers: int = 2,
+    pad_token: str = "<|endoftext|>",
+    seed: int = 0,
+) -> Path:
+    """CLIPTextModelWithProjection (projection as wide as the hidden size) and its tokenizer for
+    `TextEncoder`."""
+    model, tokenizer = _clip_parts(hidden_size, layers, pad_token, seed)
+    return _save(folder, model, tokenizer)
+
+
+def _clip_parts(hidden_size: int, layers: int, pad_token: str, seed: int):
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[],
+        pad_token=pad_token,
+        model_max_length=77,
+    )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=16,
+        projection_dim=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with _seeded(seed):
+        return CLIPTextModelWithProjection(config), tokenizer
+
+
+def tiny_sd3_text(
+    folder: str | Path, clip_l: int = 768, clip_g: int = 1280, caption_channels: int = 4096, seed: int = 0
+) -> Path:
+    """The three text encoders and tokenizers of a Stable Diffusion 3 folder for `SD3TextEncoders`."""
+    folder = Path(folder)
+    parts = (
+        _clip_parts(clip_l, 2, "<|endoftext|>", seed),
+        _clip_parts(clip_g, 2, "!", seed + 1),
+        _t5_parts(caption_channels, 1, seed + 2),
+    )
+    for (model, tokenizer), suffix in zip(parts, ("", "_2", "_3"), strict=True):
+        model.save_pretrained(folder / f"text_encoder{suffix}")
+        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    return folder
+
+
+def tiny_dinov2(folder: str | Path, feature_dim: int = 768, image_size: int = 224, seed: int = 0) -> Path:
+    """Dinov2Model with 14px patches for `DINOv2`."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=feature_dim,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mlp_ratio=1,
+        image_size=image_size,
+    )
+    with _seeded(seed):
+        model = Dinov2Model(config)
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def _save(folder: str | Path, model, tokenizer) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+STANDINS: dict[str, Callable[..., Path]] = {
+    "dc_ae": tiny_dc_ae,
+    "sd3_vae": tiny_sd3_vae,
+    "sdxl_vae": tiny_sdxl_vae,
+    "llama": tiny_llama_text,
+    "t5": tiny_t5,
+    "clip": tiny_clip_text,
+    "sd3_text": tiny_sd3_text,
+    "dinov2": tiny_dinov2,
+}
+
+
+def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Path:
+    """The folder of a stand-in, made if it is not there yet; safe to call from several processes at once.
+
+    Args:
+        name: a key of `STANDINS`, with sizes behind it if wanted: `"llama?caption_channels=64"`.
+        cache_dir: where they are kept; default `$EMMDIT_CACHE/standins`, or `~/.cache/emmdit/standins`.
+        sizes: arguments of the function.
+    """
+    name, _, query = name.partition("?")
+    if name not in STANDINS:
+        raise ValueError(f"There is no stand-in '{name}': choose one of {', '.join(STANDINS)}.")
+    try:
+        sizes = {key: int(value) for key, value in parse_qsl(query, strict_parsing=bool(query))} | sizes
+    except ValueError:
+        raise ValueError(
+            f"The sizes of the stand-in '{name}' are written '?key=1&key=2', not '?{query}'."
+        ) from None
+
+    root = Path(cache_dir or Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "standins")).expanduser()
+    folder = root / f"{name}-{_fingerprint(name, sizes)}"
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        try:
+            STANDINS[name](scratch, **sizes)
+            scratch.chmod(0o755)
+            scratch.rename(folder)  # atomic; fails if another process was faster, and then its folder serves
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _fingerprint(name: str, sizes: dict[str, int]) -> str:
+    """A new folder whenever the sizes, this file or the libraries change."""
+    import diffusers
+    import transformers
+
+    versions = (torch.__version__, diffusers.__version__, transformers.__version__)
+    text = f"{name} {sorted(sizes.items())} {versions}".encode() + Path(__file__).read_bytes()
+    return hashlib.sha256(text).hexdigest()[:12]

@@ -1,0 +1,56 @@
+"""What an auxiliary loss sees and gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emmdit.encoders import Condition
+
+
+@dataclass
+class TrainingStep:
+    """Everything one training step has computed.
+
+    Shapes: `x0`, `noise`, `x_t`, `target`, `prediction` (B, C, H, W); `t` (B,) on the 0..1000 scale.
+    `output` is the network's whole output object.
+    """
+
+    batch: dict[str, Any]
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    x_t: Tensor
+    condition: Condition
+    target: Tensor
+    prediction: Tensor
+    output: Any
+
+
+class LossComponent(ABC):
+    """A weighted term of the training loss, and its curve `train/<name>`.
+
+    `network_kwargs` are passed to the denoiser in the training step (say, to return features).
+    """
+
+    name: str = "component"
+    network_kwargs: dict[str, Any] = {}
+
+    def __init__(self, weight: float) -> None:
+        if weight < 0:
+            raise ValueError(f"The weight of {type(self).__name__} must not be negative, got {weight}.")
+        self.weight = weight
+
+    @abstractmethod
+    def __call__(self, step: TrainingStep) -> Tensor:
+        """The unweighted loss, a scalar."""
+
+    def check(self, denoiser: nn.Module) -> None:
+        """Raise a ValueError when this network can not serve the component. Called before training."""
+
+    def to(self, device: torch.device) -> None:
+        """Move frozen parts to the device of training."""

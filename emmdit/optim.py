@@ -1,0 +1,174 @@
+"""Muon for matrices, AdamW for everything else, as one optimizer (so that automatic optimisation can drive it).
+
+Muon: momentum, then the nearest semi-orthogonal matrix by a Newton-Schulz iteration (K. Jordan et al. 2024,
+"Muon: an optimizer for hidden layers"). `torch.optim.Muon` takes matrices only; a second optimizer beside it would
+force manual optimisation and two checkpoint states on every user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.adamw import adamw
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def parameter_groups(network: nn.Module, blocks: str = "blocks") -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the matrices inside `network.blocks` (`matrix: True`) and all the rest.
+
+    AdamW ignores the mark; `MuonAdamW` reads it. Frozen parameters are left out. Works for any network with a
+    module list of that name (E-MMDiT) or `transformer_blocks` (diffusers).
+    """
+    matrices, others = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            in_blocks = name.split(".")[0] in (blocks, "transformer_blocks")
+            is_matrix = in_blocks and parameter.ndim == 2 and name.endswith("weight")
+            (matrices if is_matrix else others).append(parameter)
+    groups = [{"params": matrices, "matrix": True}, {"params": others, "matrix": False}]
+    return [group for group in groups if group["params"]]
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(..., m, n) -> about U V^T of each matrix; singular values end up in about [0.7, 1.2]."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if transposed else x).to(matrices.dtype)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on groups marked `matrix: True` (see `parameter_groups`), AdamW on the others.
+
+    Args:
+        params: parameter groups; a plain iterable is AdamW throughout.
+        lr: learning rate of both. Muon's update is scaled by 0.2 sqrt(max(m, n)) to AdamW's usual root mean square
+            (Liu et al. 2025, arXiv 2502.16982), so that one rate and one schedule serve both.
+        muon_lr_scale: extra factor on Muon's rate.
+        momentum: Muon's (Nesterov) momentum.
+        betas, eps: AdamW's.
+        weight_decay: decoupled, for both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        muon_lr_scale: float = 1.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"MuonAdamW needs lr >= 0 and 0 <= momentum < 1, got lr {lr}, momentum {momentum}.")
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                muon_lr_scale=muon_lr_scale,
+                momentum=momentum,
+                betas=tuple(betas),
+                eps=eps,
+                weight_decay=weight_decay,
+                matrix=False,
+            ),
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (self._muon if group["matrix"] else self._adamw)(group)
+        return loss
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        buffers = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state["momentum_buffer"])
+        grads = [p.grad for p in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, p in enumerate(parameters):
+            by_shape.setdefault(p.shape, []).append(i)
+        lr = group["lr"] * group["muon_lr_scale"]
+        for shape, indices in by_shape.items():
+            # Sharded matrices are gathered: the update of a matrix needs all of it.
+            full = [u.full_tensor() if isinstance(u, DTensor) else u for u in (updates[i] for i in indices)]
+            for i, update in zip(indices, orthogonalise(torch.stack(full)).unbind(), strict=True):
+                p = parameters[i]
+                if isinstance(p, DTensor):
+                    update = distribute_tensor(update, p.device_mesh, p.placements)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class WarmupDecay(torch.optim.lr_scheduler.LambdaLR):
+    """Linear warm-up, constant, then linear to (almost) zero over the last part of training.
+
+    Args:
+        warmup: steps of the rise from lr / warmup.
+        total: steps of training, needed for the decay.
+        decay: share of `total` spent falling; 0: constant after the warm-up, as in the released recipe.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, warmup: int = 500, total: int | None = None, decay: float = 0.0
+    ) -> None:
+        if not 0 <= decay <= 1 or (decay and not total):
+            raise ValueError(f"WarmupDecay needs 0 <= decay <= 1, and total where it decays; got {decay}, {total}.")
+
+        def factor(step: int) -> float:
+            rise = min(1.0, (step + 1) / max(warmup, 1))
+            fall = max(0.0, min(1.0, (1 - step / total) / decay)) if decay else 1.0
+            return rise * fall
+
+        super().__init__(optimizer, factor)

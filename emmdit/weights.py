@@ -1,0 +1,139 @@
+"""Weights of a denoiser from whatever holds them: run folder, Lightning checkpoint (file or sharded), diffusers
+folder, Nitro-E file. Tensors only: safetensors, or `torch.load(weights_only=True)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
+
+
+def load_weights(network: nn.Module, source: str | Path, weights: str | None = None) -> str:
+    """Copy weights into `network`; returns which were taken ("ema" or "raw").
+
+    Args:
+        source: see above. A hub id works for diffusers repositories.
+        weights: "ema" or "raw" of a checkpoint; None: the average where there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence.
+    """
+    state, kind = read_weights(source, weights, type(network))
+    own = network.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    extra = [key for key in extra if not key.startswith("repa_projector.")]  # training only
+    if missing or extra or shapes:
+        problems = [f"{len(missing)} missing"] * bool(missing) + [f"{len(extra)} unknown"] * bool(extra)
+        problems += [f"{len(shapes)} of another shape"] * bool(shapes)
+        example = (missing + extra + shapes)[0]
+        raise ValueError(
+            f"The weights in {source} do not fit this network ({', '.join(problems)} tensors, e.g. {example}): "
+            "use the configuration they were trained with."
+        )
+    network.load_state_dict({key: state[key] for key in own})
+    return kind
+
+
+def read_weights(
+    source: str | Path, weights: str | None = None, network_class: type | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The denoiser's state dict in `source`, and whether it is the "ema" or the "raw" one."""
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path), "raw"
+    if is_diffusers_folder(path) or not path.exists() and str(source).count("/") == 1:
+        return _from_diffusers(source, network_class), "raw"
+    state = checkpoint_state(find_checkpoint(path))
+    kind = weights or ("ema" if any(key.startswith(PREFIXES["ema"]) for key in state) else "raw")
+    if kind not in PREFIXES:
+        raise ValueError(f"weights must be ema or raw, got {kind!r}.")
+    found = {key.removeprefix(PREFIXES[kind]): v for key, v in state.items() if key.startswith(PREFIXES[kind])}
+    if not found:
+        raise ValueError(f"{source} holds no {kind} weights of a denoiser.")
+    return found, kind
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint itself, or the last one of a run folder."""
+    path = Path(path)
+    if path.is_file() or (path / ".metadata").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        last = folder / "last.ckpt"
+        if last.exists():
+            return last.resolve()
+        found = sorted(folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1]
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {path}: give a run folder, a checkpoint or a diffusers folder.")
+    raise FileNotFoundError(f"No checkpoint in {path}: has the run saved one yet?")
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder with `config.yaml` that a checkpoint (or the folder itself) belongs to."""
+    path = Path(path).resolve()
+    for folder in [path, *path.parents][:4]:
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"No config.yaml beside or above {path}: sampling from a checkpoint needs the config of its run."
+    )
+
+
+def is_diffusers_folder(path: str | Path) -> bool:
+    path = Path(path)
+    return any((path / name).is_file() for name in ("model_index.json", "config.json", "transformer/config.json"))
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """`state_dict` of a Lightning checkpoint, a file or a sharded folder, on the CPU."""
+    if path.is_dir():
+        return _sharded_state(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}).") from error
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
+    return checkpoint["state_dict"]
+
+
+def _sharded_state(folder: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    prefix = "state_dict."
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if key.startswith(prefix) and hasattr(entry, "properties")
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights at {path}.")
+    state = load_file(path)
+    if any(key.startswith("block_groups.") for key in state):
+        from emmdit.networks import load_nitro_e
+
+        return load_nitro_e(path).state_dict()
+    return state
+
+
+def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str, Tensor]:
+    from emmdit.encoders.loading import load_model
+    from emmdit.networks import EMMDiTTransformer2DModel
+
+    subfolder = "transformer" if not Path(source, "config.json").is_file() else None
+    return load_model(network_class or EMMDiTTransformer2DModel, str(source), subfolder=subfolder).state_dict()

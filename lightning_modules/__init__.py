@@ -1,0 +1,5 @@
+"""LightningModules, callbacks, strategies and the command line. They bind; the core in `emmdit` computes."""
+
+from lightning_modules.text_to_image import TextToImage
+
+__all__ = ["TextToImage"]

@@ -1,0 +1,157 @@
+"""The `emmdit` command: LightningCLI for `fit` and `validate`, and the suite's own subcommands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from datamodules import TextImageDataModule
+from lightning_modules.callbacks import (
+    EMA,
+    DataLineage,
+    ImageGrid,
+    MLflowSystemMetrics,
+    NonFinite,
+    ProgressBar,
+    SaveConfig,
+    Throughput,
+)
+
+USAGE = """usage: emmdit COMMAND [options]
+
+commands:
+  fit              train:       emmdit fit -c experiments/quickstart.yaml
+  validate         validation loss of a checkpoint
+  sample           pictures:    emmdit sample --ckpt assets/shapes_emmdit --prompt "a photo of a red circle" --out out
+  export           a checkpoint as a diffusers folder that EMMDiTPipeline.from_pretrained loads
+  import-nitro-e   a released Nitro-E .safetensors file as such a folder
+
+`emmdit COMMAND --help` tells more. Several -c files are laid over each other, the later ones win.
+"""
+
+
+class SuiteCLI(LightningCLI):
+    """LightningCLI with the suite's callbacks as sections of the YAML, one seed, and one folder for each run.
+
+    The run folder is `trainer.default_root_dir`; left out, it is `runs/` and the name of the last config file below
+    `experiments/`. Checkpoints, config, pictures and the MLflow run id all lie in it.
+    """
+
+    def __init__(self, args: Any = None, run: bool = True, exit_on_error: bool = True) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            LightningModule,
+            TextImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "max_epochs": -1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor(logging_interval="step")],
+                "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
+            },
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": exit_on_error},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for callback, name in (
+            (ModelCheckpoint, "checkpoint"),
+            (EMA, "ema"),
+            (ImageGrid, "samples"),
+            (NonFinite, "non_finite"),
+            (Throughput, "throughput"),
+            (ProgressBar, "progress"),
+        ):
+            parser.add_lightning_class_args(callback, name)
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 1000})
+        for target in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: hyperparameters in a checkpoint must not override the YAML of a resume."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = default_run_dir([str(path) for path in config.get("config") or []])
+        run_dir = str(config.trainer.default_root_dir)
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = os.path.join(run_dir, "checkpoints")
+        logger = config.trainer.logger
+        if hasattr(logger, "class_path") and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
+            logger.init_args.save_dir = run_dir
+        if config.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bit, in which training "
+                "from scratch loses its small updates: use bf16-mixed (float32 weights, bfloat16 compute)."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer = super().instantiate_trainer(**kwargs)
+        if not getattr(self.model, "ema", True):
+            trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, EMA)]
+        return trainer
+
+
+def default_run_dir(config_files: list[str]) -> str:
+    """experiments/shapes/emmdit.yaml -> runs/shapes/emmdit (of the last file that is not a trainer's)."""
+    files = [Path(file) for file in config_files]
+    files = [file for file in files if file.parent.name != "trainer"] or [Path("run")]
+    parts = files[-1].with_suffix("").parts
+    if "experiments" in parts:
+        parts = parts[len(parts) - parts[::-1].index("experiments") :]
+    else:
+        parts = parts[-1:]
+    return os.path.join("runs", *parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console command; errors a user can mend end in one sentence and exit status 2."""
+    from lightning_modules.commands import COMMANDS
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*You are using `torch.load` with.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    command = argv[0]
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    try:
+        if command in COMMANDS:
+            COMMANDS[command](argv[1:])
+        elif command in SuiteCLI.subcommands():
+            SuiteCLI(args=argv)
+        else:
+            raise ValueError(f"There is no command {command!r}: emmdit --help lists them.")
+    except (ValueError, OSError) as error:
+        if os.environ.get("EMMDIT_TRACEBACK"):
+            raise
+        print(f"emmdit {command}: {error}\n(EMMDIT_TRACEBACK=1 shows where.)", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Training a text-to-image denoiser from captions and images: binds the core to Lightning, computes nothing itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from emmdit.encoders import Condition, ImageCodec, TextConditioner
+from emmdit.flow import (
+    LogitNormalGrid,
+    Path,
+    RectifiedFlow,
+    TimestepSampler,
+    flow_loss,
+    generator,
+    step_noise,
+)
+from emmdit.generate import Sampling, generate
+from emmdit.losses import LossComponent, TrainingStep
+from emmdit.optim import parameter_groups
+from emmdit.weights import load_weights
+
+DenoiserFactory = Callable[[], ModelMixin]
+VALIDATION_TIMESTEPS = tuple(1000 * (k + 0.5) / 8 for k in range(8))
+
+
+class TextToImage(LightningModule):
+    """Flow matching (or epsilon prediction) of any diffusers-style denoiser on captioned images or latents.
+
+    Args:
+        denoiser: class path and arguments of the network; built in `configure_model`.
+        codec: frozen image codec. Batches with `image` are encoded by it; it also decodes the samples.
+        text: frozen text conditioner.
+        optimizer, scheduler: as Lightning's CLI gives them; the scheduler steps once per optimizer step.
+        path: rectified flow by default.
+        timesteps: how timesteps are drawn, by default as in the released recipe.
+        components: auxiliary losses such as `emmdit.losses.REPA`.
+        caption_dropout: probability of training on the empty prompt.
+        ema: keep an average of the weights (the EMA callback moves it).
+        sampling: defaults for pictures made from this network; exported with it.
+        seed: of noise, timesteps and dropout: pure functions of (seed, samples seen).
+        init_from: weights to start from: a run folder, Lightning checkpoint, diffusers folder or Nitro-E file.
+        compile: compile each block in place.
+        gradient_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserFactory,
+        codec: ImageCodec,
+        text: TextConditioner,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        path: Path | None = None,
+        timesteps: TimestepSampler | None = None,
+        components: list[LossComponent] | None = None,
+        caption_dropout: float = 0.1,
+        ema: bool = True,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        init_from: str | None = None,
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout is a probability below 1, got {caption_dropout}.")
+        self.denoiser_factory = denoiser
+        self.codec, self.text = codec, text
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.path = path or RectifiedFlow()
+        self.timesteps = timesteps or LogitNormalGrid()
+        self.components = components or []
+        self.caption_dropout, self.ema, self.seed = caption_dropout, ema, seed
+        self.sampling = sampling or Sampling()
+        self.init_from, self.compile_blocks, self.gradient_checkpointing = init_from, compile, gradient_checkpointing
+        self.denoiser: nn.Module | None = None
+        self.ema_denoiser: nn.Module | None = None
+        self.samples_seen = 0
+        self.last_batch: dict[str, Any] = {}
+
+    # -- building ------------------------------------------------------------------------------------
+
+    def build_denoiser(self) -> nn.Module:
+        """The network on the current device, its initial weights a function of the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            denoiser = self.denoiser_factory()
+        self.check(denoiser)
+        return denoiser
+
+    def check(self, denoiser: nn.Module) -> None:
+        """Raise a ValueError with one sentence when network, codec, text and components contradict each other."""
+        config = denoiser.config
+        if config.in_channels != self.codec.latent_channels:
+            raise ValueError(
+                f"The denoiser takes {config.in_channels} latent channels, but {type(self.codec).__name__} gives "
+                f"{self.codec.latent_channels}: set in_channels and out_channels to {self.codec.latent_channels}."
+            )
+        width = getattr(config, "caption_channels", None) or getattr(config, "joint_attention_dim", None)
+        if width is not None and width != self.text.caption_channels:
+            raise ValueError(
+                f"The denoiser takes text features of width {width}, but {type(self.text).__name__} gives "
+                f"{self.text.caption_channels}: make them equal."
+            )
+        if hasattr(denoiser, "check_sizes"):
+            denoiser.check_sizes(config.sample_size, config.sample_size, self.text.max_length)
+        for component in self.components:
+            component.check(denoiser)
+        wanted = {key for component in self.components for key in component.network_kwargs}
+        if getattr(denoiser, "repa_projector", None) is not None and "return_repa" not in wanted:
+            raise ValueError(
+                "The denoiser has a REPA projector that no loss trains: add emmdit.losses.REPA to the components or set "
+                "repa_feature_dim to null."
+            )
+
+    def configure_model(self) -> None:
+        if self.denoiser is not None:  # Lightning calls this hook more than once
+            return
+        self.denoiser = self.build_denoiser()
+        if self.init_from is not None:
+            load_weights(self.denoiser, self.init_from)
+        if self.ema:
+            self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
+        if self.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        if self.compile_blocks:
+            for network in filter(None, (self.denoiser, self.ema_denoiser)):
+                for block in blocks_of(network):
+                    block.compile()
+        mesh = self.device_mesh
+        if mesh is not None:
+            for network in filter(None, (self.denoiser, self.ema_denoiser)):
+                for block in blocks_of(network):
+                    fully_shard(block, mesh=mesh["data_parallel"])
+                # The average is read between forwards: it must not stay gathered after one.
+                fully_shard(
+                    network,
+                    mesh=mesh["data_parallel"],
+                    reshard_after_forward=True if network is self.ema_denoiser else None,
+                )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(parameter_groups(self.denoiser))
+        if self.scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        self._move_frozen()
+
+    def on_validation_start(self) -> None:
+        self._move_frozen()
+
+    def _move_frozen(self) -> None:
+        self.codec.to(self.device)
+        self.text.to(self.device)
+        for component in self.components:
+            component.to(self.device)
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        step = self.forward_step(batch)
+        loss = flow_loss(step.prediction, step.target).mean()
+        losses = {"flow": loss.detach()}
+        for component in self.components:
+            value = component(step)
+            losses[component.name] = value.detach()
+            loss = loss + component.weight * value
+        self.last_batch = batch
+        self.samples_seen += len(step.x0) * self.trainer.world_size
+        self.log_dict(
+            {"train/loss": loss.detach(), **{f"train/{name}": value for name, value in losses.items()}},
+            batch_size=len(step.x0),
+        )
+        return loss
+
+    def forward_step(self, batch: dict[str, Any]) -> TrainingStep:
+        """Noise, timesteps and dropout are drawn for the global batch and cut to this rank's rows (DESIGN 4.5)."""
+        x0 = self.latents(batch)
+        world = self.trainer.world_size
+        total = len(x0) * world
+        rows = torch.arange(len(x0)) * world + self.global_rank
+        if "position" in batch:
+            rows = (batch["position"].cpu() - self.samples_seen) % total
+        noise = step_noise(x0.shape[1:], rows, total, self.random("noise"), device=x0.device)
+        t = self.timesteps(total, self.random("timesteps"))[rows].to(x0.device)
+        drop = (torch.rand(total, generator=self.random("dropout"))[rows] < self.caption_dropout).to(x0.device)
+        condition = self.condition(batch["caption"], drop)
+
+        x_t = self.path.interpolate(x0, noise, t)
+        extra = {key: value for component in self.components for key, value in component.network_kwargs.items()}
+        output = self.denoiser(x_t, timestep=t, **condition, **extra)
+        # Networks that also predict a variance (PixArt) put it behind the prediction.
+        prediction = output.sample[:, : x0.shape[1]].float()
+        target = self.path.target(x0, noise, t)
+        return TrainingStep(batch, x0, noise, t, x_t, condition, target, prediction, output)
+
+    def random(self, purpose: str) -> torch.Generator:
+        return generator(self.seed, purpose, self.samples_seen)
+
+    def latents(self, batch: dict[str, Any]) -> Tensor:
+        return batch["latents"].float() if "latents" in batch else self.codec.encode(batch["image"])
+
+    def condition(self, captions: list[str], drop: Tensor | None = None) -> Condition:
+        """Text conditions; rows marked in `drop (B,)` get the empty prompt."""
+        condition = self.text(captions)
+        if drop is None or not bool(drop.any()):
+            return condition
+        null = self.text.null(len(captions))
+        return {
+            key: torch.where(drop.view(-1, *[1] * (value.ndim - 1)), null[key], value)
+            for key, value in condition.items()
+        }
+
+    # -- validation ----------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss at eight fixed timesteps with a noise that belongs to the sample, on both sets of weights."""
+        x0 = self.latents(batch)
+        condition = self.condition(batch["caption"])
+        noise = torch.stack(
+            [
+                torch.randn(x0.shape[1:], generator=generator(self.seed, "validation", int(sample_id)))
+                for sample_id in batch["sample_id"]
+            ]
+        ).to(x0.device)
+        weights = {"raw": self.denoiser} if self.ema_denoiser is None else {"raw": self.denoiser, "ema": self.ema_denoiser}
+        for name, network in weights.items():
+            losses = []
+            for timestep in VALIDATION_TIMESTEPS:
+                t = torch.full((len(x0),), timestep, device=x0.device)
+                output = network(self.path.interpolate(x0, noise, t), timestep=t, **condition)
+                loss = flow_loss(output.sample[:, : x0.shape[1]].float(), self.path.target(x0, noise, t)).mean()
+                losses.append(loss)
+                self._log_validation(f"val/{name}_t{timestep:03.0f}", loss, len(x0))
+            self._log_validation(f"val/loss_{name}", torch.stack(losses).mean(), len(x0))
+
+    def _log_validation(self, name: str, value: Tensor, batch_size: int) -> None:
+        self.log(name, value, batch_size=batch_size, sync_dist=True, on_epoch=True, on_step=False)
+
+    # -- sampling ------------------------------------------------------------------------------------
+
+    def network(self, weights: str | None = None) -> nn.Module:
+        """`ema` or `raw` weights; None: the average if there is one."""
+        if weights is None:
+            return self.denoiser if self.ema_denoiser is None else self.ema_denoiser
+        if weights not in ("ema", "raw") or (weights == "ema" and self.ema_denoiser is None):
+            raise ValueError(f"This run has no {weights!r} weights: ask for ema (if it keeps an average) or raw.")
+        return self.ema_denoiser if weights == "ema" else self.denoiser
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[str], seeds: list[int], weights: str | None = None, **settings: Any
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1]. Every rank must call it, with equally many prompts."""
+        network = self.network(weights)
+        training = network.training
+        network.eval()
+        try:
+            return generate(
+                network,
+                self.codec,
+                self.text,
+                prompts,
+                seeds,
+                path=self.path,
+                sampling=self.sampling.replace(**settings),
+                device=self.device,
+            )
+        finally:
+            network.train(training)
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["samples_seen"] = self.samples_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.samples_seen = checkpoint["samples_seen"]
+
+    @property
+    def run_dir(self) -> FilePath:
+        return FilePath(self.trainer.default_root_dir)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a diffusers-style network, by the class names it gives."""
+    names = set(getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or ())
+    return [module for module in network.modules() if type(module).__name__ in names]

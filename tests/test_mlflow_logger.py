@@ -1,0 +1,327 @@
+"""One MLflow run per training: begun lazily, continued by a resume, ended with the right status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from mlflow.tracking import MlflowClient
+from torch.utils.data import DataLoader
+
+from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
+from lightning_modules.config_text import flatten_config, mask_secrets
+from lightning_modules.mlflow_logger import MLflowLogger, image_grid
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> Path:
+    """A store with its tables: making them takes seconds, copying the file nothing."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def store(request, tmp_path, empty_store) -> None:
+    if not request.node.get_closest_marker("slow"):
+        shutil.copy(empty_store, tmp_path / "mlflow.db")
+
+
+class Toy(pl.LightningModule):
+    def __init__(self, stop: BaseException | None = None, stop_at: int = 2) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.stop, self.stop_at = stop, stop_at
+
+    def training_step(self, batch, batch_idx):
+        if self.stop is not None and self.global_step == self.stop_at:
+            if self.stop is signal.SIGTERM:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise self.stop
+        loss = self.layer(batch).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, steps: int, ckpt_path: str | None = None, model: Toy | None = None, callbacks=(), params=None):
+    logger = MLflowLogger(folder, experiment_name="test")
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        logger=logger,
+        callbacks=[ModelCheckpoint(every_n_train_steps=2, save_last=True), *callbacks],
+        accelerator="cpu",
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if params:
+        logger.log_hyperparams(params)
+    trainer.fit(model or Toy(), DataLoader(torch.randn(8, 2), batch_size=2), ckpt_path=ckpt_path)
+    return logger
+
+
+def runs() -> list:
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    return client.search_runs([client.get_experiment_by_name("test").experiment_id])
+
+
+def test_fit_then_resume_is_one_run(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    first = fit(folder, 4, params={"lr": 0.1})
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and run.info.run_name == "a"
+    assert json.loads((folder / "mlflow_run.json").read_text())["run_id"] == run.info.run_id == first.run_id
+    assert run.data.params == {"lr": "0.1"} and "command" in run.data.tags
+    # the run folder, not the MLflow ids, decides where checkpoints are
+    assert run.data.tags["checkpoint"] == str(folder / "checkpoints" / "last.ckpt")
+    assert Path(run.data.tags["checkpoint"]).exists()
+
+    fit(folder, 7, ckpt_path="last")
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and run.data.tags["resume.count"] == "1"
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(7))
+
+
+def test_fresh_fit_in_the_same_folder_is_a_new_run(tmp_path):
+    first, second = fit(tmp_path / "a", 2).run_id, fit(tmp_path / "a", 2).run_id
+    assert first != second and len(runs()) == 2
+    assert json.loads((tmp_path / "a" / "mlflow_run.json").read_text())["run_id"] == second
+
+
+def test_last_without_a_checkpoint_is_a_new_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mlflow_run.json").write_text('{"run_id": "none"}')
+    fit(tmp_path / "a", 2, ckpt_path="last")  # nothing to resume from: Lightning warns and starts over
+    assert len(runs()) == 1
+
+
+def test_status_is_running_while_a_resume_trains(tmp_path):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.logger.experiment.get_run(trainer.logger.run_id).info.status)
+
+    fit(tmp_path / "a", 2)
+    fit(tmp_path / "a", 4, ckpt_path="last", callbacks=[Look()])
+    assert seen == ["RUNNING", "RUNNING"]
+
+
+@pytest.mark.parametrize(
+    "stop,raises,status",
+    [
+        (ValueError("x"), ValueError, "FAILED"),
+        (KeyboardInterrupt(), SystemExit, "KILLED"),
+        (signal.SIGTERM, BaseException, "KILLED"),
+    ],
+)
+def test_status_of_a_run_that_dies(tmp_path, stop, raises, status):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(raises):
+            fit(tmp_path / "a", 6, model=Toy(stop))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it after Ctrl-C
+    (run,) = runs()
+    assert run.info.status == status
+    fit(tmp_path / "a", 6, ckpt_path="last")
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+
+
+def test_changed_parameters_on_resume_are_a_tag(tmp_path):
+    fit(tmp_path / "a", 2, params={"optimizer": {"lr": 0.1}, "width": 8})
+    fit(tmp_path / "a", 4, ckpt_path="last", params={"optimizer": {"lr": 0.2}, "width": 8, "new": 1})
+    (run,) = runs()
+    assert run.data.params == {"optimizer.lr": "0.1", "width": "8", "new": "1"}
+    assert run.data.tags["changed_params"] == "optimizer.lr: 0.1 -> 0.2"
+
+
+def test_validate_adds_to_the_run_and_leaves_its_status(tmp_path):
+    class Validated(Toy):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", 1.5)
+
+    fit(tmp_path / "a", 2)
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = runs()
+    client.update_run(run.info.run_id, status="RUNNING")  # say another process still trains
+    logger = MLflowLogger(tmp_path / "a", experiment_name="test")
+    trainer = pl.Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False)
+    loader = DataLoader(torch.randn(4, 2))
+    trainer.validate(Validated(), loader, ckpt_path=str(tmp_path / "a" / "checkpoints" / "last.ckpt"), verbose=False)
+    (run,) = runs()
+    assert run.data.metrics["val/loss"] == 1.5 and run.info.status == "RUNNING"
+
+
+def test_images_text_and_data_sets(tmp_path):
+    logger = MLflowLogger(tmp_path / "a", experiment_name="test")
+    logger.log_image("samples", torch.zeros(4, 3, 8, 8), step=3)
+    logger.log_image("samples/one", torch.zeros(3, 8, 8), step=3)
+    logger.log_text("hf_token: abc\n", "notes.txt")
+    for _ in range(2):  # a resume logs it again
+        logger.log_dataset("shapes", "synthetic://shapes", "Apache-2.0", "0123abcd")
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.log_metrics({"a": 2.0, "nan": float("nan")}, step=0)
+    logger.finalize("success")
+    client = logger.experiment
+    (run,) = runs()
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"images", "notes.txt"} <= names
+    assert len(client.list_artifacts(run.info.run_id, "images")) == 4  # PNG and preview of each
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "shapes" and {t.key: t.value for t in data.tags}["licence"] == "Apache-2.0"
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "a")] == [1.0, 2.0]
+    # artifacts lie beside the database, and nothing lands in the working folder
+    assert (tmp_path / "mlartifacts" / "test" / run.info.run_id / "artifacts" / "notes.txt").read_text() == "hf_token: ***\n"
+    assert not Path("mlruns").exists() and not Path("mlflow.db").exists()
+
+
+def test_a_dead_store_costs_metrics_not_training(tmp_path, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    def fail(*args, **kwargs):
+        raise MlflowException("the server is gone")
+
+    logger = MLflowLogger(tmp_path / "a", experiment_name="test")
+    assert logger.run_id
+    monkeypatch.setattr(logger.experiment, "log_batch", fail)
+    with pytest.warns(UserWarning, match="the server is gone"):
+        logger.log_metrics({"a": 1.0}, step=0)
+
+
+def test_system_metrics(tmp_path):
+    class Wait(pl.Callback):
+        def on_train_end(self, *args):
+            import time
+
+            time.sleep(1.0)
+
+    fit(tmp_path / "a", 2, callbacks=[Wait(), MLflowSystemMetrics(interval=0.2, samples=1)])
+    (run,) = runs()
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+
+
+def test_construction_touches_no_store(tmp_path, empty_store):
+    database = tmp_path / "new" / "store.db"
+    logger = MLflowLogger(tmp_path / "a", tracking_uri=f"sqlite:///{database}")
+    assert logger.save_dir == str(tmp_path / "a") and not database.parent.exists()
+    assert logger.experiment is not None and database.exists()
+
+
+SCRIPT = """
+import sys, torch, lightning.pytorch as pl
+from lightning_modules.mlflow_logger import MLflowLogger
+class Toy(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean()
+        self.log("train/loss", loss, sync_dist=True)
+        return loss
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+folder, devices = sys.argv[1], int(sys.argv[2])
+logger = MLflowLogger(folder, experiment_name="test")
+trainer = pl.Trainer(max_steps=2, logger=logger, accelerator="cpu", devices=devices, log_every_n_steps=1,
+                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                     strategy="ddp" if devices > 1 else "auto")
+trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=2))
+"""
+
+
+def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, str(script), str(tmp_path / name), str(devices)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_a_fresh_store(tmp_path):
+    process = start(tmp_path, "a", devices=2)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and "train/loss" in run.data.metrics
+
+
+@pytest.mark.slow
+def test_two_jobs_on_a_fresh_store(tmp_path):
+    processes = [start(tmp_path, name, devices=1) for name in "ab"]
+    for process in processes:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+    assert {run.info.run_name for run in runs()} == {"a", "b"}
+
+
+def test_flatten_config():
+    config = {
+        "model": {
+            "class_path": "x.TextToImage",
+            "init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "size": [1, 2]},
+        },
+        "trainer": {
+            "callbacks": [
+                {"class_path": "y.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "y.Twice", "init_args": {}},
+                {"class_path": "z.Twice"},
+            ]
+        },
+        "hub": {"hf_token": "abc", "token": None, "pad_token": "<pad>", "tokens": 16},
+        "uri": "http://me:pw@host:5000",
+        "none": None,
+    }
+    assert flatten_config(config) == {
+        "model": "x.TextToImage",
+        "model.optimizer": "torch.optim.AdamW",
+        "model.optimizer.lr": 1e-3,
+        "model.size": [1, 2],
+        "trainer.callbacks.EMA": "y.EMA",
+        "trainer.callbacks.EMA.decay": 0.9,
+        "trainer.callbacks.Twice_1": "y.Twice",
+        "trainer.callbacks.Twice_2": "z.Twice",
+        "hub.hf_token": "***",
+        "hub.token": None,
+        "hub.pad_token": "<pad>",
+        "hub.tokens": 16,
+        "uri": "http://***@host:5000",
+        "none": None,
+    }
+
+
+def test_mask_secrets():
+    text = "a:\n  hf_token: abc\n  - password: 'x y'\n  pad_token: <pad>\n  token: null\n  prompt: a secret garden\n"
+    masked = "a:\n  hf_token: ***\n  - password: ***\n  pad_token: <pad>\n  token: null\n  prompt: a secret garden\n"
+    assert mask_secrets(text) == masked
+    assert mask_secrets("emmdit fit --model.api_key=k --hf_token t --x 1") == (
+        "emmdit fit --model.api_key=*** --hf_token *** --x 1"
+    )
+    assert mask_secrets("postgresql://u:p@h/db") == "postgresql://***@h/db"
+
+
+def test_image_grid():
+    images = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
+    grid = image_grid(images, padding=1)
+    assert grid.size == (2 * 7 + 1, 2 * 5 + 1)
+    assert grid.getpixel((0, 0)) == (255, 255, 255) and grid.getpixel((1, 1)) == (0, 0, 0)
+    assert grid.getpixel((8, 1)) == (128, 128, 128)

@@ -1,0 +1,131 @@
+"""Paths: conversions invert each other, and EpsilonDDPM is diffusers' DDPM."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emmdit.flow import EpsilonDDPM, RectifiedFlow, flow_loss
+
+PATHS = [
+    RectifiedFlow(),
+    EpsilonDDPM(),
+    EpsilonDDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+]
+
+
+def triple(seed, t, dtype=torch.float64):
+    x0, noise = torch.randn(2, len(t), 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return x0, noise, torch.tensor(t, dtype=dtype)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "scaled"])
+@settings(max_examples=40, deadline=None)
+@given(t=st.lists(st.floats(0, 1000), min_size=1, max_size=5), seed=st.integers(0, 2**31))
+def test_conversions_invert_each_other(path, t, seed):
+    x0, noise, t = triple(seed, t)
+    x_t = path.interpolate(x0, noise, t)
+    target = path.target(x0, noise, t)
+    torch.testing.assert_close(path.to_x0(x_t, target, t), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(path.to_noise(x_t, target, t), noise, rtol=1e-9, atol=1e-9)
+
+    prediction = torch.randn_like(x0)  # any prediction splits x_t into its own x0 and noise
+    x0, noise = path.to_x0(x_t, prediction, t), path.to_noise(x_t, prediction, t)
+    torch.testing.assert_close(path.interpolate(x0, noise, t), x_t, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(path.target(x0, noise, t), prediction, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "scaled"])
+def test_scalar_and_batched_t_agree_and_float32_is_enough(path):
+    x0, noise, _ = triple(0, [0.0] * 3, torch.float32)
+    for t in (0.0, 1.0, 500.5, 999.0, 1000.0):
+        x_t = path.interpolate(x0, noise, torch.tensor(t))
+        assert torch.equal(x_t, path.interpolate(x0, noise, torch.full((3,), t)))
+        back = path.to_x0(x_t, path.target(x0, noise, torch.tensor(t)), torch.tensor(t))
+        assert back.isfinite().all()
+        torch.testing.assert_close(back, x0, rtol=0, atol=2e-4)  # 1e-7 / alpha where alpha is smallest
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "scaled"])
+def test_bfloat16_is_computed_in_float32(path):
+    x0, noise, t = triple(0, [300.0, 700.0], torch.bfloat16)
+    x_t = path.interpolate(x0, noise, t)
+    assert x_t.dtype == path.target(x0, noise, t).dtype == torch.float32
+    for time in (t, t[0]):
+        assert path.to_x0(x_t.bfloat16(), noise, time).dtype == torch.float32
+        assert path.to_noise(x_t.bfloat16(), noise, time).dtype == torch.float32
+
+
+def test_rectified_flow_by_hand():
+    path = RectifiedFlow()
+    x0, noise, t = torch.tensor([[2.0], [2.0]]), torch.tensor([[-1.0], [-1.0]]), torch.tensor([250.0, 1000.0])
+    torch.testing.assert_close(path.interpolate(x0, noise, t), torch.tensor([[1.25], [-1.0]]))
+    torch.testing.assert_close(path.target(x0, noise, t), torch.tensor([[-3.0], [-3.0]]))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_ddpm_is_diffusers_ddpm_on_the_integers(schedule):
+    from diffusers import DDPMScheduler
+
+    path = EpsilonDDPM(beta_schedule=schedule)
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule=schedule)
+    t = torch.arange(1000)
+    alpha, sigma = path.alpha_sigma(t)
+    torch.testing.assert_close(alpha, scheduler.alphas_cumprod.sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(sigma, (1 - scheduler.alphas_cumprod).sqrt(), rtol=5e-4, atol=0)
+    x0, noise, t = triple(0, [0.0, 17.0, 999.0], torch.float32)
+    torch.testing.assert_close(
+        path.interpolate(x0, noise, t), scheduler.add_noise(x0, noise, t.long()), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_ddpm_between_and_beyond_the_integers():
+    path = EpsilonDDPM()
+    alpha, sigma = path.alpha_sigma(torch.tensor([999.0, 1000.0, 10.0, 10.5, 11.0], dtype=torch.float64))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
+    assert alpha[0] == alpha[1]
+    torch.testing.assert_close(alpha[3], (alpha[2] * alpha[4]).sqrt())
+    # 0.0001 is the first beta: sigma at t = 0 keeps its digits in float32
+    assert path.alpha_sigma(torch.tensor(0.0))[1].item() == pytest.approx(0.01, rel=1e-6)
+
+
+def test_ddpm_with_another_number_of_steps_keeps_the_scale():
+    short = EpsilonDDPM(num_train_timesteps=100, beta_start=0.001, beta_end=0.2)
+    by_hand = torch.cumprod(1 - torch.linspace(0.001, 0.2, 100, dtype=torch.float64), 0).sqrt()
+    torch.testing.assert_close(
+        short.alpha_sigma(torch.tensor([0.0, 500.0, 990.0]).double())[0], by_hand[[0, 50, 99]]
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"beta_start": 0.0},
+        {"beta_start": 0.1},
+        {"beta_end": 1.0},
+        {"beta_schedule": "cosine"},
+        {"num_train_timesteps": 1},
+    ],
+)
+def test_ddpm_refuses_nonsense(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        EpsilonDDPM(**arguments)
+
+
+def test_t_must_fit_the_batch():
+    with pytest.raises(ValueError, match="one timestep for each of the 3 samples"):
+        RectifiedFlow().interpolate(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2))
+
+
+def test_flow_loss():
+    prediction, target = (
+        torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]),
+        torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]]),
+    )
+    torch.testing.assert_close(flow_loss(prediction, target), torch.tensor([5.0, 2.0]))
+    torch.testing.assert_close(
+        flow_loss(prediction, target, torch.tensor([0.0, 3.0])), torch.tensor([0.0, 6.0])
+    )
+    assert flow_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
+    with pytest.raises(ValueError, match="one shape"):
+        flow_loss(prediction, target[:1])

@@ -1,0 +1,188 @@
+"""The shapes world's text encoder: interface, determinism, and linear probes of what its features hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emmdit.data.shapes import FIXED_PROMPTS, TASKS, ShapesWorld
+from emmdit.encoders.base import TextConditioner
+from emmdit.encoders.shapes_text import ShapesText, shapes_text_model, shapes_tokenizer
+
+WORLD = ShapesWorld()
+
+
+@pytest.fixture(scope="module")
+def text() -> ShapesText:
+    return ShapesText(WORLD, with_mask=True)
+
+
+def test_interface(text):
+    condition = text(list(FIXED_PROMPTS))
+    hidden, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
+    assert isinstance(text, TextConditioner)
+    assert hidden.shape == (16, text.max_length, text.caption_channels) == (16, 16, 64)
+    assert hidden.dtype == torch.float32 and not hidden.requires_grad
+    assert mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [len(p.split()) + 1 for p in FIXED_PROMPTS]  # <bos> too
+    assert not (~mask[:, :-1] & mask[:, 1:]).any()  # padding is at the right
+    assert set(ShapesText(WORLD)(["a photo of a star"])) == {"encoder_hidden_states"}
+    assert text.components()["text_encoder"] is text.model
+
+
+def test_tokenizer_is_one_token_a_word_and_pads_right():
+    tokenizer = shapes_tokenizer(WORLD)
+    assert tokenizer.padding_side == "right" and tokenizer.pad_token_id != tokenizer.bos_token_id
+    ids = tokenizer("A photo of a RED circle")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", "a", "photo", "of", "a", "red", "circle"]
+    longest = max(len(tokenizer(s.caption)["input_ids"]) for task in TASKS for s in WORLD.specs(task))
+    assert longest == 11
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
+def test_null_is_the_empty_prompt(text):
+    null = text.null(3)
+    assert null["encoder_hidden_states"].shape == (3, 16, 64)
+    assert torch.equal(null["encoder_hidden_states"][2], text([""])["encoder_hidden_states"][0])
+    assert null["encoder_attention_mask"].sum(1).tolist() == [1, 1, 1]
+    assert torch.isfinite(null["encoder_hidden_states"]).all()
+
+
+def test_weights_are_the_same_each_time_and_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a = shapes_text_model(WORLD)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    b, c = shapes_text_model(WORLD), shapes_text_model(WORLD, seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embed_tokens.weight, c.embed_tokens.weight)
+    assert not a.training and not any(p.requires_grad for p in a.parameters())
+
+
+def test_features_do_not_depend_on_batch_or_cache():
+    prompts = list(FIXED_PROMPTS)
+    together = ShapesText(WORLD)(prompts)["encoder_hidden_states"]
+    small = ShapesText(WORLD, cache_size=2)
+    alone = torch.cat([small([p])["encoder_hidden_states"] for p in reversed(prompts)]).flip(0)
+    assert torch.equal(together, alone)
+    assert len(small._cache) == 2
+    assert torch.equal(small(prompts[:1])["encoder_hidden_states"][0], together[0])
+    assert torch.equal(ShapesText(WORLD, cache_size=0)(prompts)["encoder_hidden_states"], together)
+
+
+def test_cached_features_can_not_be_spoilt_by_the_caller():
+    text = ShapesText(WORLD)
+    first = text(["a photo of a star"])["encoder_hidden_states"]
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(text(["a photo of a star"])["encoder_hidden_states"], kept)
+
+
+def test_unknown_words_are_named_with_the_vocabulary(text):
+    with pytest.raises(
+        ValueError, match=r"'pink', 'dog' \(in 'a photo of a pink dog'\).*circle, square"
+    ) as e:
+        text(["a photo of a star", "a photo of a pink dog"])
+    assert all(word in str(e.value) for word in WORLD.vocabulary()) and "<pad>" not in str(e.value)
+    with pytest.raises(ValueError, match="<unk>"):
+        text(["<unk>"])
+
+
+def test_long_captions_and_bare_strings_are_refused(text):
+    with pytest.raises(ValueError, match="takes 16"):
+        text(["a photo of " + "a red circle and " * 5 + "a star"])
+    with pytest.raises(ValueError, match="list of strings"):
+        text("a photo of a star")
+
+
+def test_save_and_load(text, tmp_path):
+    text.save_pretrained(tmp_path / "one")
+    loaded = ShapesText.from_pretrained(tmp_path / "one", with_mask=True)
+    a, b = text(list(FIXED_PROMPTS)), loaded(list(FIXED_PROMPTS))
+    assert all(torch.equal(a[k], b[k]) for k in ("encoder_hidden_states", "encoder_attention_mask"))
+    assert loaded.max_length == 16
+    text.model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    split = ShapesText.from_pretrained(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert torch.equal(
+        split(["a photo of a star"])["encoder_hidden_states"][0], a["encoder_hidden_states"][1]
+    )
+
+
+def test_to_clears_the_cache():
+    text = ShapesText(WORLD)
+    text(["a photo of a star"])
+    assert text.to(dtype="bfloat16")(["a photo of a star"])["encoder_hidden_states"].dtype == torch.bfloat16
+    assert text.dtype == torch.bfloat16 and text.null(1)["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+# What the features hold. The probes are ridge regressions on one-hot targets, scored on captions left out.
+
+
+def probe(features: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor) -> float:
+    mean, std = features[train].mean(0), features[train].std(0) + 1e-3
+    x = torch.nn.functional.pad((features - mean) / std, (0, 1), value=1.0).double()
+    y = torch.nn.functional.one_hot(labels).double()
+    gram = x[train].T @ x[train] + 0.1 * torch.eye(x.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, x[train].T @ y[train])
+    return (((x[test] @ weights).argmax(1)) == labels[test]).double().mean().item()
+
+
+def split(n: int, share: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[: int(share * n)], order[int(share * n) :]
+
+
+@pytest.mark.parametrize("which", ["noun", "adjective"])
+def test_the_feature_at_a_noun_tells_noun_and_adjective(text, which):
+    specs = [s for task in ("colors", "color_attr") for s in WORLD.specs(task)]
+    hidden = text([s.caption for s in specs])["encoder_hidden_states"]
+    # <bos> a photo of a COLOR NOUN and a COLOR NOUN
+    rows, labels, caption = [], [], []
+    for i, spec in enumerate(specs):
+        for place, (shape, color) in zip((6, 10), spec.objects, strict=False):
+            rows.append(hidden[i, place])
+            labels.append(WORLD.shapes.index(shape) if which == "noun" else WORLD.colors.index(color))
+            caption.append(i)
+    train, test = split(len(specs))
+    owner = torch.tensor(caption)
+    in_train = torch.isin(owner, train)
+    accuracy = probe(
+        torch.stack(rows), torch.tensor(labels), in_train.nonzero()[:, 0], (~in_train).nonzero()[:, 0]
+    )
+    assert accuracy >= 0.97
+
+
+@pytest.mark.parametrize("place", ["sequence", "last word"])
+@pytest.mark.parametrize("what", ["first", "second", "relation"])
+def test_order_of_the_nouns_and_their_relation_can_be_read(text, what, place):
+    specs = WORLD.specs("position")
+    hidden = text([s.caption for s in specs])["encoder_hidden_states"]
+    if place == "sequence":
+        features = hidden.flatten(1)
+    else:
+        length = torch.tensor([len(s.caption.split()) for s in specs])
+        features = hidden[torch.arange(len(specs)), length]
+    names = {
+        "first": [s.objects[0][0] for s in specs],
+        "second": [s.objects[1][0] for s in specs],
+        "relation": [s.relation for s in specs],
+    }[what]
+    classes = sorted(set(names))
+    labels = torch.tensor([classes.index(name) for name in names])
+    assert probe(features, labels, *split(len(specs))) >= (0.95 if place == "sequence" else 0.85)
+
+
+def test_features_have_about_unit_scale(text):
+    captions = [s.caption for task in TASKS for s in WORLD.specs(task)]
+    hidden = text(captions)["encoder_hidden_states"]
+    assert torch.allclose(hidden.square().mean(dim=(0, 1)), torch.ones(64), atol=0.02)
+    std = hidden.std(dim=(0, 1))
+    assert std.median() > 0.7 and std.max() < 1.1 and hidden.abs().max() < 8
+
+
+def test_captions_differ_also_at_the_padding(text):
+    a, b = text(["a photo of a red circle", "a photo of a blue circle"])["encoder_hidden_states"]
+    assert torch.allclose(a[:5], b[:5], atol=1e-5)  # causal: the same words before
+    assert ((a[5:] - b[5:]).abs().amax(1) > 0.05).all()

@@ -1,0 +1,363 @@
+"""The shapes world: determinism, GenEval's templates and metadata, a reader that tells near misses apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from emmdit.data import FIXED_PROMPTS, ShapesDataset, ShapesWorld
+from emmdit.data.shapes import (
+    GROUND,
+    PALETTE,
+    SHAPES,
+    TASKS,
+    Scene,
+    contents_match,
+    read_scene,
+    render_scene,
+    unknown_words,
+)
+from emmdit.data.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
+
+WORLD = ShapesWorld()
+DIGEST = "70b50c14ee9d15596a4f13a3c152c908aa55ade045aa62d320b50177ee739c0d"
+
+
+def scenes(count: int, seed: int = 0, world: ShapesWorld = WORLD) -> list[Scene]:
+    return [world.sample(seed, i) for i in range(count)]
+
+
+def digest() -> str:
+    h = hashlib.sha256()
+    for scene in scenes(50, seed=3):
+        h.update(render_scene(scene).tobytes())
+        h.update(scene.caption.encode())
+    return h.hexdigest()
+
+
+# Determinism
+
+
+def test_scenes_and_renders_keep_their_bytes():
+    assert digest() == DIGEST
+    assert digest() == DIGEST
+
+
+def test_renders_do_not_depend_on_the_process():
+    code = "import sys; sys.path.insert(0, 'tests'); from test_shapes_world import digest; print(digest())"
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment, check=True
+    )
+    assert out.stdout.strip() == DIGEST
+
+
+def test_sample_ignores_the_order_of_calls_and_the_global_generator():
+    np.random.seed(1)
+    backwards = [WORLD.sample(7, i) for i in reversed(range(20))][::-1]
+    np.random.seed(2)
+    assert backwards == scenes(20, seed=7)
+    assert scenes(20, seed=8) != backwards
+
+
+# Captions, geometry and metadata
+
+
+def parse(caption: str) -> dict:
+    """GenEval metadata from the caption alone, written independently of the world."""
+    body = caption.removeprefix("a photo of ")
+    assert body != caption
+    if number := re.fullmatch(r"(two|three|four) (\w+)", body):
+        n, plural = {"two": 2, "three": 3, "four": 4}[number[1]], number[2]
+        noun = next(s for s in SHAPES if plural == s + ("es" if s[-1] == "s" else "s"))
+        return {
+            "tag": "counting",
+            "include": [{"class": noun, "count": n}],
+            "exclude": [{"class": noun, "count": n + 1}],
+            "prompt": caption,
+        }
+    first, relation, second = re.fullmatch(
+        r"an? (.+?)(?: (and|left of|right of|above|below) an? (.+))?", body
+    ).groups()  # fmt: skip
+
+    def clause(phrase: str) -> dict:
+        *color, noun = phrase.split()
+        assert noun in SHAPES and len(color) <= 1
+        return {"class": noun, "count": 1} | ({"color": color[0]} if color else {})
+
+    clauses = [clause(p) for p in (first, second) if p]
+    if relation in (None, "and"):
+        colored = "color" in clauses[0]
+        tag = {
+            (1, False): "single_object",
+            (2, False): "two_object",
+            (1, True): "colors",
+            (2, True): "color_attr",
+        }[len(clauses), colored]
+    else:
+        tag = "position"
+        clauses = [clauses[1], clauses[0] | {"position": [relation, 0]}]
+    return {"tag": tag, "include": clauses, "prompt": caption}
+
+
+def relations(a: tuple, b: tuple) -> set[str]:
+    """GenEval's position rule for boxes (x1, y1, x2, y2): a relative to b."""
+    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    sizes = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
+    length = np.hypot(*offset)
+    x, y = (np.sign(o) * max(abs(o) - 0.1 * s, 0) / length for o, s in zip(offset, sizes, strict=True))
+    rules = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, holds in rules.items() if holds}
+
+
+def test_all_tasks_appear_about_equally_often():
+    counts = Counter(s.task for s in scenes(1200))
+    assert set(counts) == set(TASKS)
+    assert min(counts.values()) > 140 and max(counts.values()) < 260
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_metadata_and_objects_agree_with_the_caption(seed: int):
+    for scene in scenes(600, seed):
+        metadata = scene.metadata
+        # json text, so that the order of the keys counts too
+        assert json.dumps(metadata) == json.dumps(parse(scene.caption))
+        assert list(metadata) == ["tag", "include"] + ["exclude"] * (scene.task == "counting") + ["prompt"]
+        wanted = Counter({c["class"]: c["count"] for c in metadata["include"]})
+        assert Counter(o.shape for o in scene.objects) == wanted
+        for clause in metadata["include"]:
+            for o in scene.objects:
+                if o.shape == clause["class"] and "color" in clause:
+                    assert o.color == clause["color"]
+        if scene.task == "color_attr":
+            assert len({o.color for o in scene.objects}) == len({o.shape for o in scene.objects}) == 2
+        if scene.task == "position":
+            asked = metadata["include"][1]["position"][0]
+            assert relations(scene.objects[0].box, scene.objects[1].box) == {asked}
+
+
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_objects_keep_margin_and_gap(size: int):
+    scale, eps = size / 32, 1e-9
+    for scene in scenes(500, seed=2, world=ShapesWorld(image_size=size)):
+        boxes = [o.box for o in scene.objects]
+        for box in boxes:
+            assert min(box[:2]) >= scale - eps and max(box[2:]) <= size - scale + eps
+        for i, a in enumerate(boxes):
+            for b in boxes[:i]:
+                gaps = [max(a[k] - b[k + 2], b[k] - a[k + 2]) for k in (0, 1)]
+                assert max(gaps) >= 2 * scale - eps
+
+
+def test_uncolored_objects_have_independent_colors():
+    pairs = Counter(tuple(o.color for o in s.objects) for s in scenes(3000) if s.task == "two_object")
+    assert len(pairs) == len(PALETTE) ** 2
+
+
+def test_metadata_is_a_fresh_object_each_time():
+    scene = WORLD.sample(0, 0)
+    scene.metadata["include"].clear()
+    assert scene.metadata["include"]
+
+
+def test_prompts_are_different_and_in_geneval_order():
+    lines = WORLD.prompts(20, seed=1)
+    texts = [line["prompt"] for line in lines]
+    assert len(set(texts)) == len(texts)
+    assert Counter(line["tag"] for line in lines) == {
+        "single_object": 4, "two_object": 12, "counting": 12, "colors": 20, "position": 20, "color_attr": 20
+    }  # fmt: skip
+    tags = [line["tag"] for line in lines]
+    assert tags == sorted(tags, key=TASKS.index)
+    assert all(line == parse(line["prompt"]) for line in lines)
+    assert lines == WORLD.prompts(20, seed=1) != WORLD.prompts(20, seed=2)
+    assert not any(unknown_words(text) for text in texts)
+
+
+def test_fixed_prompts_cover_the_tasks_with_known_words():
+    assert len(FIXED_PROMPTS) == 16 == len(set(FIXED_PROMPTS))
+    assert {parse(prompt)["tag"] for prompt in FIXED_PROMPTS} == set(TASKS)
+    specs = {spec.caption for task in TASKS for spec in WORLD.specs(task)}
+    assert set(FIXED_PROMPTS) <= specs
+
+
+def test_unknown_words_are_listed_once_in_order():
+    assert unknown_words("a photo of a pink Circle above a pink dog") == ["pink", "dog"]
+    assert unknown_words("") == []
+
+
+def test_plurals_and_numbers_are_genevals():
+    captions = {spec.caption for spec in WORLD.specs("counting")}
+    assert {"a photo of four crosses", "a photo of two squares", "a photo of three circles"} <= captions
+
+
+def test_smaller_worlds_and_task_weights():
+    world = ShapesWorld(shapes=["circle", "star"], colors=["red", "blue"], task_weights=[0, 0, 1, 0, 0, 0])
+    assert {s.task for s in scenes(50, world=world)} == {"counting"}
+    assert {o.shape for s in scenes(50, world=world) for o in s.objects} == {"circle", "star"}
+    hash(world)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shapes": ("circle", "hexagon")},
+        {"colors": ("red",)},
+        {"task_weights": (1, 1)},
+        {"task_weights": (0,) * 6},
+        {"image_size": 16},
+    ],
+)
+def test_impossible_worlds_are_refused(wrong: dict):
+    with pytest.raises(ValueError, match="ShapesWorld"):
+        ShapesWorld(**wrong)
+
+
+# Renderer
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outline_fills_its_box_and_has_the_stated_area(shape: str):
+    grid = np.arange(240) + 0.5
+    mask = coverage(shape, 120.0, 120.0, 200.0, grid, grid)
+    ys, xs = np.nonzero(mask > 0.5)
+    assert (xs.min(), xs.max() + 1, ys.max() + 1) == pytest.approx((20, 220, 220), abs=1.01)
+    assert ys.min() == pytest.approx(20, abs=3)  # the star's tip is thinner than a pixel
+    assert mask.sum() / 200**2 == pytest.approx(UNIT_AREA[shape], abs=1e-3)
+    centroid = (mask.sum(0) @ grid / mask.sum(), mask.sum(1) @ grid / mask.sum())
+    assert (np.array(centroid) - 120) / 200 == pytest.approx(UNIT_CENTROID[shape], abs=1e-3)
+
+
+def test_ground_is_plain_and_colors_are_the_palettes():
+    for scene in scenes(30, seed=4):
+        image = render_scene(scene)
+        assert image.dtype == np.uint8 and image.shape == (32, 32, 3)
+        colors, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+        assert tuple(colors[counts.argmax()]) == GROUND
+        for o in scene.objects:
+            assert tuple(image[int(o.cy), int(o.cx)]) == PALETTE[o.color]
+
+
+# Data set
+
+
+def test_dataset_items():
+    data = ShapesDataset(seed=3, length=10)
+    item = data[4]
+    assert len(data) == 10 and set(item) == {"image", "caption", "sample_id"}
+    assert item["image"].shape == (3, 32, 32) and item["image"].dtype == torch.float32
+    assert -1 <= item["image"].min() < item["image"].max() <= 1
+    assert item["sample_id"].dtype == torch.int64 and item["sample_id"].item() == 4
+    assert item["caption"] == data.metadata(4)["prompt"] == WORLD.sample(3, 4).caption
+    back = ((item["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(back, render_scene(data.scene(4)))
+    with pytest.raises(IndexError, match="10"):
+        data[10]
+
+
+def test_workers_read_the_same_samples():
+    data = ShapesDataset(seed=3, length=8)
+    batches = [next(iter(torch.utils.data.DataLoader(data, 8, num_workers=n))) for n in (0, 2)]
+    assert torch.equal(batches[0]["image"], batches[1]["image"])
+    assert batches[0]["caption"] == batches[1]["caption"]
+    assert batches[0]["sample_id"].tolist() == list(range(8))
+
+
+# Reader
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[tuple[Scene, np.ndarray]]:
+    return [(s, render_scene(s)) for s in scenes(600, seed=11)]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+def test_reader_confirms_ground_truth(pictures, threshold: float):
+    right = [contents_match(scene, read_scene(image), threshold) for scene, image in pictures]
+    assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("blur", "noise", "least"), [(0.5, 0, 0.99), (0, 12, 0.99), (0.5, 8, 0.98), (0.7, 8, 0.93)]
+)
+def test_reader_bears_mild_blur_and_noise(pictures, blur: float, noise: float, least: float):
+    rng = np.random.default_rng(0)
+    right = []
+    for scene, image in pictures[:300]:
+        rough = ndimage.gaussian_filter(image.astype(float), (blur, blur, 0)) if blur else image.astype(float)
+        rough = np.clip(rough + noise * rng.normal(size=rough.shape), 0, 255).round().astype(np.uint8)
+        right.append(contents_match(scene, read_scene(rough)))
+    assert np.mean(right) >= least
+
+
+def test_near_misses_are_told_apart(pictures):
+    """One wrong shape, color, object or place in the picture, and the scene is no longer confirmed."""
+    for scene, _ in pictures[:150]:
+        first, rest = scene.objects[0], scene.objects[1:]
+        other_shape = next(s for s in SHAPES if s != first.shape)
+        other_color = next(c for c in PALETTE if c != first.color)
+        changes = [
+            (replace(first, shape=other_shape), *rest),
+            (replace(first, color=other_color), *rest),
+            rest,
+            (replace(first, cx=scene.image_size - first.cx), *rest)
+            if not rest and abs(first.cx - 16) > 2
+            else None,
+        ]
+        for objects in filter(lambda o: o is not None, changes):
+            picture = render_scene(replace(scene, objects=objects))
+            assert not contents_match(scene, read_scene(picture)), scene.caption
+
+
+def test_swapped_places_are_told_apart(pictures):
+    for scene, _ in pictures:
+        if scene.task == "position":
+            a, b = scene.objects
+            swapped = (
+                replace(a, cx=b.cx, cy=b.cy, size=b.size),
+                replace(b, cx=a.cx, cy=a.cy, size=a.size),
+            )
+            found = read_scene(render_scene(replace(scene, objects=swapped)))
+            boxes = {f.shape: f.box for f in found}
+            asked = scene.metadata["include"][1]["position"][0]
+            assert asked not in relations(boxes[a.shape], boxes[b.shape])
+            assert relations(boxes[b.shape], boxes[a.shape]) == {asked}
+
+
+def test_found_objects_carry_box_mask_and_score(pictures):
+    for scene, image in pictures[:50]:
+        for f in read_scene(image):
+            ys, xs = np.nonzero(f.mask)
+            assert f.mask.shape == image.shape[:2] and 0 <= f.score <= 1
+            assert f.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            nearest = min(scene.objects, key=lambda o: abs(o.cx - xs.mean()) + abs(o.cy - ys.mean()))
+            assert np.abs(np.subtract(f.box, nearest.box)).max() < 2.5
+
+
+def test_empty_pictures_specks_and_blobs():
+    image = np.empty((32, 32, 3), np.uint8)
+    image[:] = GROUND
+    assert read_scene(image) == []
+    image[3:6, 3:6] = PALETTE["red"]
+    assert read_scene(image) == []
+    image[10:13, 2:30] = PALETTE["blue"]  # a bar is no shape of this world
+    assert [f.score for f in read_scene(image)] == [pytest.approx(0, abs=0.05)]
+
+
+def test_reader_refuses_other_arrays():
+    with pytest.raises(ValueError, match="uint8"):
+        read_scene(np.zeros((32, 32, 3), np.float32))
+    with pytest.raises(ValueError, match="uint8"):
+        read_scene(np.zeros((3, 32, 32), np.uint8))
