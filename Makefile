@@ -12,6 +12,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 WORKERS ?= 2
 # `make test ARGS="-k sampler"`
 ARGS ?=
+UPGRADE ?= nothing
 
 # Prints the first interpreter in range that can make an environment. `make setup PYTHON=/path/to/python3.12` names one.
 FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
@@ -51,10 +52,12 @@ format: $(STAMP)  ## Sort imports, mend what ruff can, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Present pins are kept; UPGRADE is a pattern of names to let go: make lock UPGRADE='torch|torchvision', UPGRADE='.*' for all.
 # What torch brings for its platform (CUDA, ROCm, Triton) stays unpinned: torch's own metadata pins it, differently per platform.
-lock:  ## Resolve pyproject.toml afresh and write every pin to requirements.txt
+lock:  ## Resolve pyproject.toml and write every pin to requirements.txt (UPGRADE=pattern lets pins go)
 	@python=$$($(FIND_PYTHON)) || exit 1; "$$python" -m venv --clear .venv-lock
-	.venv-lock/bin/python $(PIP_INSTALL) -e '.[dev]'
+	sed -E '/^($(UPGRADE))==/d' requirements.txt > .venv-lock/constraints.txt
+	.venv-lock/bin/python $(PIP_INSTALL) -c .venv-lock/constraints.txt -e '.[dev]'
 	{ echo "# The tested set, resolved from pyproject.toml by \`make lock\`; do not edit by hand."; \
 	  .venv-lock/bin/python -m pip freeze --all --exclude-editable \
 	  | sed -E '/^(pip|wheel|nvidia-|cuda-|(pytorch-)?triton|rocm|amd-)/d; s/\+[a-z0-9.]+$$//'; } > .venv-lock/requirements.txt

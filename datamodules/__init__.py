@@ -1,6 +1,7 @@
 """One LightningDataModule per kind of source."""
 
 from datamodules.base import TextImageDataModule
+from datamodules.hub import HubDataModule
 from datamodules.shapes import ShapesDataModule
 
-__all__ = ["ShapesDataModule", "TextImageDataModule"]
+__all__ = ["HubDataModule", "ShapesDataModule", "TextImageDataModule"]

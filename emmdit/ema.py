@@ -19,8 +19,9 @@ def ema_decay(step: int, decay: float, warmup: bool = True) -> float:
 def ema_update(ema_params: Sequence[torch.Tensor], params: Sequence[torch.Tensor], decay: float) -> None:
     """In place: ema <- decay * ema + (1 - decay) * param, for lists of tensors of equal shapes.
 
-    Computed in the dtype of `ema_params`, which should be float32: in bfloat16 a step of 1 - 0.9999 is lost in rounding.
-    Sharded tensors (DTensor) are averaged shard by shard, without communication; both lists must be sharded alike.
+    Computed in the dtype of `ema_params`, which should be float32: in bfloat16 a step of 1 - 0.9999 is lost
+    in rounding. Sharded tensors (DTensor) are averaged shard by shard, without communication; both lists must
+    be sharded alike.
     """
     ema_params, params = local_tensors(ema_params), local_tensors(params)
     if len(ema_params) != len(params):
@@ -36,5 +37,5 @@ def ema_update(ema_params: Sequence[torch.Tensor], params: Sequence[torch.Tensor
 
 
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The data itself: this rank's shard of a DTensor, a plain tensor as it is. Writing to them writes to the originals."""
+    """The data itself: this rank's shard of a DTensor, a plain tensor as it is; not copies."""
     return [t._local_tensor if hasattr(t, "_local_tensor") else t.detach() for t in tensors]

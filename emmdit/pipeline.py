@@ -7,8 +7,10 @@ licensed ones (Llama, DC-AE) are named, not copied, unless `include_encoders` wa
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from pathlib import Path as FilePath
+from typing import Any, Self, TypeVar
 
+import huggingface_hub
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -18,12 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from emmdit.encoders import ImageCodec, TextConditioner
-from emmdit.flow import Path, RectifiedFlow
+from emmdit.encoders.loading import MissingModelError, locate, one_sentence
+from emmdit.flow import Path
 from emmdit.generate import Sampling, generate
 
 DEFAULT_CODEC = {"class_path": "emmdit.encoders.DCAE"}
 DEFAULT_TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
 DEFAULT_PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # what a folder consists of: weights, configs, tokenizers
+T = TypeVar("T")
 
 
 class EMMDiTPipelineOutput(BaseOutput):
@@ -64,13 +69,45 @@ class EMMDiTPipeline(DiffusionPipeline):
         )
         self.register_to_config(**settings)
         self.sampling = Sampling(**settings["sampling"])
-        self.path: Path = build(settings["path"]) if path else RectifiedFlow()
-        self.codec: ImageCodec = build(settings["codec"])
-        self.text: TextConditioner = build(settings["text"])
-        if vae is not None:
-            self.codec.adopt(vae)
-        if text_encoder is not None:
-            self.text.adopt(text_encoder, tokenizer)
+        self.path = build(settings["path"], Path)
+        self.codec = build(settings["codec"], ImageCodec)
+        self.text = build(settings["text"], TextConditioner)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Give codec and text conditioner the pipeline's modules; again after `to(dtype)` or an exchange."""
+        if self.vae is not None and not _holds(self.codec, self.vae):
+            self.codec.adopt(self.vae)
+        if self.text_encoder is not None and not _holds(self.text, self.text_encoder):
+            self.text.adopt(self.text_encoder, self.tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | FilePath, **kwargs: Any) -> Self:
+        """From a local folder or a hub id; arguments as for every diffusers pipeline.
+
+        The classes of this package that a folder names need no `trust_remote_code`.
+
+        Raises:
+            OSError: there is no such folder or repository.
+            ValueError: the folder names a class that this version does not have.
+        """
+        source, _ = locate(str(pretrained_model_name_or_path))
+        if not FilePath(source).is_dir():
+            # diffusers' own download refuses folders that name classes of another package
+            names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
+            with one_sentence(source):
+                source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
+        if not FilePath(source, "model_index.json").is_file():
+            raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
+        for value in cls.load_config(source).values():
+            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
+                _import(value[0])  # diffusers looks classes up in modules that are imported already
+        pipeline = super().from_pretrained(source, **kwargs)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                _own_memory(component)
+        return pipeline
 
     @torch.no_grad()
     def __call__(
@@ -102,6 +139,7 @@ class EMMDiTPipeline(DiffusionPipeline):
             steps=num_inference_steps, guidance=guidance_scale, height=height, width=width, sampler=sampler
         )
         device = self.transformer.device
+        self._adopt()
         self.codec.to(device)
         self.text.to(device)
         images = generate(
@@ -118,10 +156,33 @@ class EMMDiTPipeline(DiffusionPipeline):
         return EMMDiTPipelineOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 
-def build(settings: dict[str, Any]) -> Any:
-    """Make the object that `{"class_path": ..., "init_args": ...}` names; only classes of this package."""
+def build(settings: dict[str, Any], kind: type[T]) -> T:
+    """Make the object that `{"class_path": ..., "init_args": ...}` names: a `kind` of this package, nothing else."""
     path = settings["class_path"]
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
         raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
-    return getattr(importlib.import_module(module), name)(**settings.get("init_args") or {})
+    found = getattr(_import(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
+    return found(**settings.get("init_args") or {})
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"This version of emmdit can not provide {module} ({error}).") from error
+
+
+@torch.no_grad()
+def _own_memory(module: torch.nn.Module) -> None:
+    """Copy what lies in a mapped file: its odd addresses make CPU kernels round differently, so that a saved pipeline
+    would not give the same bits, and writing to that file would change the weights."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _holds(wrapper: Any, module: torch.nn.Module) -> bool:
+    return getattr(wrapper, "loaded", True) and wrapper.model is module and wrapper.dtype == module.dtype

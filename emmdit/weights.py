@@ -3,6 +3,7 @@ folder, Nitro-E file. Tensors only: safetensors, or `torch.load(weights_only=Tru
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
         problems += [f"{len(shapes)} of another shape"] * bool(shapes)
         example = (missing + extra + shapes)[0]
         raise ValueError(
-            f"The weights in {source} do not fit this network ({', '.join(problems)} tensors, e.g. {example}): "
+            f"The weights in {source} do not fit this network (tensors: {', '.join(problems)}; e.g. {example}): "
             "use the configuration they were trained with."
         )
     network.load_state_dict({key: state[key] for key in own})
@@ -116,7 +117,9 @@ def _sharded_state(folder: Path) -> dict[str, Tensor]:
         for key, entry in metadata.items()
         if key.startswith(prefix) and hasattr(entry, "properties")
     }
-    load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
+        load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 
@@ -136,4 +139,7 @@ def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str,
     from emmdit.networks import EMMDiTTransformer2DModel
 
     subfolder = "transformer" if not Path(source, "config.json").is_file() else None
-    return load_model(network_class or EMMDiTTransformer2DModel, str(source), subfolder=subfolder).state_dict()
+    network_class = network_class or EMMDiTTransformer2DModel
+    return load_model(
+        network_class, str(source), subfolder=subfolder, kinds=(network_class.__name__,)
+    ).state_dict()

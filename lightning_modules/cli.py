@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import TextImageDataModule
 from lightning_modules.callbacks import (
@@ -24,6 +27,7 @@ from lightning_modules.callbacks import (
     SaveConfig,
     Throughput,
 )
+from lightning_modules.config_errors import sentence
 
 USAGE = """usage: emmdit COMMAND [options]
 
@@ -59,12 +63,15 @@ class SuiteCLI(LightningCLI):
             trainer_defaults={
                 "use_distributed_sampler": False,
                 "max_epochs": -1,
+                "check_val_every_n_epoch": None,  # val_check_interval counts steps
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor(logging_interval="step")],
                 "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
             },
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": exit_on_error},
+            # Without abbreviations: `--trainer.max_step 3` is an error, as the same key in a YAML is.
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": exit_on_error, "allow_abbrev": False}
+            | {name: {"allow_abbrev": False} for name in self.subcommands()},
             args=args,
             run=run,
         )
@@ -126,6 +133,24 @@ def default_run_dir(config_files: list[str]) -> str:
     return os.path.join("runs", *parts)
 
 
+def _quiet() -> None:
+    """Leave out what the libraries say at every start and no user can act on."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*You are using `torch.load` with.*",
+        ".*exists and is not empty.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the average, on purpose
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("mlflow.store", "mlflow.system_metrics", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console command; errors a user can mend end in one sentence and exit status 2."""
     from lightning_modules.commands import COMMANDS
@@ -134,22 +159,19 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*You are using `torch.load` with.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    _quiet()
     command = argv[0]
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     try:
         if command in COMMANDS:
             COMMANDS[command](argv[1:])
         elif command in SuiteCLI.subcommands():
-            SuiteCLI(args=argv)
+            SuiteCLI(args=argv, exit_on_error=False)
         else:
             raise ValueError(f"There is no command {command!r}: emmdit --help lists them.")
-    except (ValueError, OSError) as error:
+    except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
         if os.environ.get("EMMDIT_TRACEBACK"):
             raise
-        print(f"emmdit {command}: {error}\n(EMMDIT_TRACEBACK=1 shows where.)", file=sys.stderr)
+        print(f"emmdit {command}: {sentence(error)}\n(EMMDIT_TRACEBACK=1 shows where.)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 
 def flatten_config(config: Any, name: str = "") -> dict[str, Any]:
-    """A nested config to one level, under the names of the command line: `model.optimizer` = class path,
-    `model.optimizer.lr` = 1e-3. Classes in a list go by their own name, `trainer.callbacks.EMA.decay`; other lists stay
-    as they are. Secrets are masked."""
+    """A nested config on one level, under the names of the command line.
+
+    `model.optimizer` is the class path, `model.optimizer.lr` one of its arguments. Classes in a list go by
+    their own names, `trainer.callbacks.EMA.decay`; other lists stay as they are. Secrets are masked.
+    """
     if hasattr(config, "as_dict"):  # jsonargparse's Namespace
         config = config.as_dict()
     if isinstance(config, Mapping) and config:
@@ -25,18 +27,14 @@ def flatten_config(config: Any, name: str = "") -> dict[str, Any]:
                     continue
                 out.update(flatten_config(value, child))
         return out
-    if (
-        isinstance(config, (list, tuple))
-        and config
-        and all(isinstance(c, Mapping) and "class_path" in c for c in config)
-    ):
-        names = [c["class_path"].rsplit(".", 1)[-1] for c in config]
+    entries = config if isinstance(config, (list, tuple)) else ()
+    if entries and all(isinstance(entry, Mapping) and "class_path" in entry for entry in entries):
+        names = [entry["class_path"].rsplit(".", 1)[-1] for entry in entries]
         twice = {n for n, count in Counter(names).items() if count > 1}
         out = {}
-        for index, (child, entry) in enumerate(zip(names, config, strict=True)):
-            out.update(
-                flatten_config(entry, f"{name}.{child}_{index}" if child in twice else f"{name}.{child}")
-            )
+        for index, (child, entry) in enumerate(zip(names, entries, strict=True)):
+            child = f"{child}_{index}" if child in twice else child
+            out.update(flatten_config(entry, f"{name}.{child}"))
         return out
     if _SECRET_NAME.fullmatch(name) and config is not None:
         return {name: "***"}
@@ -55,7 +53,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def mask_secrets(text: str) -> str:
-    """*** for passwords in addresses, and for values named like a secret in YAML (`hf_token: abc`) or on a command line."""
+    """*** for passwords in addresses, and for values named like a secret in YAML or on a command line."""
     for pattern in (_SECRET_LINE, _SECRET_OPTION):
         text = pattern.sub(r"\1***", text)
     return _CREDENTIALS.sub("***@", text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -30,6 +32,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
+from emmdit.images import grid
 from lightning_modules.config_text import flatten_config, mask_secrets
 
 RUN_FILE = "mlflow_run.json"
@@ -39,21 +42,23 @@ DEFAULT_STORE = "sqlite:///mlflow.db"  # also what `mlflow ui` opens when it is 
 class MLflowLogger(MLFlowLogger):
     """Lightning's MLFlowLogger with a lazy client, a real folder, and runs that live through a resume.
 
-    - The client is made on first use and on rank zero only, behind a file lock: several processes that set up a fresh
-      sqlite store at once break it.
+    - The client is made on first use and on rank zero only, behind a file lock: several processes that set up
+      a fresh sqlite store at once break it.
     - The MLflow run begins when training does. If training resumes from a checkpoint and the run folder holds
-      `mlflow_run.json`, that run is continued, else a new one is made and noted there. Parameters may be logged before;
-      log anything else from `on_train_start` on.
-    - It ends as FINISHED, FAILED (an error) or KILLED (SIGTERM, Ctrl-C). A process killed without warning leaves RUNNING.
+      `mlflow_run.json`, that run is continued, else a new one is made and noted there. Parameters may be
+      logged before; log anything else from `on_train_start` on.
+    - It ends as FINISHED, FAILED (an error) or KILLED (SIGTERM, Ctrl-C). A process killed without warning
+      leaves RUNNING.
     - A tracking server that does not answer costs metrics, with a warning, and not the training.
     - Checkpoints are not uploaded; the tag `checkpoint` says where the latest is.
 
     Args:
-        save_dir: run folder (the CLI fills it in); checkpoints without a folder of their own go to its `checkpoints`.
-        experiment_name, run_name: where it appears in MLflow; the run is named after the run folder by default.
+        save_dir: run folder, by default the Trainer's `default_root_dir`; checkpoints without a folder of
+            their own go to its `checkpoints`.
+        experiment_name, run_name: where it appears in MLflow; by default under the run folder's name.
         tracking_uri: of the store; `MLFLOW_TRACKING_URI` or sqlite in the working folder by default.
-        artifact_location: of the experiment when this run is the one to make it; with sqlite `mlartifacts` beside the
-            database by default, else the server's choice.
+        artifact_location: of the experiment when this run is the one to make it; with sqlite `mlartifacts`
+            beside the database by default, else the server's choice.
         tags: of the run.
         run_id: continue this run whatever the run folder says.
         prefix: in front of the names of metrics.
@@ -63,7 +68,7 @@ class MLflowLogger(MLFlowLogger):
 
     def __init__(
         self,
-        save_dir: str | os.PathLike[str] | None = None,
+        save_dir: str | Path | None = None,
         experiment_name: str = "emmdit",
         run_name: str | None = None,
         tracking_uri: str | None = None,
@@ -73,10 +78,10 @@ class MLflowLogger(MLFlowLogger):
         prefix: str = "",
     ) -> None:
         Logger.__init__(self)  # not MLFlowLogger's: it connects at once, on every rank
-        self._save_dir = Path(save_dir or "runs")
+        self._save_dir = save_dir
         self._experiment_name = experiment_name
         self._experiment_id: str | None = None
-        self._run_name = run_name or self._save_dir.resolve().name
+        self._run_name = run_name
         self._tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
         self._artifact_location = artifact_location
         self.tags = dict(tags or {})
@@ -91,7 +96,7 @@ class MLflowLogger(MLFlowLogger):
         self._sets_status = True
         self._timestamp = 0
 
-    # -- what Lightning asks for ------------------------------------------------------------------------------------
+    # -- what Lightning asks for -----------------------------------------------------------------------------
 
     @property
     @rank_zero_experiment
@@ -123,13 +128,15 @@ class MLflowLogger(MLFlowLogger):
         return self._tracking_uri
 
     @property
-    def save_dir(self) -> str:
-        """The run folder."""
-        return str(self._save_dir)
+    def save_dir(self) -> str | None:
+        """The run folder; None until training starts if it was not given."""
+        if self._save_dir is None and self._trainer is not None:
+            self._save_dir = self._trainer.default_root_dir
+        return None if self._save_dir is None else str(self._save_dir)
 
     @property
     def name(self) -> str:
-        """Empty: Lightning builds its checkpoint folder from save_dir, name and version, and a resume must find it."""
+        """Empty: Lightning's checkpoint folder is save_dir/name/version/..., and a resume must find it."""
         return ""
 
     @property
@@ -139,8 +146,9 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_graph(self, model: LightningModule, input_array: Any = None) -> None:
-        # Called by the Trainer before each of its runs. Only `trainer.ckpt_path` tells a resume from a fresh start, and
-        # under FSDP2 it is set later than this: so keep the trainer and ask it when the run begins.
+        # Called by the Trainer before each of its runs. Only `trainer.ckpt_path` tells a resume from a fresh
+        # start, and under FSDP2 it is set later than this: so keep the trainer and ask it when the run
+        # begins.
         self._trainer = model.trainer
         if self._initialized and self._is_fit():  # a second fit with this logger
             self._sets_status = True
@@ -150,7 +158,8 @@ class MLflowLogger(MLFlowLogger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Flatten to the names of the command line (`model.optimizer.lr`) and set what is not set yet.
 
-        MLflow's parameters can not change. A resume that differs leaves them and says so in the tag `changed_params`.
+        MLflow's parameters can not change. A resume that differs leaves them and says so in the tag
+        `changed_params`.
         """
         flat = flatten_config(params if isinstance(params, Mapping) or params is None else vars(params))
         for key, value in flat.items():
@@ -204,13 +213,15 @@ class MLflowLogger(MLFlowLogger):
         with self._survive("the status"):
             self.experiment.set_terminated(self._run_id, "KILLED" if killed else names.get(status, "FAILED"))
 
-    # -- what the suite adds ----------------------------------------------------------------------------------------
+    # -- what the suite adds ---------------------------------------------------------------------------------
 
     @rank_zero_only
     def log_image(self, key: str, image: torch.Tensor | np.ndarray | Image.Image, step: int) -> None:
-        """An image or a grid in the time line `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or PIL."""
+        """An image or a grid in the time line `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or
+        PIL."""
         if isinstance(image, torch.Tensor):
-            image = image_grid(image)
+            image = image[None] if image.ndim == 3 else image
+            image = grid(image, columns=math.ceil(math.sqrt(len(image))))
         run_id = self.run_id
         with self._survive(f"image {key}"):
             self.experiment.log_image(run_id, image, key=key, step=step)
@@ -224,22 +235,30 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_dataset(
-        self, name: str, source: str, licence: str, digest: str, card: str = "", context: str = "training"
+        self,
+        name: str,
+        source: str,
+        licence: str,
+        digest: str = "",
+        context: str = "training",
+        card: str = "",
     ) -> None:
-        """The data a run has used: where they come from, under which licence, where that is described, and a digest."""
-        dataset = Dataset(
-            name, digest[:36], "uri", json.dumps({"uri": mask_secrets(source), "licence": licence, "card": card})
-        )
-        tags = [InputTag("mlflow.data.context", context), InputTag("licence", licence[:500])]
+        """The data a run has used: their origin, licence and card, and a digest of their contents."""
+        about = {"uri": mask_secrets(source), "licence": licence, "card": card}
+        digest = digest or hashlib.sha256(f"{name} {source}".encode()).hexdigest()  # MLflow wants one
+        tags = [InputTag("mlflow.data.context", context)]
+        tags += [InputTag(k, v[:500]) for k, v in (("licence", licence), ("card", card)) if v]
         run_id = self.run_id
         with self._survive(f"data set {name}"):
+            dataset = Dataset(name, digest[:36], "uri", json.dumps(about))
             self.experiment.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
-    # -- inner parts ------------------------------------------------------------------------------------------------
+    # -- inner parts -----------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         client = self.experiment
-        record = self._save_dir / RUN_FILE
+        folder = Path(self.save_dir or ".")
+        record = folder / RUN_FILE
         run = None
         if self._run_id is not None:
             run = client.get_run(self._run_id)
@@ -248,21 +267,17 @@ class MLflowLogger(MLFlowLogger):
             try:
                 run = client.get_run(run_id)
             except MlflowException:
-                rank_zero_warn(
-                    f"MLflow run {run_id} of {record} is not in {mask_secrets(self._tracking_uri)}: making a new one."
-                )
+                where = mask_secrets(self._tracking_uri)
+                rank_zero_warn(f"MLflow run {run_id} of {record} is not in {where}: making a new one.")
         if run is not None and run.info.lifecycle_stage == "deleted":
             rank_zero_warn(f"MLflow run {run.info.run_id} was deleted: making a new one.")
             run = None
 
         if run is None:
-            tags = {
-                **resolve_tags(),
-                **git_tags(),
-                "command": mask_secrets(shlex.join(sys.argv)),
-                **self.tags,
-            }
-            run = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name)
+            command = mask_secrets(shlex.join(sys.argv))
+            tags = {**resolve_tags(), **git_tags(), "command": command, **self.tags}
+            name = self._run_name or folder.resolve().name
+            run = client.create_run(self._experiment_id, tags=tags, run_name=name)
         elif self._is_fit():
             client.update_run(run.info.run_id, status="RUNNING")
             count = int(run.data.tags.get("resume.count", 0)) + 1
@@ -273,7 +288,7 @@ class MLflowLogger(MLFlowLogger):
             self._sets_status = False
         self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         self._initialized = True
-        self._save_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         contents = {
             "run_id": self._run_id,
             "experiment_id": self._experiment_id,
@@ -329,20 +344,6 @@ class MLflowLogger(MLFlowLogger):
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock"):
             yield
-
-
-def image_grid(images: torch.Tensor, columns: int | None = None, padding: int = 2) -> Image.Image:
-    """Images (B,3,H,W) or (3,H,W) in [-1, 1], row by row in a white-edged grid, as near to a square as it gets."""
-    images = images.detach().float().cpu()
-    images = (images[None] if images.ndim == 3 else images).clamp(-1, 1)
-    count, channels, height, width = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    grid = torch.ones(channels, rows * (height + padding) + padding, columns * (width + padding) + padding)
-    for n, image in enumerate(images):
-        top, left = padding + n // columns * (height + padding), padding + n % columns * (width + padding)
-        grid[:, top : top + height, left : left + width] = image
-    return Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def git_tags() -> dict[str, str]:

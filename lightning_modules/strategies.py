@@ -10,13 +10,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 with every rank data-parallel, whatever the number of nodes and devices.
 
-    Lightning's own strategy makes the devices of a node tensor-parallel unless told otherwise: they would all be given
-    the same batch, and one node would shard nothing. The module shards itself in `configure_model`, over
-    `self.device_mesh["data_parallel"]`. Runs on CPU too.
+    Lightning's own strategy makes the devices of a node tensor-parallel unless told otherwise: they would all
+    be given the same batch, and one node would shard nothing. The module shards itself in `configure_model`,
+    over `self.device_mesh["data_parallel"]`. Runs on CPU too.
 
     Args:
-        save_distributed_checkpoint: a folder with one file per rank, which any number of ranks can resume; otherwise a
-            single file, gathered on rank zero.
+        save_distributed_checkpoint: a folder with one file per rank, which any number of ranks can resume;
+            otherwise a single file, gathered on rank zero.
         process_group_backend: `nccl` (RCCL on ROCm) on GPUs and `gloo` on CPU when not given.
         timeout_minutes: how long a collective may wait for a rank.
     """

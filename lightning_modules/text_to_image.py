@@ -40,7 +40,7 @@ class TextToImage(LightningModule):
         denoiser: class path and arguments of the network; built in `configure_model`.
         codec: frozen image codec. Batches with `image` are encoded by it; it also decodes the samples.
         text: frozen text conditioner.
-        optimizer, scheduler: as Lightning's CLI gives them; the scheduler steps once per optimizer step.
+        optimizer, scheduler: as Lightning's CLI gives them (AdamW, none); the scheduler steps once per optimizer step.
         path: rectified flow by default.
         timesteps: how timesteps are drawn, by default as in the released recipe.
         components: auxiliary losses such as `emmdit.losses.REPA`.
@@ -58,7 +58,7 @@ class TextToImage(LightningModule):
         denoiser: DenoiserFactory,
         codec: ImageCodec,
         text: TextConditioner,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         path: Path | None = None,
         timesteps: TimestepSampler | None = None,
@@ -76,7 +76,8 @@ class TextToImage(LightningModule):
             raise ValueError(f"caption_dropout is a probability below 1, got {caption_dropout}.")
         self.denoiser_factory = denoiser
         self.codec, self.text = codec, text
-        self.optimizer, self.scheduler = optimizer, scheduler
+        # Not as the default of the argument: a config that names another class would keep AdamW's own defaults in it.
+        self.optimizer, self.scheduler = optimizer or torch.optim.AdamW, scheduler
         self.path = path or RectifiedFlow()
         self.timesteps = timesteps or LogitNormalGrid()
         self.components = components or []
@@ -87,6 +88,8 @@ class TextToImage(LightningModule):
         self.ema_denoiser: nn.Module | None = None
         self.samples_seen = 0
         self.last_batch: dict[str, Any] = {}
+        with torch.device("meta"):  # contradictions show here, before a weight is allocated or a model loaded
+            self.check(self.denoiser_factory())
 
     # -- building ------------------------------------------------------------------------------------
 
@@ -105,6 +108,11 @@ class TextToImage(LightningModule):
             raise ValueError(
                 f"The denoiser takes {config.in_channels} latent channels, but {type(self.codec).__name__} gives "
                 f"{self.codec.latent_channels}: set in_channels and out_channels to {self.codec.latent_channels}."
+            )
+        if (config.out_channels or config.in_channels) < self.codec.latent_channels:  # more: a predicted variance
+            raise ValueError(
+                f"The denoiser predicts {config.out_channels} channels of the {self.codec.latent_channels} that "
+                f"{type(self.codec).__name__} has: set out_channels to {self.codec.latent_channels}."
             )
         width = getattr(config, "caption_channels", None) or getattr(config, "joint_attention_dim", None)
         if width is not None and width != self.text.caption_channels:
@@ -182,11 +190,16 @@ class TextToImage(LightningModule):
             loss = loss + component.weight * value
         self.last_batch = batch
         self.samples_seen += len(step.x0) * self.trainer.world_size
-        self.log_dict(
-            {"train/loss": loss.detach(), **{f"train/{name}": value for name, value in losses.items()}},
-            batch_size=len(step.x0),
-        )
+        self._log_training({"loss": loss.detach(), **losses}, len(step.x0))
         return loss
+
+    def _log_training(self, values: dict[str, Tensor], batch_size: int) -> None:
+        """Means over all ranks, in one small collective, and only at steps that are logged."""
+        if self.trainer._logger_connector.should_update_logs:
+            means = self.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="mean")
+            self.log_dict(
+                {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}, batch_size=batch_size
+            )
 
     def forward_step(self, batch: dict[str, Any]) -> TrainingStep:
         """Noise, timesteps and dropout are drawn for the global batch and cut to this rank's rows (DESIGN 4.5)."""

@@ -170,6 +170,7 @@ def test_rocm_wheels_come_from_the_variable(tmp_path: Path):
 def test_torch_and_torchvision_are_partners():
     torch, torchvision = Version(pins()["torch"]), Version(pins()["torchvision"])
     assert (torch.major, torchvision.major) == (2, 0)
+    assert torch.minor in TORCHVISION, f"add torchvision's partner of torch {torch} to the table"
     assert TORCHVISION[torch.minor] == torchvision.minor
     ranges = {r.name: r.specifier for r in direct_requirements()}
     lowest = min(minor for minor in TORCHVISION if f"2.{minor}.0" in ranges["torch"])
@@ -213,7 +214,8 @@ def test_setup_without_a_fitting_python_ends_with_one_sentence(tmp_path: Path):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     command = ["make", "setup", "PYTHON=no-such-python"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode != 0
     message, *rest = run.stderr.strip().splitlines()
     assert message.startswith("Python 3.11 or 3.12 with its venv module is needed")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
 from lightning_modules.config_text import flatten_config, mask_secrets
-from lightning_modules.mlflow_logger import MLflowLogger, image_grid
+from lightning_modules.mlflow_logger import MLflowLogger
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,14 @@ class Toy(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, steps: int, ckpt_path: str | None = None, model: Toy | None = None, callbacks=(), params=None):
+def fit(
+    folder: Path,
+    steps: int,
+    ckpt_path: str | None = None,
+    model: Toy | None = None,
+    callbacks=(),
+    params=None,
+):
     logger = MLflowLogger(folder, experiment_name="test")
     trainer = pl.Trainer(
         max_steps=steps,
@@ -165,16 +172,22 @@ def test_validate_adds_to_the_run_and_leaves_its_status(tmp_path):
     logger = MLflowLogger(tmp_path / "a", experiment_name="test")
     trainer = pl.Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False)
     loader = DataLoader(torch.randn(4, 2))
-    trainer.validate(Validated(), loader, ckpt_path=str(tmp_path / "a" / "checkpoints" / "last.ckpt"), verbose=False)
+    trainer.validate(
+        Validated(), loader, ckpt_path=str(tmp_path / "a" / "checkpoints" / "last.ckpt"), verbose=False
+    )
     (run,) = runs()
     assert run.data.metrics["val/loss"] == 1.5 and run.info.status == "RUNNING"
 
 
-def test_images_text_and_data_sets(tmp_path):
+def test_images_text_and_data_sets(tmp_path, monkeypatch):
+    working_folder = tmp_path / "elsewhere"
+    working_folder.mkdir()
+    monkeypatch.chdir(working_folder)
     logger = MLflowLogger(tmp_path / "a", experiment_name="test")
     logger.log_image("samples", torch.zeros(4, 3, 8, 8), step=3)
     logger.log_image("samples/one", torch.zeros(3, 8, 8), step=3)
     logger.log_text("hf_token: abc\n", "notes.txt")
+    logger.log_dataset("bare", "nowhere", "", context="validation")
     for _ in range(2):  # a resume logs it again
         logger.log_dataset("shapes", "synthetic://shapes", "Apache-2.0", "0123abcd")
     logger.log_metrics({"a": 1.0}, step=0)
@@ -185,12 +198,33 @@ def test_images_text_and_data_sets(tmp_path):
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"images", "notes.txt"} <= names
     assert len(client.list_artifacts(run.info.run_id, "images")) == 4  # PNG and preview of each
-    (data,) = run.inputs.dataset_inputs
+    data, bare = sorted(run.inputs.dataset_inputs, key=lambda entry: -len(entry.tags))
+    assert bare.dataset.name == "bare"
     assert data.dataset.name == "shapes" and {t.key: t.value for t in data.tags}["licence"] == "Apache-2.0"
     assert [m.value for m in client.get_metric_history(run.info.run_id, "a")] == [1.0, 2.0]
     # artifacts lie beside the database, and nothing lands in the working folder
-    assert (tmp_path / "mlartifacts" / "test" / run.info.run_id / "artifacts" / "notes.txt").read_text() == "hf_token: ***\n"
-    assert not Path("mlruns").exists() and not Path("mlflow.db").exists()
+    assert (
+        tmp_path / "mlartifacts" / "test" / run.info.run_id / "artifacts" / "notes.txt"
+    ).read_text() == "hf_token: ***\n"
+    assert not list(working_folder.iterdir())
+
+
+def test_the_run_folder_is_the_trainers_by_default(tmp_path):
+    logger = MLflowLogger(experiment_name="test")
+    checkpoint = ModelCheckpoint(every_n_train_steps=1, save_last=True)
+    trainer = pl.Trainer(
+        max_steps=1,
+        logger=logger,
+        callbacks=[checkpoint],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        default_root_dir=tmp_path / "b",
+    )
+    trainer.fit(Toy(), DataLoader(torch.randn(2, 2)))
+    assert (tmp_path / "b" / "mlflow_run.json").exists() and (
+        tmp_path / "b" / "checkpoints" / "last.ckpt"
+    ).exists()
+    assert runs()[0].info.run_name == "b" and trainer.log_dir == str(tmp_path / "b")
 
 
 def test_a_dead_store_costs_metrics_not_training(tmp_path, monkeypatch):
@@ -253,7 +287,9 @@ def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, str(script), str(tmp_path / name), str(devices)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.slow
@@ -278,7 +314,10 @@ def test_flatten_config():
     config = {
         "model": {
             "class_path": "x.TextToImage",
-            "init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "size": [1, 2]},
+            "init_args": {
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+                "size": [1, 2],
+            },
         },
         "trainer": {
             "callbacks": [
@@ -310,18 +349,11 @@ def test_flatten_config():
 
 
 def test_mask_secrets():
-    text = "a:\n  hf_token: abc\n  - password: 'x y'\n  pad_token: <pad>\n  token: null\n  prompt: a secret garden\n"
-    masked = "a:\n  hf_token: ***\n  - password: ***\n  pad_token: <pad>\n  token: null\n  prompt: a secret garden\n"
-    assert mask_secrets(text) == masked
+    kept = "  pad_token: <pad>\n  token: null\n  prompt: a secret garden\n"
+    assert mask_secrets(f"a:\n  hf_token: abc\n  - password: 'x y'\n{kept}") == (
+        f"a:\n  hf_token: ***\n  - password: ***\n{kept}"
+    )
     assert mask_secrets("emmdit fit --model.api_key=k --hf_token t --x 1") == (
         "emmdit fit --model.api_key=*** --hf_token *** --x 1"
     )
     assert mask_secrets("postgresql://u:p@h/db") == "postgresql://***@h/db"
-
-
-def test_image_grid():
-    images = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
-    grid = image_grid(images, padding=1)
-    assert grid.size == (2 * 7 + 1, 2 * 5 + 1)
-    assert grid.getpixel((0, 0)) == (255, 255, 255) and grid.getpixel((1, 1)) == (0, 0, 0)
-    assert grid.getpixel((8, 1)) == (128, 128, 128)

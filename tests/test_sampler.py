@@ -1,4 +1,5 @@
-"""The order of samples: complete, disjoint, resumable for any number of ranks, and the same for any number of workers."""
+"""The order of samples: complete, disjoint, resumable for any number of ranks, and the same for any number of
+workers."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from emmdit.data.sampler import ResumableSampler, epoch_order, rank_positions
 def stream(
     length: int, global_batch: int, world_size: int, start: int, batches: int, seed: int = 3
 ) -> list[list]:
-    """(index, position) pairs of the next `batches` global batches, the ranks' shares put together in stream order."""
+    """(index, position) pairs of the next `batches` global batches, the ranks' shares put together in stream
+    order."""
     ranks = [ResumableSampler(length, global_batch, r, world_size, seed) for r in range(world_size)]
     out = []
     for n in range(batches):

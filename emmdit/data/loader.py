@@ -32,24 +32,24 @@ class _Positioned(Dataset):
 class ResumableLoader:
     """Endless, resumable stream of training batches over a map-style data set of dicts.
 
-    Iterating gives `len(self)` batches from the current position; the next iteration goes on from there, so passes follow
-    each other without repeating or dropping a sample (see `emmdit.data.sampler`). Samples are counted here, in the main
-    process, as batches are handed out: what workers have fetched ahead is not counted. The batches do not depend on
-    `num_workers`, as long as `dataset[i]` is a function of i alone.
+    Iterating gives `len(self)` batches from the current position; the next iteration goes on from there, so
+    passes follow each other without repeating or dropping a sample (see `emmdit.data.sampler`). Samples are
+    counted here, in the main process, as batches are handed out: what workers have fetched ahead is not
+    counted. The batches do not depend on `num_workers`, as long as `dataset[i]` is a function of i alone.
 
-    Each batch is collated by torch's `default_collate` (captions become a list of str) and gains `sample_id` (B,) int64,
-    the index in the data set, and `position` (B,) int64, the global position in the stream.
+    Each batch is collated by torch's `default_collate` (captions become a list of str) and gains `sample_id`
+    (B,) int64, the index in the data set, and `position` (B,) int64, the global position in the stream.
 
     Use it for training only: validation wants the same samples every time. With Lightning set
-    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a loader's
-    state only when it resumes in mid epoch or trains by `max_steps`. Lightning's `overfit_batches` has no effect on the
-    samples drawn; use a smaller data set.
+    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself
+    restores a loader's state only when it resumes in mid epoch or trains by `max_steps`. Its
+    `overfit_batches` has no effect on the samples drawn; use a smaller data set.
 
     Args:
         dataset: map-style, `dataset[i] -> dict`.
         global_batch: samples in one forward pass of all ranks together; a multiple of `world_size`.
         rank, world_size, seed, shuffle: see `ResumableSampler`.
-        num_workers, persistent_workers, prefetch_factor: as in torch's DataLoader (the last two need workers).
+        num_workers, persistent_workers, prefetch_factor: as in torch's DataLoader.
         pin_memory: copy batches to page-locked memory; only where there is an accelerator.
         collate_fn: in place of `default_collate`.
         samples_seen: position to begin at.

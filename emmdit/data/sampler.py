@@ -1,11 +1,13 @@
-"""The order in which samples are drawn: a pure function of (seed, position), so that a run can stop and go on anywhere.
+"""The order in which samples are drawn: a pure function of (seed, position), so that any run can be resumed.
 
-The training data are one endless stream. *Position* p is the number of samples drawn before it by all ranks together;
-data epoch e covers the positions [e * length, (e + 1) * length) and holds every sample exactly once, in an order drawn
-from (seed, e). A global batch is the next `global_batch` positions, and may span two epochs, so that nothing is dropped
-whatever the batch size. Within it rank r takes the positions start + r, start + r + world_size, ...
+The training data are one endless stream. *Position* p is the number of samples drawn before it by all ranks
+together; data epoch e covers the positions [e * length, (e + 1) * length) and holds every sample exactly
+once, in an order drawn from (seed, e). A global batch is the next `global_batch` positions, and may span two
+epochs, so that nothing is dropped whatever the batch size. Within it rank r takes the positions start + r,
+start + r + world_size, ...
 
-The position is therefore all that has to be stored, and it means the same on every rank and for any number of ranks.
+The position is therefore all that has to be stored, and it means the same on every rank and for any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from torch.utils.data import Sampler
 def epoch_order(length: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """The sample indices of one epoch in their order, (length,) int32 (int64 above 2**31 samples).
 
-    numpy's legacy `RandomState` is used on purpose: its streams are frozen for good (NEP 19), so an order survives an
-    upgrade of numpy or torch in the middle of a long run. 25M samples take 100 MB.
+    numpy's legacy `RandomState` is used on purpose: its streams are frozen for good (NEP 19), so an order
+    survives an upgrade of numpy or torch in the middle of a long run. 25M samples take 100 MB.
     """
     order = np.arange(length, dtype=np.int32 if length <= np.iinfo(np.int32).max else np.int64)
     if shuffle:
@@ -29,16 +31,17 @@ def epoch_order(length: int, seed: int, epoch: int, shuffle: bool = True) -> np.
 
 
 def rank_positions(start: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
-    """Positions in the stream that `rank` takes from the global batch beginning at `start`, (batch,) int64."""
+    """Positions that `rank` takes from the global batch beginning at `start`, (batch,) int64."""
     return np.arange(start + rank, start + global_batch, world_size, dtype=np.int64)
 
 
 class ResumableSampler(Sampler[list[tuple[int, int]]]):
     """A batch sampler over the stream above: yields one rank's batch as a list of (sample index, position).
 
-    One iteration gives `len(self)` batches from `start`, which the caller moves (see `ResumableLoader`); it does not
-    move by itself, because a worker process runs ahead of what training has really used. The batches of a resumed
-    iteration are those an unbroken one would have given, with any `global_batch` and `world_size`.
+    One iteration gives `len(self)` batches from `start`, which the caller moves (see `ResumableLoader`); it
+    does not move by itself, because a worker process runs ahead of what training has really used. The batches
+    of a resumed iteration are those an unbroken one would have given, with any `global_batch` and
+    `world_size`.
 
     Args:
         length: number of samples in the data set.
@@ -65,14 +68,12 @@ class ResumableSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"rank {rank} does not exist among {world_size} processes: ranks count from 0.")
         if global_batch < world_size:
             raise ValueError(
-                f"A global batch of {global_batch} can not be shared by {world_size} processes: raise the batch size."
+                f"A global batch of {global_batch} is too small for {world_size} processes: raise it."
             )
         self.length, self.global_batch = length, global_batch
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.start = seed, shuffle, start
-        self._orders: dict[
-            int, np.ndarray
-        ] = {}  # the epochs of the latest batch; one or two entries as a rule
+        self._orders: dict[int, np.ndarray] = {}  # of the epochs in the latest batch, one or two as a rule
 
     def __len__(self) -> int:
         """Batches until every sample was drawn once, counted from the start of an epoch."""

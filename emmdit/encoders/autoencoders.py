@@ -55,6 +55,13 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
             self.load()
         return self._shift_factor
 
+    def components(self) -> dict[str, object]:
+        """What a diffusers pipeline saves, by the names it uses."""
+        return {"vae": self.model}
+
+    def adopt(self, model: nn.Module) -> None:
+        super().adopt(self._fit(model))
+
     def scale(self, raw: torch.Tensor) -> torch.Tensor:
         """The autoencoder's own latents (as the Nitro-E shards store them) -> what a denoiser sees."""
         return (raw - self.shift_factor) * self.scaling_factor
@@ -93,6 +100,10 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
             return self.model.decode(raw, return_dict=False)[0].float().clamp(-1.0, 1.0)
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _fit(self, model: nn.Module) -> nn.Module:
+        """Check a loaded module against what the constructor was told, and set it up."""
         raise NotImplementedError
 
     def _prepare(self, model: nn.Module, downsample: int, shift_factor: float) -> nn.Module:
@@ -140,7 +151,9 @@ class DCAE(AutoencoderCodec):
     def _build(self) -> nn.Module:
         from diffusers import AutoencoderDC
 
-        model = self._load(AutoencoderDC, kinds=("AutoencoderDC",))
+        return self._fit(self._load(AutoencoderDC, kinds=("AutoencoderDC",)))
+
+    def _fit(self, model: nn.Module) -> nn.Module:
         return self._prepare(model, model.spatial_compression_ratio, 0.0)
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -185,7 +198,9 @@ class AutoencoderKLCodec(AutoencoderCodec):
     def _build(self) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        model = self._load(AutoencoderKL, kinds=("AutoencoderKL",))
+        return self._fit(self._load(AutoencoderKL, kinds=("AutoencoderKL",)))
+
+    def _fit(self, model: nn.Module) -> nn.Module:
         downsample = 2 ** (len(model.config.block_out_channels) - 1)
         return self._prepare(model, downsample, model.config.shift_factor or 0.0)
 
@@ -225,10 +240,9 @@ class SDXLVAE(AutoencoderKLCodec):
     ) -> None:
         super().__init__(source, 4, 8, 0.13025, 0.0, sample, dtype, slicing, tiling, subfolder, revision)
 
-    def _build(self) -> nn.Module:
-        model = super()._build()
-        self._refuse_float16(model, self.dtype)
-        return model
+    def _fit(self, model: nn.Module) -> nn.Module:
+        self._refuse_float16(model, model.dtype)
+        return super()._fit(model)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> SDXLVAE:
         if self.loaded and dtype is not None:

@@ -143,6 +143,12 @@ class FrozenModel:
         _ = self.model
         return self
 
+    def adopt(self, model: nn.Module) -> None:
+        """Take a module that is loaded already (by a pipeline) in place of the one that `source` names."""
+        self._model = model.eval().requires_grad_(False)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self:
         """Move, and/or change the type; loads nothing. A narrower type's rounding stays when going back."""
         if device is not None:

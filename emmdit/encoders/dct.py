@@ -167,7 +167,10 @@ class DCTCodec(ImageCodec):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
     ) -> DCTCodec:
-        self.model.to(device=device, dtype=None if dtype is None else as_dtype(dtype))
+        if device is not None:
+            self.model.to(device)
+        if dtype is not None:  # diffusers warns about every `dtype=` argument, even None
+            self.model.to(as_dtype(dtype))
         return self
 
     @property

@@ -89,7 +89,8 @@ def load_model(
     missing from the files are an error here for the same reason. Raises MissingModelError.
     """
     config = read_config(source, subfolder, revision)
-    library = cls.__module__.partition(".")[0]
+    # diffusers' ModelMixin comes with ConfigMixin; our own networks are of its kind
+    library = "diffusers" if hasattr(cls, "load_config") else "transformers"
     kind = config.get("_class_name" if library == "diffusers" else "model_type")
     if kind is None:
         raise MissingModelError(f"'{source}' does not hold a model of {library}: name another source.")

@@ -80,6 +80,12 @@ class TextEncoder(FrozenModel, TextConditioner):
             self._tokenizer = tokenizer
         return self._tokenizer
 
+    def adopt(self, model: nn.Module, tokenizer) -> None:
+        super().adopt(model)
+        tokenizer.padding_side, tokenizer.truncation_side = self.padding_side, "right"
+        self._tokenizer = tokenizer
+        self._nulls.clear()
+
     def load(self) -> TextEncoder:
         _ = self.tokenizer
         return super().load()

@@ -39,8 +39,13 @@ class REPA(LossComponent):
         """(B, rows * columns, F)."""
         if "features" in step.batch:
             features = step.batch["features"]
-            side = int(features.shape[1] ** 0.5)
-            grid = (rows, columns) if features.shape[1] == rows * columns else (side, side)
+            scale = (features.shape[1] / (rows * columns)) ** 0.5  # the same picture, so the same shape
+            grid = (round(rows * scale), round(columns * scale))
+            if grid[0] * grid[1] != features.shape[1]:
+                raise ValueError(
+                    f"The {features.shape[1]} precomputed features of an image make no grid of the shape of its "
+                    f"{rows} x {columns} tokens: compute them from the same crop."
+                )
         elif self.vision is None or "image" not in step.batch:
             raise ValueError(
                 "REPA needs vision features: give it a vision encoder and a data set with images, or a data set with "

@@ -184,7 +184,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if return_repa and self.repa_projector is None:
             raise ValueError("This network has no REPA projector: set repa_feature_dim in its configuration.")
 
-        position = self.position(height, width)
+        # from_pretrained(torch_dtype=...) casts parameters, but not the table
+        position = self.position(height, width).to(self.patch_embed.weight.dtype)
         x = self.patch_embed(hidden_states).flatten(2).transpose(1, 2) + position
         c = self.context_embedder(encoder_hidden_states)
         time = self.time_embed(timestep.expand(len(x)))
@@ -231,7 +232,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Raise a ValueError that names the number when latents (height, width) or the text length do not fit."""
         config, p = self.config, self.config.patch_size
         multiple = p * math.lcm(1, *config.compression_ratios)
-        if height % multiple or width % multiple:
+        if height % multiple or width % multiple or not height * width:
             raise ValueError(
                 f"Latents of {height} x {width} do not fit this network: both sides must be divisible by {multiple} "
                 f"(patch size {p}, compression ratios {tuple(config.compression_ratios)})."
@@ -270,6 +271,15 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for block in self.blocks:
             block.attn.unfuse()
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Compile each block in place; arguments as `torch.compile`.
+
+        All blocks share one forward function, but subregions, token counts, the last block and the gradient mode
+        make a dozen graphs of it: beyond torch's limit of 8 blocks would run uncompiled, with a warning at most.
+        """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        super().compile_repeated_blocks(*args, **kwargs)
+
 
 def check_config(config) -> None:
     """Raise a ValueError with one sentence when an E-MMDiT configuration contradicts itself."""
@@ -298,6 +308,8 @@ def check_config(config) -> None:
         raise ValueError(f"modulation must be affine, single or zero, got {config.modulation!r}.")
     if config.init not in ("faithful", "zero"):
         raise ValueError(f"init must be faithful or zero, got {config.init!r}.")
+    if config.repa_depth is None and config.repa_feature_dim is not None and not groups[0]:
+        raise ValueError("REPA taps after the first group, but there is no block before the compression: set repa_depth.")
     if config.repa_depth is not None:
         depth = sum(groups)
         if not 1 <= config.repa_depth <= depth:

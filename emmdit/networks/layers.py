@@ -240,8 +240,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, int(dim * ratio))
-        self.proj_out = nn.Linear(int(dim * ratio), dim)
+        hidden = round(dim * ratio)  # a ratio read off a file may lie just below a whole number of channels
+        self.proj_in = nn.Linear(dim, hidden)
+        self.proj_out = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))

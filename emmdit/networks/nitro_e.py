@@ -94,10 +94,11 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
         if key not in released:
             raise ValueError(f"{path} lacks the tensor {key}: it is not a complete Nitro-E network.")
         tensor = released.pop(key)
-        if tensor.numel() != own.numel():
-            raise ValueError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}.")
-        state[name] = tensor.reshape(own.shape)
+        _check_shape(path, key, tensor, (*own.shape, 1, 1) if _is_convolution(key) else tuple(own.shape))
+        state[name] = tensor.reshape(own.shape).clone()  # out of the mapped file: it may be written to later
     table = released.pop(_POSITION)
+    size, _, dim = network.pos_table.shape
+    _check_shape(path, _POSITION, table, (1, size**2, dim))
     if released:
         raise ValueError(f"{path} holds tensors a Nitro-E network does not have: {', '.join(sorted(released)[:5])}.")
     # assign: the file's own dtype and bits, so that saving gives them back
@@ -106,7 +107,7 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
     expected = sincos_2d(table.shape[0], table.shape[-1], network.config.pos_embed_spacing)
     if not torch.allclose(table.float(), expected, atol=1e-2):
         raise ValueError(f"{path}: its position table is not the one of Nitro-E (spacing 1/6).")
-    network.pos_table = table
+    network.pos_table = table.clone()
     return network.eval()
 
 
@@ -118,6 +119,8 @@ def save_nitro_e(network: EMMDiTTransformer2DModel, path: str | Path) -> None:
             "Only networks of the released kind (compression ratios 2 and 4, affine modulation, patch size 1) have a "
             "Nitro-E file; save others with save_pretrained."
         )
+    if network.blocks[0].attn.to_qkv is not None:
+        raise ValueError("A Nitro-E file has no fused projections: call unfuse_qkv_projections() before saving.")
     released = to_released(network.state_dict(), config)
     released[_POSITION] = network.pos_table.flatten(0, 1)[None].contiguous()
     save_file({key: tensor.cpu() for key, tensor in released.items()}, path)
@@ -128,18 +131,29 @@ def to_released(tensors: Mapping[str, Tensor], config) -> dict[str, Tensor]:
     released = {}
     for name, tensor in tensors.items():
         key = released_name(name, tuple(config.block_groups), tuple(config.compression_ratios))
-        is_convolution = re.search(r"body\dx\.\d\.weight", key) is not None
-        released[key] = (tensor[..., None, None] if is_convolution else tensor).contiguous()
+        released[key] = (tensor[..., None, None] if _is_convolution(key) else tensor).contiguous()
     return released
+
+
+def _is_convolution(key: str) -> bool:
+    """Whether a released tensor is a 1x1 convolution's weight where ours is a Linear's."""
+    return re.search(r"body\dx\.\d\.weight", key) is not None
+
+
+def _check_shape(path: str | Path, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, expected {expected}.")
 
 
 def infer_config(released: Mapping[str, Tensor], resolution: int, path: str | Path = "file") -> dict:
     """Configuration of `EMMDiTTransformer2DModel` from the shapes in a released file."""
     groups = [0, 0, 0]
     for key in released:
-        if match := re.match(r"block_groups\.(\d)\.(\d+)\.", key):
+        if match := re.match(r"block_groups\.([0-2])\.(\d+)\.", key):
             groups[int(match[1])] = max(groups[int(match[1])], int(match[2]) + 1)
-    required = ("pos_embed.proj.weight", _POSITION, "context_embedder.weight", "proj_out.weight")
+    required = ["pos_embed.proj.weight", _POSITION, "context_embedder.weight", "proj_out.weight"]
+    required += ["block_groups.0.0.attn.norm_q.weight", "block_groups.0.0.ff.net.0.proj.weight"]
+    required += ["projectors.0.4.weight"] if "projectors.0.0.weight" in released else []
     missing = [key for key in required if key not in released]
     if missing or not all(groups):
         raise ValueError(f"{path} is not a Nitro-E network: {', '.join(missing) or 'block groups'} not found in it.")

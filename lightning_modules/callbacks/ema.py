@@ -13,9 +13,9 @@ from emmdit.ema import ema_decay, ema_update, local_tensors
 class EMA(Callback):
     """Moves `pl_module.ema_denoiser` towards `pl_module.denoiser` after each optimizer step.
 
-    The average is a frozen copy made in `configure_model` and sharded by the same calls, so it is saved and loaded with
-    the module. It is updated in the callback hook rather than the module's, which runs after checkpoints are written:
-    there, every checkpoint would hold the average of one step before.
+    The average is a frozen copy made in `configure_model` and sharded by the same calls, so it is saved and
+    loaded with the module. It is updated in the callback hook rather than the module's, which runs after
+    checkpoints are written: there, every checkpoint would hold the average of one step before.
 
     Args:
         decay: of each update.
@@ -36,11 +36,11 @@ class EMA(Callback):
         ema = getattr(pl_module, "ema_denoiser", None)
         if ema is None:
             raise ValueError(
-                "The EMA callback found no pl_module.ema_denoiser: turn the model's EMA on, or drop the callback."
+                "The EMA callback found no pl_module.ema_denoiser: turn its EMA on or drop the callback."
             )
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in ema.parameters()):
             raise ValueError(
-                "The EMA weights are 16 bit, in which an average can not move: train in 32-true or bf16-mixed."
+                "The EMA weights are 16 bit, in which an average can not move: use 32-true or bf16-mixed."
             )
         self._last_step = trainer.global_step
 

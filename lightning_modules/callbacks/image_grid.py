@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from emmdit.images import grid, save_png
+from lightning_modules.callbacks.throughput import Throughput
 
 
 class ImageGrid(Callback):
@@ -56,6 +57,7 @@ class ImageGrid(Callback):
         if not self.prompts or step == self._last:
             return
         self._last = step
+        Throughput.exclude(trainer)
         for weights in self.weights:
             images = self.sample(trainer, pl_module, weights)
             if trainer.is_global_zero:

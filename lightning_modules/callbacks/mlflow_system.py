@@ -13,8 +13,9 @@ from lightning_modules.mlflow_logger import MLflowLogger
 class MLflowSystemMetrics(Callback):
     """Starts MLflow's monitor thread on the first process of each node while training.
 
-    MLflow's own switch (`enable_system_metrics_logging`) works on runs begun by `mlflow.start_run`, which Lightning does
-    not use. Metrics need psutil (CPU), nvidia-ml-py (NVIDIA) or pyrsmi (AMD); what is missing is left out. With an sqlite
+    MLflow's own switch (`enable_system_metrics_logging`) works on runs begun by `mlflow.start_run`, which
+    Lightning does not use. Metrics need psutil (CPU), nvidia-ml-py (NVIDIA) or pyrsmi (AMD); what is missing
+    is left out. With an sqlite
     store only the first node reports: such a file must not be written from two machines.
 
     Args:

@@ -16,16 +16,17 @@ from torch import Tensor
 class NonFinite(Callback):
     """Looks at the gradient norm before each optimizer step; skips the step, or stops, if it is not finite.
 
-    Works in `on_before_optimizer_step`, which Lightning calls after backward, when gradients are unscaled and not yet
-    clipped, so that the logged `grad_norm` is the true one. To skip, gradients are set to None: optimizers then leave
-    their parameters and their own state untouched (zeros would still be moved by momentum and weight decay). The step
-    counts as done otherwise: global step, learning rate schedule and samples seen move on.
+    Works in `on_before_optimizer_step`, which Lightning calls after backward, when gradients are unscaled and
+    not yet clipped, so that the logged `grad_norm` is the true one. To skip, gradients are set to None:
+    optimizers then leave their parameters and their own state untouched (with zeros, momentum and weight
+    decay would still move them). Otherwise the step counts as done: global step, learning rate schedule and
+    samples seen move on.
 
-    It costs one pass over the gradients and one wait for the device at each optimizer step: whether to step must be known
-    on the host. All ranks decide alike: under DDP gradients are equal, under FSDP2 the norm is over all shards, and the
-    flag is summed over the ranks besides.
+    It costs one pass over the gradients and one wait for the device at each optimizer step, for the host must
+    know whether to step. All ranks decide alike: under DDP gradients are equal, under FSDP2 the norm is over
+    all shards, and the flag is summed over the ranks besides.
 
-    What was in the batches of a skipped step, on all ranks, is written to `non_finite.jsonl` in the run folder.
+    What was in the batches of a skipped step, on all ranks, goes to `non_finite.jsonl` in the run folder.
 
     Args:
         policy: "skip" the step, or "raise" at once.
@@ -66,21 +67,20 @@ class NonFinite(Callback):
             p.grad = None
         if self.policy == "raise" or self.consecutive >= self.limit:
             many = f"for {self.consecutive} steps in a row " if self.policy == "skip" else ""
-            raise RuntimeError(
-                f"Gradients were not finite {many}(step {trainer.global_step}, sample ids {ids}): look at these samples in "
-                "non_finite.jsonl, lower the learning rate, or resume from an earlier checkpoint."
+            raise ValueError(
+                f"Gradients were not finite {many}(step {trainer.global_step}, sample ids {ids}): look at "
+                "these samples (non_finite.jsonl), lower the learning rate, or resume earlier."
             )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, norm: float, batches: list) -> str:
-        """Write down what was in the step; every rank must come here. The first sample ids, for a sentence."""
+        """Write down what was in the step, on every rank together; returns the first sample ids as text."""
         columns = []
         for column in zip(*batches, strict=True):
             column = [part.to(pl_module.device) for part in column if part is not None]
             columns.append(pl_module.all_gather(torch.cat(column)).flatten().tolist() if column else [])
         ids, positions = columns or ([], [])
-        where = [
-            name for name, p in pl_module.named_parameters() if p.grad is not None and not _finite(p.grad)
-        ][:5]
+        trained = ((name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None)
+        where = [name for name, grad in trained if not _finite(grad)][:5]
         folder = trainer.log_dir  # broadcasts
         if trainer.is_global_zero and folder is not None:
             row = {
@@ -95,7 +95,8 @@ class NonFinite(Callback):
         shown = ", ".join(map(str, ids[:16])) + (", ..." if len(ids) > 16 else "") if ids else "unknown"
         if self.policy == "skip":
             rank_zero_warn(
-                f"Skipped step {trainer.global_step}: gradient norm {norm}, sample ids {shown} ({self.skipped} skipped so far)."
+                f"Skipped step {trainer.global_step}: gradient norm {norm}, sample ids {shown} "
+                f"({self.skipped} skipped so far)."
             )
         return shown
 
@@ -107,7 +108,7 @@ class NonFinite(Callback):
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, over all shards of a DTensor; a plain scalar tensor on the gradients' device."""
+    """L2 norm of all gradients together, all shards of a DTensor included; a plain scalar tensor."""
     sharded = [g for g in grads if hasattr(g, "full_tensor")]
     plain = [g for g in grads if not hasattr(g, "full_tensor")]
     norms = [torch.nn.utils.get_total_norm(group) for group in (sharded, plain) if group]

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 class ProgressBar(LightningProgressBar):
     """Step, loss, images/s and time left: one line redrawn on a terminal, plain lines elsewhere.
 
-    Shows the loss of the latest step and whatever is logged with `prog_bar=True`. Values leave the device only when a
-    line is written. The time left comes from the mean speed of this session, validation included.
+    Shows the loss of the latest step and whatever is logged with `prog_bar=True`. Values leave the device
+    only when a line is written. The time left comes from the mean speed of this session, validation included.
 
     Args:
         every: seconds from one plain line to the next.
@@ -91,7 +91,7 @@ class ProgressBar(LightningProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking:
-            values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/loss")}
             if values:
                 line = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(values.items()))
                 self._write(f"step {trainer.global_step:,}  {line}", redraw=False)

@@ -1,4 +1,5 @@
-"""The resolved configuration of a run: in its folder, as an MLflow artifact, and as parameters of its loggers."""
+"""The resolved configuration of a run: in its folder, as an MLflow artifact, and as parameters of its
+loggers."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ class SaveConfig(SaveConfigCallback):
     """For `LightningCLI(save_config_callback=SaveConfig)`; Lightning's own stops at a file that exists.
 
     `config.yaml` in the run folder is what the run began with. A resume with other settings writes
-    `config-1.yaml`, `config-2.yaml`, ...; `latest_config` finds the last. A fresh start in a used folder moves
-    older files to `*.yaml.old`. Only `fit` writes, as training starts; secrets are masked in all places.
+    `config-1.yaml`, `config-2.yaml`, ...; `latest_config` finds the last. A fresh start in a used folder
+    moves older files to `*.yaml.old`. Only `fit` writes, as training starts; secrets are masked in all
+    places.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -34,7 +34,9 @@ PEAK_TFLOPS = {
 def peak_tflops(device_name: str) -> float | None:
     """Dense bfloat16 peak of a device by its name, None if it is not in the table."""
     words = device_name.replace("-", " ")
-    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", words, re.IGNORECASE)), None)
+    return next(
+        (peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", words, re.IGNORECASE)), None
+    )
 
 
 class Throughput(Callback):
@@ -45,14 +47,15 @@ class Throughput(Callback):
     - `mfu`: model FLOPs utilisation, if the FLOPs of a sample and the device's peak are known;
     - `peak_memory_gib`: the most the allocator of rank zero's device has held since the start.
 
-    Nothing is synchronised: the device's queue is short against a window. Steps that a validation or a checkpoint fell
-    into are left out; a callback that takes its own time in the middle of training can call `exclude_step()`.
+    Nothing is synchronised: the device's queue is short against a window. Steps that a validation or a
+    checkpoint fell into are left out; a callback that does other work between steps should say so, by
+    `Throughput.exclude(trainer)`.
 
     Args:
         window: optimizer steps to average over.
         peak_tflops: of one device in the precision used; by default looked up by its name, for bfloat16.
-        flops_per_sample: of a training step (forward and backward) on one sample; by default `pl_module.flops_per_sample`
-            if there is one.
+        flops_per_sample: of a training step (forward and backward) on one sample; by default
+            `pl_module.flops_per_sample` if there is one.
     """
 
     def __init__(
@@ -60,15 +63,21 @@ class Throughput(Callback):
     ) -> None:
         self.peak_tflops, self.flops_per_sample = peak_tflops, flops_per_sample
         self.latest: dict[str, float] = {}
-        self._steps: deque[tuple[float, int, float]] = deque(
-            maxlen=window
-        )  # (seconds, samples, seconds waited)
+        # (seconds, samples, seconds waited) of each step
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
         self._mark: tuple[float, int, float] | None = None
         self._last_step = 0
 
     def exclude_step(self) -> None:
         """Leave the step that is going on out of the window."""
         self._mark = None
+
+    @staticmethod
+    def exclude(trainer: Trainer) -> None:
+        """The same for other callbacks to call, after work of their own that is not training."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, Throughput):
+                callback.exclude_step()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.clear()

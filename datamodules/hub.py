@@ -1,0 +1,118 @@
+"""Captioned images (or precomputed latents) through Hugging Face `datasets`: hub, Arrow, parquet, image folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.base import TextImageDataModule
+from emmdit.data.rows import CaptionedRows, open_source, select_columns
+
+
+class HubDataModule(TextImageDataModule):
+    """One source of rows. The first `validation_samples` are held out: training sample i is the row after them + i.
+
+    Args:
+        source: hub id, folder made by `save_to_disk`, parquet file, glob (`data/*.parquet`) or folder, or image
+            folder with `metadata.csv` or `metadata.jsonl`.
+        image_column: images (`datasets.Image`, or encoded bytes); null where there are latents alone.
+        caption_column: text; `json.prompt` reads `prompt` inside a column `json`.
+        latents_column: precomputed latents, which then are not encoded from the image (REPA still sees it): an
+            array (C, h, w), or the bytes of one in float16 together with `latents_shape`.
+        latents_shape: (C, h, w) of latents stored as bytes.
+        latents_scale: factor to the codec's scaled latents: 1 if they are stored as `codec.encode` gives them,
+            0.41407 for the unscaled DC-AE latents of the Nitro-E recipe.
+        resolution: images are resized to this short side and cut to the square in the centre. In pixels.
+        data_files: glob or list inside the source, as in `datasets.load_dataset`.
+        split, revision: of the source; a revision pins a hub repository to a branch, tag or commit.
+        licence, card: recorded with the run; the card is the page that describes the data.
+        batch_size, num_workers, seed, validation_samples: see `TextImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_column: str | None = "image",
+        caption_column: str = "caption",
+        latents_column: str | None = None,
+        latents_shape: tuple[int, int, int] | None = None,
+        latents_scale: float = 1.0,
+        resolution: int = 512,
+        data_files: str | list[str] | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        licence: str = "",
+        card: str = "",
+        batch_size: int = 64,
+        num_workers: int = 4,
+        seed: int = 0,
+        validation_samples: int = 256,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, validation_samples)
+        columns = {"image": image_column, "caption": caption_column, "latents": latents_column}
+        self.columns = {kind: column for kind, column in columns.items() if column is not None}
+        if len(self.columns) < 2:
+            raise ValueError("HubDataModule needs image_column, latents_column or both, and caption_column.")
+        for name, value in (("resolution", resolution), ("validation_samples", validation_samples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.source, self.licence, self.card = source, licence, card
+        self.split, self.data_files, self.revision = split, data_files, revision
+        self.latents_shape, self.latents_scale, self.resolution = latents_shape, latents_scale, resolution
+        self._rows: Any = None
+
+    def rows(self) -> Any:
+        """The `datasets.Dataset`, opened at first use, with the columns that are read."""
+        if self._rows is None:
+            rows = open_source(self.source, self.split, self.data_files, self.revision)
+            self._rows = select_columns(rows, self.columns, self.source)
+        return self._rows
+
+    def prepare_data(self) -> None:
+        self.rows()  # one process of a node downloads; the others find it in the cache
+
+    def setup(self, stage: str) -> None:
+        """Compare source and codec before the network is built. ValueError with one sentence."""
+        if len(self.rows()) <= self.validation_samples:
+            raise ValueError(
+                f"'{self.source}' has {len(self.rows())} rows, and {self.validation_samples} of them are held out "
+                "for validation: lower validation_samples."
+            )
+        codec = getattr(self.trainer.lightning_module, "codec", None) if self.trainer else None
+        if codec is None:
+            return
+        if "image" in self.columns and self.resolution % codec.downsample:
+            raise ValueError(
+                f"Images of resolution {self.resolution} do not fit {type(codec).__name__}, whose sides divide by "
+                f"{codec.downsample}: change the data's resolution."
+            )
+        if "latents" in self.columns:
+            channels = len(self.validation_dataset()[0]["latents"])
+            if channels != codec.latent_channels:
+                raise ValueError(
+                    f"The latents in '{self.source}' have {channels} channels, those of {type(codec).__name__} "
+                    f"{codec.latent_channels}: name the codec that made them."
+                )
+
+    def train_dataset(self) -> CaptionedRows:
+        return self._part(self.validation_samples, None)
+
+    def validation_dataset(self) -> CaptionedRows:
+        return self._part(0, self.validation_samples)
+
+    def _part(self, first: int, last: int | None) -> CaptionedRows:
+        return CaptionedRows(
+            self.rows(),
+            self.source,
+            self.columns,
+            self.resolution,
+            self.latents_shape,
+            self.latents_scale,
+            first,
+            last,
+        )
+
+    def provenance(self) -> dict[str, str]:
+        rows = self.rows()
+        source = self.source if self.revision is None else f"{self.source}@{self.revision}"
+        digest = f"{rows._fingerprint} {len(rows)} rows"
+        return super().provenance() | {"name": self.source, "source": f"{source} {self.split}", "digest": digest}

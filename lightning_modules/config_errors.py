@@ -1,0 +1,76 @@
+"""What is wrong with a config, in one sentence: jsonargparse wraps each level of a nested config around the cause."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+
+_WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
+_BASE_CLASS = re.compile(r"class_path '(?:lightning[\w.]*\.LightningModule|datamodules[\w.]*\.TextImageDataModule)'")
+_NOTHING_NAMED = re.compile(r"the following arguments are required: (?:\w+\.)?(?:data|model)\b")
+_KEY = re.compile(r'Parser key "([\w.]+)"')
+
+
+def sentence(error: BaseException) -> str:
+    """The message for the user: the key path in the config, and what is wrong with it.
+
+    Errors that jsonargparse did not wrap are given as they are, those of a loader process without its traceback.
+    """
+    text = _message(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
+        return text.rstrip().splitlines()[-1].partition(": ")[2]
+    if type(error).__module__.startswith("omegaconf"):  # a ${...} that leads nowhere
+        return text.splitlines()[0] + "."
+    if not (isinstance(error, ArgumentError) or text.startswith(_WRAPPERS)):
+        return text
+    if _BASE_CLASS.search(text) or _NOTHING_NAMED.match(text):
+        return (
+            "The files name no class for the model or the data, or only after one that changes it: give the "
+            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml)."
+        )
+    path: list[str] = []
+    choices: list[str] = []
+    link: BaseException = error
+    while True:
+        text = _message(link)
+        key = _KEY.match(text)
+        if key and key[1] != "config" and path[-1:] != [key[1]]:
+            path.append(key[1])
+            choices = []
+        if text.startswith("Does not validate"):
+            choices = _choices(text)
+        following = link.__cause__ or link.__context__
+        if following is None or not text.startswith(_WRAPPERS):
+            break
+        link = following
+    if text.startswith("Expected a ") and choices:  # of several types, the one that is nearest says more
+        text = choices[-1]
+    problem = _plain(text)
+    return f"{'.'.join(path)}: {problem}" if path else problem
+
+
+def _choices(text: str) -> list[str]:
+    """What each type of a union said, without those that say only which type they are."""
+    text = text.rpartition("Given value type:")[0].partition("Errors:\n")[2]
+    parts = re.split(r"(?m)^\s*- ", text)
+    lines = [part.strip().splitlines()[-1].strip() for part in parts if part.strip()]
+    return [line for line in lines if not line.startswith("Expected a ")]
+
+
+def _message(error: BaseException) -> str:
+    return (error.message if isinstance(error, ArgumentError) else str(error)) or type(error).__name__
+
+
+def _plain(text: str) -> str:
+    """jsonargparse's words without the Python in them."""
+    while text.startswith('Parser key "'):
+        text = text.partition("\n")[2].strip()
+    text = re.sub(r"^- Expected a path but .*\n\s*- ", "", text.strip())  # a class may be named by a file, too
+    text = re.sub(r"\s*\n\s*", " ", text)
+    text = re.sub(r"^Type .* expects a function or a callable class: (.*?)\.+ Got value: .*", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"^Expected a ", "Expected ", text).replace(". Got value: ", ", got ")
+    text = re.sub(r"(?:Subcommand '\w+' does not accept option|Option) '(\S+)'.*", r"there is no option '\1'", text)
+    text = re.sub(r"Import path (\S+) does not correspond to", r"\1 is not", text)
+    return text.rstrip(".") + "."

@@ -1,0 +1,240 @@
+"""What can go wrong when a frozen model is loaded, the stand-ins, and the encoders in configs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emmdit.encoders import (
+    DCAE,
+    SD3VAE,
+    SDXLVAE,
+    DINOv2,
+    ImageCodec,
+    MissingModelError,
+    SD3TextEncoders,
+    TextConditioner,
+    TextEncoder,
+    VisionFeatures,
+    loading,
+    standin,
+    standins,
+)
+
+CAPTIONS = ["a photo of a red circle", "two blue squares left of a star"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "dc_ae": standins.tiny_dc_ae(root / "dc_ae"),
+        "sdxl_vae": standins.tiny_sdxl_vae(root / "sdxl_vae", sample_size=64),
+        "llama": standins.tiny_llama_text(root / "llama", caption_channels=32, layers=2),
+        "dinov2": standins.tiny_dinov2(root / "dinov2", feature_dim=32),
+    }
+
+
+def message(encoder) -> str:
+    """The one sentence of the error that loading ends with."""
+    with pytest.raises(MissingModelError) as caught:
+        encoder.load()
+    text = str(caught.value)
+    assert isinstance(caught.value, OSError) and "\n" not in text and text.endswith(".")
+    return text
+
+
+def test_nothing_is_loaded_before_it_is_needed() -> None:
+    for encoder in (DCAE(), SD3VAE(), SDXLVAE(), TextEncoder(), DINOv2()):
+        assert not encoder.to("cpu", "float32").loaded
+    assert SD3TextEncoders().caption_channels == 4096 and SD3TextEncoders().max_length == 333
+
+
+def test_missing_folder_and_offline_hub(tmp_path: Path, folders: dict[str, Path]) -> None:
+    assert "does not exist" in message(DCAE(str(tmp_path / "nope")))
+    assert "does not exist" in message(DCAE("./nope"))
+    assert "has no folder 'vae'" in message(SD3VAE(str(tmp_path)))
+    assert "There is no" in message(DCAE(str(tmp_path)))
+    assert "is a file" in message(DINOv2(str(folders["dinov2"] / "config.json")))
+    for encoder in (DCAE(), SD3VAE(), TextEncoder(), DINOv2(), SD3TextEncoders()):
+        text = message(encoder)
+        assert encoder.source in text and "HF_HUB_OFFLINE" in text and "hf download" in text
+    assert "check the spelling" in message(TextEncoder("no such name"))
+
+
+def test_gated_and_unknown_repositories(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refuse(kind: type[Exception], status: int):
+        request = type("Request", (), {"url": "https://huggingface.co", "method": "GET"})()
+        response = type("Response", (), {"status_code": status, "headers": {}, "request": request})()
+
+        def download(*args, **kwargs):
+            raise kind(f"{status} Client Error.\nMany lines.\nMore lines.", response=response)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    for kind, status in (
+        (errors.GatedRepoError, 401),
+        (errors.GatedRepoError, 403),
+        (errors.HfHubHTTPError, 403),
+    ):
+        refuse(kind, status)
+        text = message(DINOv2("someone/something"))
+        assert "is gated: accept its licence at https://huggingface.co/someone/something" in text
+        assert "hf auth login" in text and "local folder or an ungated mirror" in text
+    refuse(errors.RepositoryNotFoundError, 401)
+    assert "neither a local folder nor a repository" in message(DINOv2("someone/something"))
+    refuse(errors.RevisionNotFoundError, 404)
+    assert "no such revision" in message(DINOv2(revision="v9"))
+    refuse(errors.RemoteEntryNotFoundError, 404)
+    assert "could not be loaded" in message(DINOv2("someone/something"))  # some other answer of the hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route"))
+    )
+    assert "the hub cannot be reached" in message(DCAE())
+
+
+def test_the_gate_is_recognised_behind_a_librarys_own_error() -> None:
+    from huggingface_hub import errors
+
+    response = type("Response", (), {"status_code": 403, "headers": {}, "request": None})()
+    with pytest.raises(MissingModelError, match="is gated"), loading.one_sentence("some/model"):
+        try:
+            raise errors.GatedRepoError("403", response=response)
+        except OSError:
+            raise OSError("Can't load the model")  # noqa: B904 - as diffusers does
+    with pytest.raises(KeyError), loading.one_sentence("some/model"):
+        raise KeyError("a programming error stays what it is")
+
+
+def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    cases = (
+        (DINOv2, "dinov2", "model.safetensors", "pytorch_model.bin"),
+        (DCAE, "dc_ae", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    )
+    for cls, name, weights, pickled in cases:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
+        encoder = cls(str(folder), **({"feature_dim": 32} if cls is DINOv2 else {}))
+        assert "has no safetensors weights: save" in message(encoder)
+        torch.save(load_file(folders[name] / weights), folder / pickled)
+        assert "only pickled ones, which are refused" in message(encoder)
+
+
+def test_wrong_incomplete_and_damaged_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert "of kind 'AutoencoderKL', not AutoencoderDC" in message(DCAE(str(folders["sdxl_vae"])))
+    assert "of kind 'llama', not dinov2" in message(DINOv2(str(folders["llama"])))
+    assert "no tokenizer that can be read" in message(TextEncoder(str(folders["dc_ae"])))
+    with pytest.raises(MissingModelError, match="does not hold a model of transformers"):
+        _ = TextEncoder(str(folders["dc_ae"])).model
+    assert "does not hold a model of diffusers" in message(DCAE(str(folders["dinov2"])))
+    for cls, name, weights in (
+        (DINOv2, "dinov2", "model.safetensors"),
+        (DCAE, "dc_ae", "diffusion_pytorch_model.safetensors"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
+        tensors = load_file(folders[name] / weights)
+        lost = sorted(tensors)[0]
+        save_file({k: v for k, v in tensors.items() if k != lost}, folder / weights, {"format": "pt"})
+        text = message(cls(str(folder)))
+        assert "lacks 1 weights" in text and lost in text
+        (folder / weights).write_bytes((folders[name] / weights).read_bytes()[:1000])
+        assert "damaged" in message(cls(str(folder)))
+        (folder / "config.json").write_text('{"model_type": ')
+        assert "JSON file" in message(cls(str(folder)))
+
+
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
+    config = {"model_type": "home_made", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    for encoder in (TextEncoder(str(tmp_path)), DINOv2(str(tmp_path))):
+        with pytest.raises(MissingModelError):
+            _ = encoder.model
+    text = pytest.raises(MissingModelError, lambda: TextEncoder(str(tmp_path)).model).value.args[0]
+    assert "never executed" in text
+
+
+def test_standins_have_the_real_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path))
+    before = torch.get_rng_state()
+    encoders = [
+        DCAE("standin:dc_ae"),
+        SD3VAE("standin:sd3_vae"),
+        SDXLVAE("standin:sdxl_vae"),
+        TextEncoder("standin:llama"),
+        TextEncoder("standin:llama?caption_channels=48", caption_channels=48),
+        TextEncoder("standin:t5", caption_channels=4096, max_length=300, with_mask=True),
+        SD3TextEncoders("standin:sd3_text"),
+        DINOv2("standin:dinov2"),
+    ]
+    for encoder in encoders:
+        encoder.load()  # compares every size with the class's default
+    assert torch.equal(torch.get_rng_state(), before)  # making and loading them drew nothing
+    assert encoders[3](CAPTIONS)["encoder_hidden_states"].shape == (2, 128, 2048)
+    condition = encoders[6](CAPTIONS)
+    assert condition["encoder_hidden_states"].shape == (2, 333, 4096)
+    assert condition["pooled_projections"].shape == (2, 2048)
+    assert encoders[7](torch.zeros(1, 3, 32, 32)).shape == (1, 256, 768)
+    assert not [p for p in (tmp_path / "standins").iterdir() if p.name.startswith(".")]
+    with pytest.raises(ValueError, match="no stand-in 'nope': choose one of dc_ae"):
+        standin("nope")
+    with pytest.raises(ValueError, match="written"):
+        standin("llama?caption_channels=wide")
+
+
+def test_standins_are_reproducible_and_reused(tmp_path: Path) -> None:
+    first = standin("dc_ae", tmp_path / "a")
+    torch.manual_seed(123)
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (first / weights).read_bytes() == (standin("dc_ae", tmp_path / "b") / weights).read_bytes()
+    stamp = (first / weights).stat().st_mtime_ns
+    assert standin("dc_ae", tmp_path / "a") == first and (first / weights).stat().st_mtime_ns == stamp
+    assert standin("dc_ae?seed=1", tmp_path / "a") != first
+    ids = [
+        TextEncoder(str(standin("llama?caption_channels=8", tmp_path / c)), caption_channels=8).tokenize(
+            CAPTIONS
+        )[0]
+        for c in "ab"
+    ]
+    assert torch.equal(*ids)
+
+
+def test_configs_name_encoders_by_class_path(folders: dict[str, Path]) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--codec", type=ImageCodec)
+    parser.add_argument("--text", type=TextConditioner)
+    parser.add_argument("--vision", type=VisionFeatures | None)
+    text = {"class_path": "emmdit.encoders.TextEncoder", "init_args": {"max_length": 64, "dtype": "bfloat16"}}
+    config = {
+        "codec": {"class_path": "emmdit.encoders.DCAE", "init_args": {"source": str(folders["dc_ae"])}},
+        "text": text,
+        "vision": {"class_path": "emmdit.encoders.DINOv2"},
+    }
+    made = parser.instantiate(parser.parse_object(config))
+    assert isinstance(made.codec, DCAE) and isinstance(made.vision, DINOv2) and made.text.max_length == 64
+    with pytest.raises(Exception, match="(?i)max_lenght"):
+        parser.parse_object(config | {"text": {**text, "init_args": {"max_lenght": 64}}})
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, emmdit.encoders; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,217 @@
+"""HubDataModule: the same rows from every kind of source, exact pixels, held-out rows, and one sentence when it fails."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import HubDataModule
+from emmdit.data.loader import ResumableLoader
+from emmdit.data.rows import load_image
+from lightning_modules.config_errors import sentence
+
+COUNT = 10
+LATENTS = np.random.default_rng(0).standard_normal((COUNT, 4, 2, 2)).astype(np.float16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def picture(number: int) -> Image.Image:
+    width, height = 20 + 3 * number, 41 - 3 * number  # portraits and landscapes
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rows(**changes: list) -> datasets.Dataset:
+    columns = {
+        "image": [{"bytes": png(picture(i)), "path": None} for i in range(COUNT)],
+        "caption": [f"picture {i}" for i in range(COUNT)],
+        "json": [{"prompt": f"prompt {i}", "seed": i} for i in range(COUNT)],
+        "latents": [latents.tobytes() for latents in LATENTS],
+        **changes,
+    }
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def module(source: Path | str, codec: SimpleNamespace | None = None, **arguments) -> HubDataModule:
+    """A data module as Lightning leaves it when the network is about to be built."""
+    data = HubDataModule(str(source), **{"resolution": 16, "validation_samples": 3, **arguments})
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(codec=codec))
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    rows().to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def test_every_kind_of_source_gives_the_same_samples(tmp_path: Path, parquet: Path) -> None:
+    rows().save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict({"train": rows(), "rest": rows()}).save_to_disk(tmp_path / "splits")
+    for part in range(2):
+        rows().select(range(part * 5, part * 5 + 5)).to_parquet(tmp_path / "many" / f"{part}.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = ["file_name,caption"]
+    for i in range(COUNT):
+        picture(i).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,picture {i}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+    expected = module(parquet).train_dataset()
+    assert len(expected) == COUNT - 3
+    for source in ("disk", "splits", "many/*.parquet", "many", "folder"):
+        found = module(tmp_path / source).train_dataset()
+        assert len(found) == len(expected), source
+        for i in (0, 6):
+            a, b = expected[i], found[i]
+            assert a["caption"] == b["caption"] == f"picture {i + 3}", source
+            assert torch.equal(a["image"], b["image"]), source
+            assert torch.equal(a["image"], load_image(png(picture(i + 3)), 16))
+
+
+def test_the_first_rows_are_held_out_and_samples_do_not_depend_on_workers(parquet: Path) -> None:
+    data = module(parquet)
+    validation, train = data.validation_dataset(), data.train_dataset()
+    assert [validation[i]["caption"] for i in range(len(validation))] == [f"picture {i}" for i in range(3)]
+    assert {train[i]["caption"] for i in range(len(train))} == {f"picture {i}" for i in range(3, COUNT)}
+    assert train[2]["sample_id"] == 2
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+    alone, helped = (list(ResumableLoader(train, 4, num_workers=workers)) for workers in (0, 2))
+    for a, b in zip(alone, helped, strict=True):
+        assert a["caption"] == b["caption"] and torch.equal(a["image"], b["image"])
+        assert a["image"].shape == (4, 3, 16, 16) and a["image"].dtype == torch.float32
+        assert a["caption"] == [f"picture {i + 3}" for i in a["sample_id"].tolist()]
+
+
+def test_pixels_are_scaled_cropped_in_the_centre_and_antialiased() -> None:
+    for size in ((24, 16), (16, 16), (31, 77)):
+        image = load_image(png(Image.new("RGB", size, (0, 51, 255))), 16)
+        assert image.shape == (3, 16, 16) and image.is_contiguous()
+        assert torch.allclose(image.amax((1, 2)), torch.tensor([-1.0, -0.6, 1.0]))
+        assert torch.allclose(image.amin((1, 2)), torch.tensor([-1.0, -0.6, 1.0]))
+
+    thirds = np.zeros((20, 60, 3), np.uint8)
+    for i in range(3):
+        thirds[:, 20 * i : 20 * i + 20, i] = 255
+    middle = load_image(png(Image.fromarray(thirds)), 20)
+    assert (middle[1] == 1).all() and (middle[[0, 2]] == -1).all()
+    assert (load_image(png(Image.fromarray(thirds.transpose(1, 0, 2))), 20)[1] == 1).all()
+
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert load_image(png(Image.fromarray(stripes)), 16).abs().max() < 0.1  # without a filter: -1 or 1
+
+
+def test_modes_transparency_and_orientation() -> None:
+    assert (load_image(png(Image.new("L", (8, 8), 255)), 8) == 1).all()
+    hidden = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert (load_image(png(hidden), 8) == 1).all()
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 255  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    turned = load_image(png(Image.fromarray(half), exif=exif), 8)
+    assert (turned[:, :4] == -1).all() and (turned[:, 4:] == 1).all()
+
+
+def test_precomputed_latents_from_bytes_and_arrays(tmp_path: Path, parquet: Path) -> None:
+    common = dict(image_column=None, latents_column="latents", latents_scale=0.5)
+    stored = module(parquet, latents_shape=(4, 2, 2), **common).train_dataset()[0]
+    assert set(stored) == {"caption", "latents", "sample_id"}
+    assert torch.equal(stored["latents"], torch.from_numpy(LATENTS[3].astype(np.float32)) * 0.5)
+    rows(latents=LATENTS.tolist()).save_to_disk(tmp_path / "arrays")
+    listed = module(tmp_path / "arrays", **common).train_dataset()[0]
+    assert torch.allclose(listed["latents"], stored["latents"])
+    both = module(parquet, latents_column="latents", latents_shape=(4, 2, 2)).train_dataset()[0]
+    assert set(both) == {"caption", "image", "latents", "sample_id"}
+
+
+def test_captions_inside_a_column_and_provenance(parquet: Path) -> None:
+    data = module(parquet, caption_column="json.prompt", licence="CC0-1.0", card="https://example.org/card")
+    assert data.train_dataset()[0]["caption"] == "prompt 3"
+    told = data.provenance()
+    assert told["licence"] == "CC0-1.0" and told["card"] == "https://example.org/card"
+    assert told["source"].startswith(str(parquet)) and "10 rows" in told["digest"]
+
+
+def bad_image(number: int) -> dict[str, list]:
+    images = [{"bytes": png(picture(i)), "path": None} for i in range(COUNT)]
+    images[number]["bytes"] = images[number]["bytes"][:40]
+    return {"image": images}
+
+
+def test_sources_that_can_not_be_had(tmp_path: Path, parquet: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk.parquet").write_text("junk")
+    datasets.DatasetDict({"rest": rows()}).save_to_disk(tmp_path / "splits")
+    cases = [
+        (tmp_path / "nothing", {}, "does not exist"),
+        (tmp_path / "no*.parquet", {}, "No file matches"),
+        ("nothing", {}, "'nothing' does not exist"),
+        ("someone/nothing", {}, "'someone/nothing' is not in the local cache and the hub can not be reached"),
+        (tmp_path / "empty", {}, "can not be opened"),
+        (tmp_path / "junk.parquet", {}, "can not be opened"),
+        (tmp_path / "splits", {}, "no split 'train': choose one of rest"),
+        (parquet, {"split": "test"}, 'Unknown split "test"'),
+        (parquet, {"caption_column": "text"}, "no caption column 'text': set caption_column to one of image, cap"),
+        (parquet, {"image_column": "jpg"}, "no image column 'jpg'"),
+        (parquet, {"validation_samples": 10}, "has 10 rows, and 10 of them are held out"),
+        (parquet, {"image_column": None}, "needs image_column, latents_column or both"),
+        (parquet, {"resolution": 0}, "resolution must be at least 1"),
+    ]
+    for source, arguments, message in cases:
+        with pytest.raises((ValueError, OSError), match=message.replace("*", ".")) as caught:
+            module(source, **arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_that_can_not_be_read_are_named(tmp_path: Path, parquet: Path) -> None:
+    rows(**bad_image(5)).save_to_disk(tmp_path / "broken")
+    train = module(tmp_path / "broken").train_dataset()
+    train[1]
+    with pytest.raises(ValueError, match=r"Row 5 of '.*broken': the image in column 'image' can not be read"):
+        train[2]
+    with pytest.raises(ValueError) as caught:  # from a worker process, with its traceback
+        list(ResumableLoader(train, 4, num_workers=1))
+    assert sentence(caught.value).startswith("Row 5 of")
+    assert "\n" not in sentence(caught.value)
+
+    rows(caption=["text"] * 4 + [None] * 6).save_to_disk(tmp_path / "silent")
+    with pytest.raises(ValueError, match=r"Row 4 .* caption .*\(a text was expected, not None"):
+        module(tmp_path / "silent").train_dataset()[1]
+    with pytest.raises(ValueError, match="Row 0 .*latents_shape must say"):
+        module(parquet, latents_column="latents").validation_dataset()[0]
+    with pytest.raises(ValueError, match="Row 0 .*cannot reshape"):
+        module(parquet, latents_column="latents", latents_shape=(4, 4, 4)).validation_dataset()[0]
+
+
+def test_what_the_codec_can_not_take_is_refused_before_the_network_is_built(parquet: Path) -> None:
+    codec = SimpleNamespace(downsample=32, latent_channels=32)
+    module(parquet, codec, resolution=64)
+    with pytest.raises(ValueError, match="resolution 48 do not fit SimpleNamespace, whose sides divide by 32"):
+        module(parquet, codec, resolution=48)
+    with pytest.raises(ValueError, match="have 4 channels, those of SimpleNamespace 32"):
+        module(parquet, codec, image_column=None, latents_column="latents", latents_shape=(4, 2, 2))

@@ -1,0 +1,430 @@
+"""E-MMDiT as a whole: sizes, geometry, switches, masks, REPA tap, saving, LoRA, precision. (Goldens: test_nitro_e.)"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from emmdit.networks import EMMDiTTransformer2DModel
+
+FULL = ("full",)
+
+
+def tiny(**config) -> EMMDiTTransformer2DModel:
+    defaults = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        block_groups=(2, 2, 2),
+        caption_channels=12,
+        subregion_groups=2,
+        subregion_run=2,
+    )
+    return EMMDiTTransformer2DModel(**defaults | config)
+
+
+def inputs(height: int = 8, width: int = 8, text: int = 8, batch: int = 2, channels: int = 4) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(height * 1000 + width)
+    return dict(
+        hidden_states=torch.randn(batch, channels, height, width, generator=g),
+        timestep=torch.rand(batch, generator=g) * 1000,
+        encoder_hidden_states=torch.randn(batch, text, 12, generator=g),
+    )
+
+
+@torch.no_grad()
+def run(network: EMMDiTTransformer2DModel, **given) -> Tensor:
+    return network(**given).sample
+
+
+def refused(match: str, **config) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        tiny(**config)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 12), (8, 16), (20, 8), (12, 12), (96, 4)])
+def test_any_multiple_of_the_compression_works(height: int, width: int):
+    given = inputs(height, width, text=5)
+    assert run(tiny(subregion_pattern=FULL), **given).shape == given["hidden_states"].shape
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 16), (16, 24)])
+def test_sizes_with_subregions(height: int, width: int):
+    assert run(tiny(), **inputs(height, width)).shape == (2, 4, height, width)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patches_and_variance_channels(patch_size: int):
+    network = tiny(patch_size=patch_size, sample_size=8 * patch_size, out_channels=6)
+    given = inputs(8 * patch_size, 16 * patch_size)
+    assert run(network, **given).shape == (2, 6, 8 * patch_size, 16 * patch_size)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "text", "match"),
+    [
+        (6, 8, 8, "6 x 8 .* divisible by 4"),
+        (8, 7, 8, "8 x 7 .* divisible by 4"),
+        (8, 0, 8, "8 x 0"),
+        (100, 8, 8, "100 x 8 tokens is larger than the position table"),
+        (8, 12, 8, "30 compressed image tokens .* chunked .* divisible by 4"),
+        (8, 8, 7, "7 text tokens .* strided .* divisible by 2"),
+        (8, 8, 6, "6 text tokens .* chunked .* divisible by 4"),
+    ],
+)
+def test_other_sizes_end_in_a_sentence_before_anything_is_computed(height: int, width: int, text: int, match: str):
+    network = tiny()
+    network.patch_embed.forward = network.context_embedder.forward = lambda *_: pytest.fail("computed")
+    with pytest.raises(ValueError, match=match) as error:
+        network(**inputs(height, width, text))
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_contradicting_configurations_are_refused():
+    refused("three counts", block_groups=(2, 2))
+    refused("three counts", block_groups=(0, 0, 0))
+    refused("end in compressed tokens", block_groups=(2, 2, 0))
+    refused("divisible by 4", num_attention_heads=1, attention_head_dim=6, compression_ratios=())
+    refused("ratio 3 needs a width divisible by 3", compression_ratios=(3,))
+    refused("Compression ratio 1", compression_ratios=(1, 2))
+    refused("sample_size 6 .* not divisible by 4", sample_size=6)
+    refused("grid of side 4.5", sample_size=9, patch_size=2)
+    refused("full, strided and chunked", subregion_pattern=("full", "diagonal"))
+    refused("full, strided and chunked", subregion_pattern=())
+    refused("affine, single or zero", modulation="double")
+    refused("faithful or zero", init="ones")
+    refused("beyond the network of 6 blocks", repa_depth=7, repa_feature_dim=4)
+    refused("beyond the network", repa_depth=0, repa_feature_dim=4)
+    refused("among the compressed tokens .blocks 3 to 4", repa_depth=4, repa_feature_dim=4)
+    refused("no block before the compression", block_groups=(0, 4, 2), repa_feature_dim=4)
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+
+def without_attention(network: EMMDiTTransformer2DModel) -> EMMDiTTransformer2DModel:
+    """No token hears of another, except through compression."""
+    for block in network.blocks:
+        torch.nn.init.zeros_(block.attn.to_out.weight)
+    return network
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8)])
+@pytest.mark.parametrize(("patch_size", "ratios"), [(1, ()), (2, ()), (1, (2,)), (1, (2, 4)), (2, (2,))])
+def test_rows_and_columns_stay_in_place(height: int, width: int, patch_size: int, ratios: tuple[int, ...]):
+    """Without attention a latent pixel is heard in its own patch (or compressed square) and nowhere else."""
+    network = without_attention(tiny(patch_size=patch_size, compression_ratios=ratios, subregion_pattern=FULL))
+    given, side = inputs(height, width), patch_size * max(ratios, default=1)
+    before = run(network, **given)
+    for row, column in [(0, 0), (1, 5), (5, 1), (height - 1, width - 3), (2, width - 1)]:
+        changed = {**given, "hidden_states": given["hidden_states"].clone()}
+        changed["hidden_states"][:, :, row, column] += 1
+        where = (run(network, **changed) - before).abs().amax((0, 1)) > 0
+        expected = torch.zeros(height, width, dtype=torch.bool)
+        top, left = row // side * side, column // side * side
+        expected[top : top + side, left : left + side] = True
+        assert torch.equal(where, expected)
+
+
+def test_output_patches_are_laid_out_as_diffusers_does():
+    network, found = tiny(patch_size=2, compression_ratios=(), subregion_pattern=FULL), {}
+    network.proj_out.register_forward_hook(lambda module, args, out: found.update(tokens=out))
+    sample = run(network, **inputs(4, 8))
+    for row, column, channel in itertools.product(range(4), range(8), range(4)):
+        token, inside = row // 2 * 4 + column // 2, (row % 2 * 2 + column % 2) * 4 + channel
+        assert torch.equal(sample[:, channel, row, column], found["tokens"][:, token, inside])
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 8), (8, 4), (96, 4)])
+def test_positions_are_the_centre_of_the_table_row_by_row(height: int, width: int):
+    network = tiny(subregion_pattern=FULL)
+    position = network.position(height, width)
+    assert position.shape == (1, height * width, 32)
+    for row, column in itertools.product(range(height), range(width)):
+        expected = network.pos_table[(96 - height) // 2 + row, (96 - width) // 2 + column]
+        assert torch.equal(position[0, row * width + column], expected)
+
+
+@pytest.mark.parametrize("reinforced", [True, False])
+def test_position_reinforcement_adds_the_table_after_reconstruction(reinforced: bool):
+    network, seen = tiny(position_reinforcement=reinforced), {}
+    network.reconstructor.register_forward_hook(lambda module, args, out: seen.update(reconstructed=out))
+    network.blocks[4].register_forward_pre_hook(lambda module, args: seen.update(third_group=args[0]))
+    run(network, **inputs(8, 16))
+    expected = seen["reconstructed"] + network.position(8, 16) if reinforced else seen["reconstructed"]
+    assert torch.equal(seen["third_group"], expected)
+
+
+def test_the_skip_is_what_was_compressed():
+    network, seen = tiny(), {}
+    network.blocks[1].register_forward_hook(lambda module, args, out: seen.update(before=out[0]))
+    network.compressor.register_forward_hook(lambda module, args, out: seen.update(compressed=args[0]))
+    network.reconstructor.register_forward_hook(lambda module, args, out: seen.update(skip=args[1]))
+    run(network, **inputs())
+    assert torch.equal(seen["compressed"], seen["before"]) and torch.equal(seen["skip"], seen["before"])
+
+
+def test_the_pattern_goes_on_over_the_groups():
+    with torch.device("meta"):
+        kinds = [block.attn.subregions.kind for block in EMMDiTTransformer2DModel().blocks]
+    assert kinds == ["full", "strided", "chunked"] * 8
+
+
+# ---------------------------------------------------------------------------------------------- switches
+
+SWITCHES = {
+    "released": {},
+    "single": {"modulation": "single"},
+    "zero_modulation": {"modulation": "zero"},
+    "init_zero": {"init": "zero"},
+    "no_compression": {"compression_ratios": ()},
+    "one_path": {"compression_ratios": (2,)},
+    "no_reinforcement": {"position_reinforcement": False},
+    "no_subregions": {"subregion_pattern": FULL},
+    "only_chunked": {"subregion_pattern": ("chunked",)},
+    "patches": {"patch_size": 2, "subregion_pattern": FULL},
+    "no_first_group": {"block_groups": (0, 3, 1)},
+    "no_middle_group": {"block_groups": (2, 0, 1)},
+    "repa": {"repa_feature_dim": 5, "repa_projector_dim": 7},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_trains_all_of_its_parameters(switch: str):
+    torch.manual_seed(0)
+    network = tiny(**SWITCHES[switch])
+    with_repa = network.repa_projector is not None
+    output = network(**inputs(8, 16), return_repa=with_repa)
+    loss = (output.sample - 1).square().mean() + (output.repa.square().mean() if with_repa else 0)
+    loss.backward()
+    idle = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    # the last block's text queries are in the released files, but their output is dropped there, too
+    last = f"blocks.{len(network.blocks) - 1}.attn"
+    queries = {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias", f"{last}.norm_added_q.weight"}
+    assert all(p.grad is not None for p in network.parameters())
+    if SWITCHES[switch].get("init") == "zero" or SWITCHES[switch].get("modulation") == "zero":
+        moved = {"proj_out.weight", "proj_out.bias"}
+        assert idle.isdisjoint(moved)  # gates open and output leaves zero: the rest follows
+    else:
+        assert idle == queries
+
+
+def test_zero_output_starts_learning_everywhere():
+    torch.manual_seed(0)
+    network = tiny(init="zero")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (network(**inputs()).sample - 1).square().mean().backward()
+        optimizer.step()
+    assert sum(not p.grad.any() for p in network.parameters()) == 3  # the last block's text queries
+
+
+@pytest.mark.parametrize("modulation", ["affine", "single", "zero"])
+def test_zero_init_gives_zero_and_blocks_that_do_nothing(modulation: str):
+    network = tiny(init="zero", modulation=modulation)
+    assert not run(network, **inputs()).any()
+    time = network.time_embed(torch.tensor([3.0, 700.0]))
+    if modulation != "zero":
+        time = network.time_modulation(torch.nn.functional.silu(time)).unflatten(1, (6, -1))
+    x, c = torch.randn(2, 64, 32), torch.randn(2, 8, 32)
+    for block in network.blocks:
+        x_after, c_after = block(x, c, time)
+        assert torch.equal(x_after, x) and (c_after is None or torch.equal(c_after, c))
+        shift, scale, *_ = block.modulation(time)
+        assert modulation == "zero" or (shift.any() and scale.any())  # only gates are closed
+
+
+def test_faithful_init_is_not_zero():
+    network = tiny()
+    assert run(network, **inputs()).abs().mean() > 0.01
+    for part in ("scale", "bias"):
+        drawn = torch.cat([getattr(block.modulation, part).flatten() for block in network.blocks])
+        assert abs(drawn.std().item() * 32**0.5 - 1) < 0.1  # N(0, 1) / sqrt(D): papers.md B6
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    network = tiny(repa_feature_dim=5).train()
+
+    def gradients() -> list[Tensor]:
+        network.zero_grad()
+        output = network(**inputs(), return_repa=True)
+        (output.sample.square().mean() + output.repa.square().mean()).backward()
+        return [p.grad.clone() for p in network.parameters()]
+
+    plain, calls = gradients(), []
+    network.enable_gradient_checkpointing()
+    network.blocks[3].ff.register_forward_hook(lambda *_: calls.append(1))
+    checkpointed = gradients()
+    assert len(calls) == 2  # once forward, once again in the backward pass
+    for one, other in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_fused_projections_give_the_same_pictures_and_leave_no_trace():
+    network, keys = tiny(), list(tiny().state_dict())
+    before = run(network, **inputs())
+    network.fuse_qkv_projections()
+    assert all(block.attn.to_qkv is not None for block in network.blocks)
+    torch.testing.assert_close(run(network, **inputs()), before, rtol=1e-4, atol=1e-5)
+    network.unfuse_qkv_projections()
+    assert list(network.state_dict()) == keys and torch.equal(run(network, **inputs()), before)
+
+
+# ---------------------------------------------------------------------------------------------- text mask
+
+
+@pytest.mark.parametrize("pattern", [FULL, ("full", "strided", "chunked")], ids=["full", "subregions"])
+def test_masked_padding_is_not_heard_and_unmasked_is(pattern: tuple[str, ...]):
+    network, given = tiny(subregion_pattern=pattern), inputs(text=8)
+    mask = torch.arange(8)[None] < torch.tensor([[3], [6]])
+    other = {**given, "encoder_hidden_states": given["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][~mask] += 5
+    masked = run(network, **given, encoder_attention_mask=mask)
+    assert torch.equal(masked, run(network, **other, encoder_attention_mask=mask))
+    assert torch.equal(masked, run(network, **given, encoder_attention_mask=mask.long()))
+    # without the mask the padding takes part, as in the released network
+    assert (run(network, **given) - run(network, **other)).abs().max() > 1e-3
+    other["encoder_hidden_states"][:, 0] += 5
+    assert (masked - run(network, **other, encoder_attention_mask=mask)).abs().max() > 1e-3
+
+
+def test_a_mask_of_ones_changes_nothing_and_of_zeros_leaves_the_image():
+    network, given = tiny(), inputs(text=8)
+    ones = torch.ones(2, 8, dtype=torch.bool)
+    torch.testing.assert_close(run(network, **given, encoder_attention_mask=ones), run(network, **given))
+    assert run(network, **given, encoder_attention_mask=~ones).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- REPA
+
+
+@pytest.mark.parametrize(("depth", "block"), [(None, 1), (1, 0), (2, 1), (5, 4), (6, 5)])
+def test_repa_is_tapped_after_the_asked_block(depth: int | None, block: int):
+    network, seen = tiny(repa_feature_dim=5, repa_projector_dim=7, repa_depth=depth), {}
+    network.blocks[block].register_forward_hook(lambda module, args, out: seen.update(x=out[0]))
+    with torch.no_grad():
+        output = network(**inputs(8, 16), return_repa=True)
+    assert output.repa.shape == (2, 8 * 16, 5)
+    assert torch.equal(output.repa, network.repa_projector(seen["x"]))
+    assert network(**inputs(8, 16)).repa is None
+    sample, repa = network(**inputs(8, 16), return_repa=True, return_dict=False)
+    assert torch.equal(sample, output.sample) and torch.equal(repa, output.repa)
+
+
+def test_repa_depth_without_compression_is_free():
+    network = tiny(repa_feature_dim=5, repa_depth=4, compression_ratios=())
+    assert network(**inputs(), return_repa=True).repa.shape == (2, 64, 5)
+
+
+def test_repa_needs_a_projector():
+    with pytest.raises(ValueError, match="repa_feature_dim"):
+        tiny()(**inputs(), return_repa=True)
+
+
+# ---------------------------------------------------------------------------------------------- as a diffusers model
+
+
+@pytest.mark.parametrize("switch", ["released", "zero_modulation", "no_compression", "repa"])
+def test_saved_and_loaded_it_is_the_same(switch: str, tmp_path: Path):
+    network = tiny(**SWITCHES[switch]).eval()
+    network.save_pretrained(tmp_path)
+    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in network.config.items() if k[0] != "_"} == {
+        k: v for k, v in loaded.config.items() if k[0] != "_"
+    }
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[key])
+    assert torch.equal(loaded.pos_table, network.pos_table)
+    torch.testing.assert_close(run(loaded, **inputs(8, 16)), run(network, **inputs(8, 16)))
+
+
+def test_loaded_in_bfloat16(tmp_path: Path):
+    network = tiny().eval()
+    network.save_pretrained(tmp_path)
+    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    narrow = {k: v if k == "timestep" else v.bfloat16() for k, v in inputs().items()}
+    found, expected = run(loaded, **narrow), run(network, **inputs())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 0.03
+
+
+def test_autocast_is_close_to_float32():
+    network, given = tiny(), inputs()
+    expected = run(network, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(network, **given)
+    assert (found.float() - expected).norm() / expected.norm() < 0.03
+
+
+def test_lora_trains_nothing_but_itself(tmp_path: Path):
+    from peft import LoraConfig
+
+    network, given = tiny().eval(), inputs()
+    before = run(network, **given)
+    network.requires_grad_(False)
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out", "proj_in"]))
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert torch.equal(run(network, **given), before)  # B starts at zero
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
+    network(**given).sample.square().mean().backward()
+    optimizer.step()
+    after = run(network, **given)
+    assert (after - before).abs().max() > 1e-4
+    network.disable_adapters()
+    assert torch.equal(run(network, **given), before)
+
+    network.save_lora_adapter(tmp_path)
+    other = tiny().eval()
+    other.load_state_dict({k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if "lora_" not in k})
+    other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(run(other, **given), after)
+
+
+def test_rows_of_a_batch_are_independent():
+    network, given = tiny().eval(), inputs(batch=3)
+    together = run(network, **given)
+    for row in range(3):
+        alone = run(network, **{key: value[row : row + 1] for key, value in given.items()})
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_a_scalar_timestep_serves_the_batch_and_time_matters():
+    network, given = tiny().eval(), inputs()
+    many = run(network, **given | {"timestep": torch.tensor([400.0, 400.0])})
+    for timestep in (torch.tensor(400.0), torch.tensor([400.0]), torch.tensor(400)):
+        assert torch.equal(run(network, **given | {"timestep": timestep}), many)
+    assert (run(network, **given | {"timestep": torch.tensor(401.0)}) - many).abs().max() > 1e-5
+    assert torch.equal(network(**given, return_dict=False)[0], network(**given).sample)
+
+
+def test_blocks_compile_as_one_graph_each():
+    network, given = tiny().eval(), inputs()
+    expected = run(network, **given)
+    for block in network.blocks[-2:]:  # strided; chunked without text output
+        block.compile(fullgraph=True, backend="eager")  # fullgraph: a graph break is an error
+    torch.testing.assert_close(run(network, **given), expected)
+
+
+@pytest.mark.slow
+def test_all_blocks_stay_compiled_in_training_and_sampling():
+    network, given = tiny().eval(), inputs()
+    expected = run(network, **given)
+    # With fullgraph torch raises at the limit of graphs (8 by default), where it would else go on uncompiled.
+    network.compile_repeated_blocks(fullgraph=True, backend="eager")
+    network(**given).sample.mean().backward()
+    torch.testing.assert_close(run(network, **given), expected)
+    run(network, **inputs(16, 16, batch=4))

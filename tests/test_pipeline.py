@@ -1,0 +1,342 @@
+"""`EMMDiTPipeline`: saved, loaded and named encoders, seeds, sampling settings, and what a folder may not name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emmdit import EMMDiTPipeline
+from emmdit.encoders import DCAE, DCTCodec, MissingModelError, ShapesText, TextEncoder
+from emmdit.flow import RectifiedFlow, guided, sample
+from emmdit.generate import Sampling, generate, initial_noise
+from emmdit.images import grid, read_settings, save_png, to_uint8
+from emmdit.networks import EMMDiTTransformer2DModel
+
+ROOT = Path(__file__).parents[1]
+RED, TWO = "a photo of a red circle", "a photo of two squares"
+CODEC = {"class_path": "emmdit.encoders.DCTCodec", "init_args": {}}
+TEXT = {"class_path": "emmdit.encoders.ShapesText", "init_args": {"with_mask": True}}
+
+
+def network(**config) -> EMMDiTTransformer2DModel:
+    torch.manual_seed(0)
+    defaults = dict(
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        block_groups=(1, 1, 1),
+        caption_channels=64,
+        subregion_pattern=("full",),
+    )
+    return EMMDiTTransformer2DModel(**defaults | config).eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> EMMDiTPipeline:
+    return EMMDiTPipeline(
+        network(),
+        **DCTCodec().components(),
+        **ShapesText().components(),
+        codec=CODEC,
+        text=TEXT,
+        sampling={"steps": 3, "guidance": 2.0, "guidance_interval": [100.0, 900.0]},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: EMMDiTPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def standins(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """Codec and text of the real classes, named by their (stand-in) sources."""
+    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    text = {"source": "standin:llama?caption_channels=64", "caption_channels": 64, "max_length": 8, "dtype": "float32"}
+    return {
+        "codec": {"class_path": "emmdit.encoders.DCAE", "init_args": {"source": "standin:dc_ae"}},
+        "text": {"class_path": "emmdit.encoders.TextEncoder", "init_args": text},
+    }
+
+
+def picture(pipeline: EMMDiTPipeline, prompt: str | list[str] = RED, **call) -> torch.Tensor:
+    return pipeline(prompt, output_type="pt", **call).images
+
+
+def count_calls(network: torch.nn.Module) -> list[int]:
+    """A list that grows by the batch size at each forward."""
+    calls: list[int] = []
+    network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------- saved and loaded
+
+
+def test_a_fresh_process_loads_the_folder_and_makes_the_same_picture(
+    pipeline: EMMDiTPipeline, folder: Path, tmp_path: Path
+):
+    """Fresh, because diffusers finds our classes only in modules that are imported already."""
+    script = (
+        "import sys, torch\n"
+        "from emmdit import EMMDiTPipeline\n"
+        "pipeline = EMMDiTPipeline.from_pretrained(sys.argv[1])\n"
+        f"torch.save(pipeline({RED!r}, seed=5, output_type='pt').images, sys.argv[2])\n"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script, str(folder), str(tmp_path / "picture.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    noise = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
+    assert noise == [] and done.stdout == ""
+    assert torch.equal(torch.load(tmp_path / "picture.pt", weights_only=True), picture(pipeline, seed=5))
+
+
+def test_everything_comes_back(pipeline: EMMDiTPipeline, folder: Path):
+    loaded = EMMDiTPipeline.from_pretrained(folder)
+    assert isinstance(loaded.codec, DCTCodec) and isinstance(loaded.text, ShapesText) and loaded.text.with_mask
+    assert isinstance(loaded.path, RectifiedFlow)
+    assert loaded.codec.model is loaded.vae and loaded.text.model is loaded.text_encoder  # not second ones
+    assert loaded.sampling == Sampling(steps=3, guidance=2.0, guidance_interval=[100.0, 900.0])
+    prompts = [RED, TWO]
+    assert torch.equal(picture(loaded, prompts, seed=[3, 4]), picture(pipeline, prompts, seed=[3, 4]))
+
+
+def test_a_pipeline_saved_again_is_the_same_folder(folder: Path, tmp_path: Path):
+    EMMDiTPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    EMMDiTPipeline.from_pretrained(tmp_path).save_pretrained(tmp_path)  # over the files it came from
+    for file in folder.rglob("*"):
+        if file.is_file() and file.suffix == ".safetensors" or file.name == "tokenizer.json":
+            assert file.read_bytes() == (tmp_path / file.relative_to(folder)).read_bytes(), file
+    index, again = (json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path))
+    assert index == {key: value for key, value in again.items() if key != "_name_or_path"}
+
+
+def test_sampling_defaults_are_stored_and_used(folder: Path):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["sampling"] == {"steps": 3, "guidance": 2.0, "guidance_interval": [100.0, 900.0]}
+    assert index["codec"] == CODEC and index["text"] == TEXT
+    loaded = EMMDiTPipeline.from_pretrained(folder)
+    calls = count_calls(loaded.transformer)
+    loaded.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: times.append(kwargs["timestep"][0].item()), with_kwargs=True
+    )
+    times: list[float] = []
+    loaded(RED)
+    assert times == [1000.0, 500.5, 1.0] and calls == [1, 2, 1]  # guidance only between 100 and 900
+    calls.clear()
+    loaded(RED, num_inference_steps=2, guidance_scale=0.0, sampler="heun")
+    assert calls == [1, 1, 1]
+    assert loaded.sampling.steps == 3
+
+
+def test_an_exchanged_or_cast_module_counts(folder: Path):
+    loaded = EMMDiTPipeline.from_pretrained(folder)
+    loaded.to(torch.bfloat16)
+    assert picture(loaded).isfinite().all()
+    assert loaded.codec.dtype == loaded.text.dtype == loaded.transformer.dtype == torch.bfloat16
+    half = EMMDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16 and picture(half).isfinite().all()
+    assert (picture(half) - picture(EMMDiTPipeline.from_pretrained(folder))).abs().mean() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------- named encoders
+
+
+def test_encoders_that_are_named_load_at_first_use(standins: dict[str, dict], tmp_path: Path):
+    parts = dict(vae=None, text_encoder=None, tokenizer=None)
+    made = EMMDiTPipeline(network(sample_size=4), **parts, **standins, sampling={"steps": 2})
+    made.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "transformer"]
+    loaded = EMMDiTPipeline.from_pretrained(tmp_path)
+    assert not loaded.codec.loaded and not loaded.text.loaded
+    images = loaded(RED).images
+    assert images[0].size == (128, 128)
+    assert loaded.codec.loaded and loaded.text.loaded and loaded.vae is None
+    assert torch.equal(picture(loaded), picture(made))
+
+
+def test_pretrained_encoders_can_be_copied_into_the_folder(standins: dict[str, dict], tmp_path: Path):
+    """With them inside, the sources need not exist any more."""
+    codec, text = DCAE(**standins["codec"]["init_args"]), TextEncoder(**standins["text"]["init_args"])
+    absent = {
+        name: {**part, "init_args": {**part["init_args"], "source": "nobody/nothing"}} for name, part in standins.items()
+    }
+    made = EMMDiTPipeline(
+        network(sample_size=4), **codec.components(), **text.components(), **absent, sampling={"steps": 2}
+    )
+    made.save_pretrained(tmp_path)
+    loaded = EMMDiTPipeline.from_pretrained(tmp_path)
+    assert loaded.codec.model is loaded.vae and loaded.text.model is loaded.text_encoder
+    assert loaded.text.tokenizer.pad_token == loaded.text.tokenizer.eos_token
+    assert torch.equal(picture(loaded), picture(made))
+    loaded.to(torch.bfloat16)
+    assert picture(loaded).isfinite().all() and loaded.codec.dtype == torch.bfloat16
+
+
+def test_a_missing_source_is_one_sentence(standins: dict[str, dict]):
+    standins["codec"]["init_args"]["source"] = "/nowhere/dc-ae"
+    made = EMMDiTPipeline(network(sample_size=4), None, None, None, **standins, sampling={"steps": 1, "guidance": 1.0})
+    with pytest.raises(MissingModelError, match="The folder '/nowhere/dc-ae' does not exist"):
+        made(RED)
+
+
+def test_a_hub_id_is_fetched_and_loaded(
+    pipeline: EMMDiTPipeline, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {}
+
+    def snapshot_download(repo_id: str, **options) -> str:
+        asked.update(repo_id=repo_id, **options)
+        return str(shutil.copytree(folder, tmp_path / "cache"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = EMMDiTPipeline.from_pretrained("someone/shapes", revision="main")
+    assert asked["repo_id"] == "someone/shapes" and asked["revision"] == "main"
+    assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in asked["allow_patterns"])
+    assert torch.equal(picture(loaded), picture(pipeline))
+
+
+def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for source, match in (
+        ("nobody/nothing", "nobody/nothing.* not in the local cache"),
+        (tmp_path / "absent", "does not exist"),
+        (tmp_path / "empty", "model_index.json"),
+    ):
+        with pytest.raises(MissingModelError, match=match) as error:
+            EMMDiTPipeline.from_pretrained(source)
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- what a folder may name
+
+
+@pytest.mark.parametrize(
+    ("part", "class_path", "match"),
+    [
+        ("codec", "os.system", "os.system is not a part of emmdit"),
+        ("text", "emmditious.Text", "not a part of emmdit"),
+        ("codec", "emmdit.encoders.import_module", "not a kind of ImageCodec"),  # a function, and it imports
+        ("codec", "emmdit.encoders.ShapesText", "not a kind of ImageCodec"),
+        ("text", "emmdit.encoders.standin", "not a kind of TextConditioner"),
+        ("path", "emmdit.encoders.DCTCodec", "not a kind of Path"),
+        ("path", "emmdit.flow.Absent", "emmdit.flow.Absent is not a kind of Path"),
+        ("path", "emmdit.absent.Path", "can not provide emmdit.absent"),
+    ],
+)
+def test_only_classes_of_this_package_and_of_the_right_kind(
+    folder: Path, tmp_path: Path, part: str, class_path: str, match: str
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    index[part] = {"class_path": class_path, "init_args": {}}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=match):
+        EMMDiTPipeline.from_pretrained(copy)
+
+
+def test_a_class_this_version_lacks_is_a_sentence(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["transformer"] = ["emmdit.networks.future", "FutureModel"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="can not provide emmdit.networks.future"):
+        EMMDiTPipeline.from_pretrained(copy)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_by_hand(pipeline: EMMDiTPipeline):
+    """What a call does, step by step, from the parts."""
+    codec, text, denoiser = DCTCodec(), ShapesText(with_mask=True), pipeline.transformer
+    predict = guided(
+        lambda x, t, condition: denoiser(x, timestep=t, **condition).sample,
+        text([RED, TWO]),
+        text.null(2),
+        scale=2.0,
+        interval=(100.0, 900.0),
+    )
+    noise = torch.cat([initial_noise([seed], (32, 8, 8)) for seed in (7, 9)])
+    expected = codec.decode(sample(predict, noise, RectifiedFlow(), steps=3))
+    found = picture(pipeline, [RED, TWO], seed=[7, 9])
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_seed_is_a_picture_whatever_the_batch(pipeline: EMMDiTPipeline):
+    together = picture(pipeline, [RED, TWO, RED], seed=[1, 2, 3])
+    for i, (prompt, seed) in enumerate([(RED, 1), (TWO, 2), (RED, 3)]):
+        torch.testing.assert_close(picture(pipeline, prompt, seed=seed)[0], together[i], rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[2]).abs().max() > 0.1  # another seed, another picture
+    # a single seed counts on, and each prompt gets its pictures in turn
+    counted = picture(pipeline, [RED, TWO], seed=4, num_images_per_prompt=2)
+    assert torch.equal(counted, picture(pipeline, [RED, RED, TWO, TWO], seed=[4, 5, 6, 7]))
+    assert torch.equal(initial_noise([3, 8], (2, 4, 4))[1], initial_noise([8], (2, 4, 4))[0])
+
+
+def test_output_types(pipeline: EMMDiTPipeline):
+    tensor, array, pil = (pipeline(RED, output_type=kind).images for kind in ("pt", "np", "pil"))
+    assert tensor.shape == (1, 3, 32, 32) and 0 <= tensor.min() and tensor.max() <= 1
+    assert isinstance(array, np.ndarray) and array.shape == (1, 32, 32, 3)
+    assert isinstance(pil[0], Image.Image) and pil[0].size == (32, 32)
+    np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
+
+
+def test_sizes_and_callback(pipeline: EMMDiTPipeline):
+    seen: list[tuple[int, int]] = []
+    images = picture(pipeline, height=16, width=48, callback=lambda i, n: seen.append((i, n)))
+    assert images.shape == (1, 3, 16, 48) and seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ValueError, match="30 x 32 do not fit the codec: both sides must divide by 4"):
+        pipeline(RED, height=30)
+    with pytest.raises(ValueError, match="5 x 8 do not fit this network"):
+        pipeline(RED, height=20)
+
+
+def test_each_prompt_needs_a_seed(pipeline: EMMDiTPipeline):
+    with pytest.raises(ValueError, match="2 prompts and 3 seeds"):
+        pipeline([RED, TWO], seed=[1, 2, 3])
+
+
+def test_generate_in_half_precision_decodes_in_the_codecs_own():
+    settings = dict(path=RectifiedFlow(), sampling=Sampling(steps=2, guidance=3.0))
+    images = generate(network().to(torch.bfloat16), DCTCodec(), ShapesText(), [RED], [0], **settings)
+    expected = generate(network(), DCTCodec(), ShapesText(), [RED], [0], **settings)
+    assert images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    assert (images - expected).abs().mean() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_a_png_carries_its_settings(tmp_path: Path):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    settings = {"prompt": 'a "red" circle ○', "seed": 3, "guidance_interval": [0.0, 1000.0], "checkpoint": None}
+    path = save_png(image, tmp_path / "new" / "folder" / "a.png", settings)
+    assert read_settings(path) == settings
+    with Image.open(path) as found:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
+    assert read_settings(save_png(image, tmp_path / "plain.png")) == {}
+    assert read_settings(save_png(image, tmp_path / "path.png", {"out": Path("x")})) == {"out": "x"}
+
+
+def test_pixels_and_grid():
+    images = torch.stack([torch.full((3, 2, 3), value) for value in (-1.0, 0.0, 1.0, 2.0, -3.0)])
+    assert to_uint8(images)[:, 0, 0, 0].tolist() == [0, 128, 255, 255, 0]
+    canvas = np.asarray(grid(images, columns=3, scale=2, gap=1))
+    assert canvas.shape == (2 * 5 + 1, 3 * 7 + 1, 3)
+    assert canvas[0].min() == 255 and canvas[:, 0].min() == 255  # the gap is white
+    assert (canvas[1:5, 1:7] == 0).all() and (canvas[1:5, 8:14] == 128).all() and (canvas[6:10, 8:14] == 0).all()
+    pictures = [Image.fromarray(array) for array in to_uint8(images)]
+    np.testing.assert_array_equal(np.asarray(grid(pictures, columns=3, scale=2, gap=1)), canvas)

@@ -1,0 +1,185 @@
+"""Whole trainings by the command line: resume after a kill, one process against two, overfitting, export round trip."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emmdit import EMMDiTPipeline
+from emmdit.images import read_settings
+from emmdit.weights import checkpoint_state, find_checkpoint
+from tests.recorder import read
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--model.init_args.denoiser.init_args.num_attention_heads=2",
+    "--model.init_args.denoiser.init_args.attention_head_dim=16",
+    "--model.init_args.denoiser.init_args.block_groups=[1,1,1]",
+    "--model.init_args.scheduler.init_args.total=100",
+    "--data.init_args.batch_size=8",
+    "--data.init_args.validation_samples=8",
+    "--trainer.precision=32-true",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--samples.prompts=null",
+]
+
+
+def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """`emmdit fit` in its own process, as a user would start it."""
+    command = [
+        *(sys.executable, "-m", "lightning_modules.cli", "fit", "-c", "experiments/shapes/emmdit.yaml", *TINY),
+        f"--trainer.default_root_dir={run_dir}",
+        f"--trainer.callbacks+={{class_path: tests.recorder.Recorder, init_args: {{folder: {run_dir}/record}}}}",
+        f"--trainer.devices={ranks}",
+        *extra,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+def emmdit(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lightning_modules.cli", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    schedule = ("--trainer.max_steps=8", "--checkpoint.every_n_train_steps=3", "--trainer.val_check_interval=4")
+    fit(tmp_path / "whole", *schedule)
+    kill = f"{{class_path: tests.recorder.Recorder, init_args: {{folder: {tmp_path}/unused, kill_at: 5}}}}"
+    killed = fit(tmp_path / "broken", *schedule, f"--trainer.callbacks+={kill}", check=False)
+    assert killed.returncode == -9
+    before = read(tmp_path / "broken/record")
+    fit(tmp_path / "broken", *schedule, "--ckpt_path=last")
+
+    whole, broken = read(tmp_path / "whole/record"), read(tmp_path / "broken/record")
+    assert [line["step"] for line in whole] == list(range(1, 9))
+    assert before == whole[: len(before)]
+    resumed = broken[len(before) :]
+    assert resumed[0]["step"] == 4  # the checkpoint of step 3 was the last before the kill
+    assert resumed == whole[3:]  # ids, losses, learning rates, EMA: to the last bit
+
+    ids = {tuple(line["ids"]) for line in whole}
+    assert len(ids) == 8
+    a, b = (checkpoint_state(find_checkpoint(tmp_path / run)) for run in ("whole", "broken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    runs = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).search_runs(["1"])
+    by_name = {run.info.run_name: run for run in runs}
+    assert len(runs) == 2 and set(by_name) == {"whole", "broken"}
+    assert by_name["broken"].info.status == "FINISHED"
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    curves = {
+        name: {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/loss")}
+        for name, run in by_name.items()
+    }
+    assert curves["whole"] == curves["broken"] and len(curves["whole"]) == 8
+
+
+@pytest.mark.parametrize("optimizer", ["emmdit.optim.MuonAdamW", "torch.optim.AdamW"])
+def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
+    common = (
+        "--trainer.max_steps=4",
+        f"--model.init_args.optimizer={{class_path: {optimizer}, init_args: {{lr: 0.001}}}}",
+        "--trainer.val_check_interval=2",
+    )
+    fit(tmp_path / "one", *common)
+    two = (*common, "--data.init_args.batch_size=4")
+    fit(tmp_path / "ddp", *two, "--trainer.strategy=ddp", ranks=2)
+    fit(tmp_path / "fsdp", *two, "--trainer.strategy={class_path: lightning_modules.strategies.FSDP2Strategy}", ranks=2)
+
+    one = read(tmp_path / "one/record")
+    for name in ("ddp", "fsdp"):
+        ranks = [read(tmp_path / name / "record", rank) for rank in (0, 1)]
+        for step, line in enumerate(one):
+            mean = np.mean([rank[step]["loss"] for rank in ranks])
+            assert mean == pytest.approx(line["loss"], rel=1e-5), f"{name} step {step}"
+            assert sorted(ranks[0][step]["ids"] + ranks[1][step]["ids"]) == sorted(line["ids"])
+            for rank in ranks:
+                assert rank[step]["ema"] == pytest.approx(line["ema"], rel=1e-6)
+                assert rank[step]["raw"] == pytest.approx(line["raw"], rel=1e-6)
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    values = {run.info.run_name: run.data.metrics for run in client.search_runs(["1"])}
+    for name in ("ddp", "fsdp"):
+        for metric in ("train/loss", "val/loss_ema", "val/loss_raw"):
+            assert values[name][metric] == pytest.approx(values["one"][metric], rel=1e-5), (name, metric)
+    # the sharded checkpoint is read back by one process
+    done = emmdit("export", "--ckpt", str(tmp_path / "fsdp"), "--out", str(tmp_path / "export"))
+    assert done.returncode == 0, done.stderr
+    a = EMMDiTPipeline.from_pretrained(tmp_path / "export").transformer.state_dict()
+    b = checkpoint_state(find_checkpoint(tmp_path / "one"))
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[f"ema_denoiser.{key}"], rtol=1e-3, atol=1e-4)
+
+
+def test_eight_samples_are_learnt_by_heart(tmp_path: Path) -> None:
+    fit(
+        tmp_path,
+        "--trainer.max_steps=150",
+        "--data.init_args.length=8",
+        "--model.init_args.denoiser.init_args.num_attention_heads=4",
+        "--model.init_args.optimizer.init_args.lr=0.01",
+        "--model.init_args.scheduler.init_args.total=150",
+        "--trainer.val_check_interval=150",
+    )
+    record = read(tmp_path / "record")
+    first, last = (np.mean([line["loss"] for line in part]) for part in (record[:10], record[-10:]))
+    assert last < 0.35 * first
+    assert {i for line in record for i in line["ids"]} == set(range(8))
+
+
+def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
+    fit(tmp_path / "run", "--trainer.max_steps=3", "--samples.prompts=[a photo of a circle, a photo of two squares]")
+    grids = sorted((tmp_path / "run/samples").glob("*.png"))
+    assert [path.name for path in grids] == ["step_0000003.png"]
+    assert read_settings(grids[0])["step"] == 3
+
+    prompt = ("--prompt", "a photo of a red circle", "--prompt", "a photo of two squares", "--seed", "5", "--steps", "4")
+    run, folder = str(tmp_path / "run"), str(tmp_path / "export")
+    done = emmdit("sample", "--ckpt", run, *prompt, "--out", str(tmp_path / "from_run"))
+    assert done.returncode == 0, done.stderr
+    done = emmdit("export", "--ckpt", run, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    done = emmdit("sample", "--ckpt", folder, *prompt, "--out", str(tmp_path / "from_export"))
+    assert done.returncode == 0, done.stderr
+    for name in ("00000.png", "00001.png", "grid.png"):
+        a, b = (np.asarray(Image.open(tmp_path / source / name)) for source in ("from_run", "from_export"))
+        assert np.array_equal(a, b)
+    settings = read_settings(tmp_path / "from_run/00001.png")
+    assert settings["prompt"] == "a photo of two squares" and settings["seed"] == 6
+    assert settings["steps"] == 4 and settings["guidance"] == 3.0 and settings["weights"] == "ema"
+
+    raw = emmdit("sample", "--ckpt", run, *prompt, "--weights", "raw", "--out", str(tmp_path / "raw"))
+    assert raw.returncode == 0, raw.stderr
+    refused = emmdit("export", "--ckpt", run, "--out", folder)
+    assert refused.returncode == 2 and "not an empty folder" in refused.stderr
+    unknown = emmdit("sample", "--ckpt", folder, "--prompt", "a photo of a giraffe", "--out", str(tmp_path / "no"))
+    assert unknown.returncode == 2 and "giraffe" in unknown.stderr and "circle" in unknown.stderr
+    missing = emmdit("sample", "--ckpt", str(tmp_path / "nothing"), *prompt, "--out", str(tmp_path / "no"))
+    assert missing.returncode == 2 and "nothing" in missing.stderr
+
+
+def test_validate_repeats_what_fit_measured(tmp_path: Path) -> None:
+    fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs(["1"])
+    done = emmdit(
+        *("validate", "-c", str(tmp_path / "config.yaml"), "--ckpt_path", str(find_checkpoint(tmp_path))),
+        "--trainer.logger=false",
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "val/loss_ema" in line)
+    printed = float(line.split("val/loss_ema")[1].split()[0])
+    assert printed == pytest.approx(run.data.metrics["val/loss_ema"], rel=1e-3)

@@ -1,0 +1,215 @@
+"""`load_weights`: from a Lightning checkpoint (file or sharded), a diffusers folder, a Nitro-E file; and the misfits."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emmdit.networks import EMMDiTTransformer2DModel, save_nitro_e
+from emmdit.weights import find_checkpoint, is_diffusers_folder, load_weights, read_weights, run_folder
+
+Weights = dict[str, Tensor]
+
+
+def network(seed: int = 0, **config) -> EMMDiTTransformer2DModel:
+    torch.manual_seed(seed)
+    defaults = dict(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1), caption_channels=12)
+    return EMMDiTTransformer2DModel(**defaults | config)
+
+
+def checkpoint_of(raw: nn.Module, ema: nn.Module | None = None) -> dict:
+    """What Lightning writes, as far as it matters here."""
+    state = {f"denoiser.{key}": value for key, value in raw.state_dict().items()}
+    if ema is not None:
+        state |= {f"ema_denoiser.{key}": value for key, value in ema.state_dict().items()}
+    return {"state_dict": state, "global_step": 3, "samples_seen": 12, "callbacks": {}}
+
+
+def assert_holds(found: nn.Module, expected: nn.Module) -> None:
+    state = expected.state_dict()
+    for key, value in found.state_dict().items():
+        assert torch.equal(value, state[key].to(value.dtype)), key
+
+
+def refusal(target: nn.Module, source: Path, kind: type[Exception] = ValueError, **options) -> str:
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(kind) as error:
+        load_weights(target, source, **options)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith((".", "?")) and str(source) in message
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())  # nothing half done
+    return message
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+@pytest.fixture(params=["file", "sharded"])
+def save(request: pytest.FixtureRequest):
+    """Writes a checkpoint as Lightning does: one file, or a folder of shards."""
+
+    def write(checkpoint: dict, path: Path) -> Path:
+        if request.param == "file":
+            torch.save(checkpoint, path)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # no process group
+                dcp.save({"state_dict": checkpoint["state_dict"]}, checkpoint_id=path, no_dist=True)
+            torch.save({"global_step": 3}, path / "meta.pt")
+        return path
+
+    return write
+
+
+def test_a_checkpoint_gives_its_average_unless_told_otherwise(save, tmp_path: Path):
+    raw, ema = network(1), network(2)
+    path = save(checkpoint_of(raw, ema), tmp_path / "last.ckpt")
+    target = network()
+    assert load_weights(target, path) == "ema"
+    assert_holds(target, ema)
+    assert load_weights(target, path, "raw") == "raw"
+    assert_holds(target, raw)
+    assert load_weights(target, path, "ema") == "ema"
+    assert_holds(target, ema)
+
+
+def test_a_checkpoint_without_an_average_gives_what_it_has(save, tmp_path: Path):
+    raw, target = network(1), network()
+    path = save(checkpoint_of(raw), tmp_path / "last.ckpt")
+    assert load_weights(target, path) == "raw"
+    assert_holds(target, raw)
+    assert "no ema weights" in refusal(target, path, weights="ema")
+
+
+def test_a_run_folder_gives_its_last_checkpoint(tmp_path: Path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (1, 2):
+        path = run / "checkpoints" / f"step={step}.ckpt"
+        torch.save(checkpoint_of(network(step)), path)
+        os.utime(path, (step, step))
+    target = network()
+    load_weights(target, run)
+    assert_holds(target, network(2))
+    (run / "checkpoints" / "last.ckpt").symlink_to(run / "checkpoints" / "step=1.ckpt")
+    load_weights(target, run)
+    assert_holds(target, network(1))
+    assert find_checkpoint(run) == run / "checkpoints" / "step=1.ckpt"
+
+
+def test_the_folder_of_a_run_is_found_from_its_checkpoint(tmp_path: Path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    assert run_folder(tmp_path / "run" / "checkpoints" / "last.ckpt") == tmp_path / "run"
+    assert run_folder(tmp_path / "run") == tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="No config.yaml"):
+        run_folder(tmp_path / "elsewhere" / "last.ckpt")
+
+
+@pytest.mark.parametrize("subfolder", ["", "transformer"])
+def test_a_diffusers_folder(subfolder: str, tmp_path: Path):
+    saved, target = network(1), network()
+    saved.save_pretrained(tmp_path / subfolder)
+    assert is_diffusers_folder(tmp_path) and not is_diffusers_folder(tmp_path / "absent")
+    assert load_weights(target, tmp_path) == "raw"
+    assert_holds(target, saved)
+
+
+def test_the_folder_of_a_diffusers_network(tmp_path: Path):
+    from diffusers import SD3Transformer2DModel
+
+    def tiny(seed: int) -> SD3Transformer2DModel:
+        torch.manual_seed(seed)
+        sizes = dict(num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12)
+        sizes |= dict(caption_projection_dim=16, pooled_projection_dim=10, sample_size=4, pos_embed_max_size=8)
+        return SD3Transformer2DModel(**sizes)
+
+    saved, target = tiny(1), tiny(0)
+    saved.save_pretrained(tmp_path)
+    load_weights(target, tmp_path)
+    assert_holds(target, saved)
+    assert "SD3Transformer2DModel" in refusal(network(), tmp_path, OSError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nitro_e_file(dtype: torch.dtype, tmp_path: Path):
+    saved, target = network(1, repa_feature_dim=5, repa_projector_dim=7).to(dtype), network()
+    save_nitro_e(saved, tmp_path / "nitro-e.safetensors")
+    # a network without the projector takes a training file, too
+    assert load_weights(target, tmp_path / "nitro-e.safetensors") == "raw"
+    assert_holds(target, saved)
+    assert target.dtype == torch.float32
+    with_projector = network(repa_feature_dim=5, repa_projector_dim=7)
+    load_weights(with_projector, tmp_path / "nitro-e.safetensors")
+    assert_holds(with_projector, saved)
+
+
+def test_a_plain_safetensors_file(tmp_path: Path):
+    saved, target = network(1), network()
+    save_file(saved.state_dict(), tmp_path / "network.safetensors")
+    assert load_weights(target, tmp_path / "network.safetensors") == "raw"
+    assert_holds(target, saved)
+
+
+def test_read_weights_gives_the_denoisers_own_names(tmp_path: Path):
+    raw = network(1)
+    torch.save(checkpoint_of(raw), tmp_path / "a.ckpt")
+    state, kind = read_weights(tmp_path / "a.ckpt")
+    assert kind == "raw" and state.keys() == raw.state_dict().keys()
+
+
+# ---------------------------------------------------------------------------------------------- misfits
+
+
+def test_weights_of_another_network_are_counted_and_named(tmp_path: Path):
+    path = tmp_path / "a.ckpt"
+    torch.save(checkpoint_of(network(1, block_groups=(1, 2, 1))), path)
+    message = refusal(network(), path)  # whose third block is the last, without text output
+    assert "unknown" in message and "missing" not in message and "e.g. blocks.2.attn.to_add_out.bias" in message
+    message = refusal(network(block_groups=(2, 2, 1)), path)
+    assert "missing" in message and "unknown" not in message and "e.g. blocks.3.attn.to_add_out.bias" in message
+    message = refusal(network(caption_channels=20, block_groups=(1, 2, 1)), path)
+    assert "(tensors: 1 of another shape; e.g. context_embedder.weight)" in message
+    assert "missing" in refusal(network(block_groups=(1, 2, 1), repa_feature_dim=5), path)
+
+
+def test_folders_and_nitro_e_files_of_another_size(tmp_path: Path):
+    network(1, caption_channels=20).save_pretrained(tmp_path / "folder")
+    assert "of another shape" in refusal(network(), tmp_path / "folder")
+    save_nitro_e(network(1, caption_channels=20), tmp_path / "file.safetensors")
+    assert "of another shape" in refusal(network(), tmp_path / "file.safetensors")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    assert "not a readable checkpoint" in refusal(network(), tmp_path / "text.ckpt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    assert "no state_dict" in refusal(network(), tmp_path / "other.ckpt")
+    torch.save({"state_dict": {"classifier.weight": torch.zeros(1)}}, tmp_path / "classifier.ckpt")
+    assert "no raw weights" in refusal(network(), tmp_path / "classifier.ckpt")
+    torch.save(checkpoint_of(network(1)), tmp_path / "good.ckpt")
+    with pytest.raises(ValueError, match="ema or raw, got 'best'"):
+        load_weights(network(), tmp_path / "good.ckpt", "best")
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
+    assert "not a readable checkpoint" in refusal(network(), tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_is_not_there(tmp_path: Path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "No checkpoint in" in refusal(network(), tmp_path / "run", FileNotFoundError)
+    assert "nothing at" in refusal(network(), tmp_path / "absent.ckpt", FileNotFoundError)
+    assert "No weights at" in refusal(network(), tmp_path / "absent.safetensors", FileNotFoundError)
