@@ -8,7 +8,7 @@ force manual optimisation and two checkpoint states on every user.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ def parameter_groups(network: nn.Module, blocks: str = "blocks") -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., m, n) -> about U V^T of each matrix; singular values end up in about [0.7, 1.2]."""
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
@@ -56,6 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
             (Liu et al. 2025, arXiv 2502.16982), so that one rate and one schedule serve both.
         muon_lr_scale: extra factor on Muon's rate.
         momentum: Muon's (Nesterov) momentum.
+        newton_schulz_dtype: bfloat16 is several times faster where the device has it, and precise enough.
         betas, eps: AdamW's.
         weight_decay: decoupled, for both.
     """
@@ -66,6 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float = 1e-3,
         muon_lr_scale: float = 1.0,
         momentum: float = 0.95,
+        newton_schulz_dtype: Literal["float32", "bfloat16"] = "float32",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -78,6 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 lr=lr,
                 muon_lr_scale=muon_lr_scale,
                 momentum=momentum,
+                newton_schulz_dtype=newton_schulz_dtype,
                 betas=tuple(betas),
                 eps=eps,
                 weight_decay=weight_decay,
@@ -113,10 +116,11 @@ class MuonAdamW(torch.optim.Optimizer):
         for i, p in enumerate(parameters):
             by_shape.setdefault(p.shape, []).append(i)
         lr = group["lr"] * group["muon_lr_scale"]
+        dtype = getattr(torch, group["newton_schulz_dtype"])
         for shape, indices in by_shape.items():
             # Sharded matrices are gathered: the update of a matrix needs all of it.
             full = [u.full_tensor() if isinstance(u, DTensor) else u for u in (updates[i] for i in indices)]
-            for i, update in zip(indices, orthogonalise(torch.stack(full)).unbind(), strict=True):
+            for i, update in zip(indices, orthogonalise(torch.stack(full), dtype=dtype).unbind(), strict=True):
                 p = parameters[i]
                 if isinstance(p, DTensor):
                     update = distribute_tensor(update, p.device_mesh, p.placements)

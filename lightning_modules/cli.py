@@ -25,6 +25,7 @@ from lightning_modules.callbacks import (
     NonFinite,
     ProgressBar,
     SaveConfig,
+    Summary,
     Throughput,
 )
 from lightning_modules.config_errors import sentence
@@ -66,7 +67,7 @@ class SuiteCLI(LightningCLI):
                 "check_val_every_n_epoch": None,  # val_check_interval counts steps
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor(logging_interval="step")],
+                "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor(logging_interval="step"), Summary()],
                 "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
             },
             # Without abbreviations: `--trainer.max_step 3` is an error, as the same key in a YAML is.

@@ -7,6 +7,7 @@ from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
 from lightning_modules.callbacks.non_finite import NonFinite
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.save_config import SaveConfig
+from lightning_modules.callbacks.summary import Summary
 from lightning_modules.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "DataLineage", "ImageGrid", "MLflowSystemMetrics", "NonFinite", "ProgressBar", "SaveConfig", "Throughput"]
+__all__ = ["EMA", "DataLineage", "ImageGrid", "MLflowSystemMetrics", "NonFinite", "ProgressBar", "SaveConfig", "Summary", "Throughput"]

@@ -1,0 +1,223 @@
+"""What the benchmarks share: the machine's description, fair timing, peak memory, tables and their files."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[[], object]
+
+
+# -- machine -----------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Everything a number of this benchmark depends on, and nothing that names its owner."""
+    device = torch.device(device)
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "device": device.type,
+        "cpu": cpu_name(),
+        "cpu_cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "cpu_threads": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": None,
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpus_visible": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return found
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The checked-out commit, with "-dirty" where tracked files differ; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    """The description in one line, for the head of a table."""
+    where = f"{found['gpu']}, {found['gpu_memory_gib']} GiB" if found["gpu"] else found["cpu"]
+    where += f", {found['cpu_cores']} cores, {found['torch_threads']} threads, {found['ram_gib']} GiB RAM"
+    commit = (found["commit"] or "unknown commit").replace("-dirty", " and uncommitted changes")
+    return f"{where}; torch {found['torch']}; {found['date'][:10]}; {commit}."
+
+
+# -- time --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timing:
+    """Seconds of one call: the median of the rounds, and their range."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Run, device: torch.device, calls: int = 1) -> float:
+    """Seconds of one of `calls` calls, the device's queue empty before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(
+    cases: dict[str, Run],
+    device: torch.device | str = "cpu",
+    rounds: int = 5,
+    min_seconds: float = 0.1,
+    clock: Callable[[Run, torch.device, int], float] = seconds_of,
+) -> dict[str, Timing]:
+    """Time warmed-up `cases` in turn, round by round, every other round backwards.
+
+    What drifts (heat, a neighbour on the machine) then falls on all cases alike, and ratios between them stay
+    true where times do not. Calls shorter than `min_seconds` are repeated within a round.
+    """
+    device = torch.device(device)
+    calls = {name: max(1, math.ceil(min_seconds / clock(run, device, 1))) for name, run in cases.items()}
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds):
+        names = list(cases) if i % 2 == 0 else list(reversed(cases))
+        for name in names:
+            times[name].append(clock(cases[name], device, calls[name]))
+        progress(f"  round {i + 1}/{rounds}")
+    return {name: Timing(statistics.median(t), min(t), max(t), rounds) for name, t in times.items()}
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
+    """Bytes at the peak of one warmed-up call: the allocator's on a GPU, else the process' resident set.
+
+    None where the system can not tell (the resident set's peak is reset through /proc, so on Linux only).
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier cases freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts here
+        run()
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def tensor_bytes(*modules: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    storages = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+# -- tables and files --------------------------------------------------------------------------------
+
+
+def markdown_table(rows: Iterable[dict[str, Any]], columns: dict[str, str], digits: int = 3) -> str:
+    """GitHub Markdown of `rows`; `columns` maps keys to headings; floats to `digits` significant digits."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            shown = f"{value:.{digits}g}"
+            return f"{value:.0f}" if "e" in shown and abs(value) >= 1 else shown
+        return str(value)
+
+    rows = list(rows)
+    numeric = {key: any(isinstance(row.get(key), int | float) for row in rows) for key in columns}
+    lines = [
+        "| " + " | ".join(columns.values()) + " |",
+        "|" + "|".join("---:" if numeric[key] else "---" for key in columns) + "|",
+    ]
+    lines += ["| " + " | ".join(cell(row.get(key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    progress(f"written: {path}")
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """With the options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
+    parser.add_argument("--quick", action="store_true", help="a reduced table, for two CPU cores")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def show(title: str, found: dict[str, Any], tables: Sequence[str]) -> None:
+    """Print a Markdown page: title, machine, tables."""
+    print("\n\n".join([f"# {title}", machine_line(found), *tables]))

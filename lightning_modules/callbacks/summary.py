@@ -1,0 +1,80 @@
+"""What a run leaves for its reader: the loss curve in the run folder, and a last word on where everything is."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_modules.mlflow_logger import MLflowLogger
+
+CURVES = ("train/loss", "val/loss_ema", "val/loss_raw")
+
+
+class Summary(Callback):
+    """When training ends, writes `curve.csv` and `curve.png` from the tracker's history (so a resumed run gives one curve)
+    and prints where pictures, checkpoint and MLflow run are, and what to try next."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        run_dir = Path(trainer.default_root_dir)
+        logger = next((logger for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
+        lines = [f"\nRun folder   {run_dir}"]
+        if logger is not None:
+            curve = history(logger)
+            write_csv(curve, run_dir / "curve.csv")
+            if any(curve.values()):
+                plot(curve, run_dir / "curve.png")
+                lines.append(f"Loss curve   {run_dir / 'curve.png'}  (curve.csv)")
+        pictures = sorted((run_dir / "samples").glob("step_*.png"))
+        if pictures:
+            lines.append(f"Pictures     {pictures[-1]}")
+        checkpoint = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
+        if checkpoint:
+            lines.append(f"Checkpoint   {checkpoint}")
+        if logger is not None:
+            lines.append(f"MLflow run   {logger.run_id} in {logger.tracking_uri}")
+        prompt = pictures and "a photo of a red circle and a blue square"
+        lines += [
+            "\nNext:",
+            f'  emmdit sample --ckpt {run_dir} --prompt "{prompt or "..."}" --num-images 8 --out out',
+            f"  emmdit export --ckpt {run_dir} --out exported",
+            f"  mlflow ui --backend-store-uri {logger.tracking_uri if logger is not None else 'sqlite:///mlflow.db'}",
+        ]
+        print("\n".join(lines), flush=True)
+
+
+def history(logger: MLflowLogger) -> dict[str, dict[int, float]]:
+    """{metric: {step: value}}; of steps that were made twice (after a resume) the later value."""
+    run_id = logger.run_id
+    curves = {}
+    for name in CURVES:
+        points = sorted(logger.experiment.get_metric_history(run_id, name), key=lambda point: point.timestamp)
+        curves[name] = dict(sorted({point.step: point.value for point in points}.items()))
+    return curves
+
+
+def write_csv(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """One row a step, one column a curve, empty where a curve has no point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *curves])
+        for step in sorted({step for curve in curves.values() for step in curve}):
+            writer.writerow([step, *(f"{curve[step]:.6g}" if step in curve else "" for curve in curves.values())])
+
+
+def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        if curve:
+            axes.plot(list(curve), list(curve.values()), label=name, lw=1, alpha=0.6 if name.startswith("train") else 1)
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
