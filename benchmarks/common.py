@@ -40,6 +40,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu_cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "cpu_threads": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),  # other work on the machine, in busy cores
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": None,
         "os": f"{platform.system()} {platform.machine()}",
@@ -85,7 +86,8 @@ def machine_line(found: dict[str, Any]) -> str:
     where = f"{found['gpu']}, {found['gpu_memory_gib']} GiB" if found["gpu"] else found["cpu"]
     where += f", {found['cpu_cores']} cores, {found['torch_threads']} threads, {found['ram_gib']} GiB RAM"
     commit = (found["commit"] or "unknown commit").replace("-dirty", " and uncommitted changes")
-    return f"{where}; torch {found['torch']}; {found['date'][:10]}; {commit}."
+    load = f"load average {found['load_average']} at the start"
+    return f"{where}; {load}; torch {found['torch']}; {found['date'][:10]}; {commit}."
 
 
 # -- time --------------------------------------------------------------------------------------------

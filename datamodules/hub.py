@@ -1,4 +1,4 @@
-"""Captioned images (or precomputed latents) through Hugging Face `datasets`: hub, Arrow, parquet, image folders."""
+"""Captioned images or latents through Hugging Face `datasets`: hub, Arrow, parquet, image folders."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from emmdit.data.rows import CaptionedRows, open_source, select_columns
 
 
 class HubDataModule(TextImageDataModule):
-    """One source of rows. The first `validation_samples` are held out: training sample i is the row after them + i.
+    """One source of rows, the first `validation_samples` held out; training sample i is the i-th after them.
 
     Args:
-        source: hub id, folder made by `save_to_disk`, parquet file, glob (`data/*.parquet`) or folder, or image
-            folder with `metadata.csv` or `metadata.jsonl`.
+        source: hub id, folder made by `save_to_disk`, parquet file, glob (`data/*.parquet`) or folder, or
+            image folder with `metadata.csv` or `metadata.jsonl`.
         image_column: images (`datasets.Image`, or encoded bytes); null where there are latents alone.
         caption_column: text; `json.prompt` reads `prompt` inside a column `json`.
-        latents_column: precomputed latents, which then are not encoded from the image (REPA still sees it): an
-            array (C, h, w), or the bytes of one in float16 together with `latents_shape`.
+        latents_column: precomputed latents, which then are not encoded from the image (REPA still sees it):
+            an array (C, h, w), or the bytes of one in float16 together with `latents_shape`.
         latents_shape: (C, h, w) of latents stored as bytes.
-        latents_scale: factor to the codec's scaled latents: 1 if they are stored as `codec.encode` gives them,
-            0.41407 for the unscaled DC-AE latents of the Nitro-E recipe.
+        latents_scale: factor to the codec's scaled latents: 1 if they are stored as `codec.encode` gives
+            them, 0.41407 for the unscaled DC-AE latents of the Nitro-E recipe.
         resolution: images are resized to this short side and cut to the square in the centre. In pixels.
         data_files: glob or list inside the source, as in `datasets.load_dataset`.
         split, revision: of the source; a revision pins a hub repository to a branch, tag or commit.
@@ -74,23 +74,23 @@ class HubDataModule(TextImageDataModule):
         """Compare source and codec before the network is built. ValueError with one sentence."""
         if len(self.rows()) <= self.validation_samples:
             raise ValueError(
-                f"'{self.source}' has {len(self.rows())} rows, and {self.validation_samples} of them are held out "
-                "for validation: lower validation_samples."
+                f"'{self.source}' has {len(self.rows())} rows, and {self.validation_samples} of them are "
+                "held out for validation: lower validation_samples."
             )
         codec = getattr(self.trainer.lightning_module, "codec", None) if self.trainer else None
         if codec is None:
             return
         if "image" in self.columns and self.resolution % codec.downsample:
             raise ValueError(
-                f"Images of resolution {self.resolution} do not fit {type(codec).__name__}, whose sides divide by "
-                f"{codec.downsample}: change the data's resolution."
+                f"Images of resolution {self.resolution} do not fit {type(codec).__name__}, whose sides "
+                f"divide by {codec.downsample}: change the data's resolution."
             )
         if "latents" in self.columns:
             channels = len(self.validation_dataset()[0]["latents"])
             if channels != codec.latent_channels:
                 raise ValueError(
-                    f"The latents in '{self.source}' have {channels} channels, those of {type(codec).__name__} "
-                    f"{codec.latent_channels}: name the codec that made them."
+                    f"The latents in '{self.source}' have {channels} channels, those of "
+                    f"{type(codec).__name__} {codec.latent_channels}: name the codec that made them."
                 )
 
     def train_dataset(self) -> CaptionedRows:
@@ -114,5 +114,5 @@ class HubDataModule(TextImageDataModule):
     def provenance(self) -> dict[str, str]:
         rows = self.rows()
         source = self.source if self.revision is None else f"{self.source}@{self.revision}"
-        digest = f"{rows._fingerprint} {len(rows)} rows"
-        return super().provenance() | {"name": self.source, "source": f"{source} {self.split}", "digest": digest}
+        about = {"source": f"{source} {self.split}", "digest": f"{rows._fingerprint} {len(rows)} rows"}
+        return super().provenance() | {"name": self.source} | about

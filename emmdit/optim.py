@@ -134,7 +134,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    step=torch.zeros((), dtype=torch.float32),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
                 )
         states = [self.state[p] for p in parameters]
         adamw(
@@ -165,7 +167,11 @@ class WarmupDecay(torch.optim.lr_scheduler.LambdaLR):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, warmup: int = 500, total: int | None = None, decay: float = 0.0
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: int = 500,
+        total: int | None = None,
+        decay: float = 0.0,
     ) -> None:
         if not 0 <= decay <= 1 or (decay and not total):
             raise ValueError(f"WarmupDecay needs 0 <= decay <= 1, and total where it decays; got {decay}, {total}.")

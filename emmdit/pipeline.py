@@ -27,7 +27,12 @@ from emmdit.generate import Sampling, generate
 DEFAULT_CODEC = {"class_path": "emmdit.encoders.DCAE"}
 DEFAULT_TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
 DEFAULT_PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # what a folder consists of: weights, configs, tokenizers
+FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+]  # what a folder consists of: weights, configs, tokenizers
 T = TypeVar("T")
 
 
@@ -65,7 +70,10 @@ class EMMDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         settings = dict(
-            codec=codec or DEFAULT_CODEC, text=text or DEFAULT_TEXT, path=path or DEFAULT_PATH, sampling=sampling or {}
+            codec=codec or DEFAULT_CODEC,
+            text=text or DEFAULT_TEXT,
+            path=path or DEFAULT_PATH,
+            sampling=sampling or {},
         )
         self.register_to_config(**settings)
         self.sampling = Sampling(**settings["sampling"])
@@ -135,9 +143,7 @@ class EMMDiTPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        given = dict(
-            steps=num_inference_steps, guidance=guidance_scale, height=height, width=width, sampler=sampler
-        )
+        given = dict(steps=num_inference_steps, guidance=guidance_scale, height=height, width=width, sampler=sampler)
         device = self.transformer.device
         self._adopt()
         self.codec.to(device)

@@ -140,6 +140,4 @@ def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str,
 
     subfolder = "transformer" if not Path(source, "config.json").is_file() else None
     network_class = network_class or EMMDiTTransformer2DModel
-    return load_model(
-        network_class, str(source), subfolder=subfolder, kinds=(network_class.__name__,)
-    ).state_dict()
+    return load_model(network_class, str(source), subfolder=subfolder, kinds=(network_class.__name__,)).state_dict()

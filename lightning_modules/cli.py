@@ -67,7 +67,12 @@ class SuiteCLI(LightningCLI):
                 "check_val_every_n_epoch": None,  # val_check_interval counts steps
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor(logging_interval="step"), Summary()],
+                "callbacks": [
+                    MLflowSystemMetrics(),
+                    DataLineage(),
+                    LearningRateMonitor(logging_interval="step"),
+                    Summary(),
+                ],
                 "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
             },
             # Without abbreviations: `--trainer.max_step 3` is an error, as the same key in a YAML is.
@@ -92,7 +97,7 @@ class SuiteCLI(LightningCLI):
             (ProgressBar, "progress"),
         ):
             parser.add_lightning_class_args(callback, name)
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 1000})
+        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.every_n_train_steps": 1000})
         for target in ("model", "data"):
             parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
 
@@ -149,7 +154,9 @@ def _quiet() -> None:
     for name in ("mlflow.store", "mlflow.system_metrics", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

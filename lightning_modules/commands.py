@@ -76,7 +76,11 @@ def sample(argv: list[str]) -> None:
             images.append(image)
         print(f"{len(images)}/{len(prompts)} pictures", file=sys.stderr)
     seconds = time.perf_counter() - started
-    save_png(grid(images, args.columns, args.scale), args.out / "grid.png", {"prompts": prompts, **vars(sampling), **note})
+    save_png(
+        grid(images, args.columns, args.scale),
+        args.out / "grid.png",
+        {"prompts": prompts, **vars(sampling), **note},
+    )
     print(f"{len(images)} pictures in {seconds:.1f} s: {args.out}/grid.png")
 
 
@@ -112,7 +116,9 @@ def import_nitro_e(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--resolution", type=int, choices=(512, 1024), default=512)
     parser.add_argument("--steps", type=int, default=20, help="default of the pipeline (4 for the distilled files)")
-    parser.add_argument("--guidance", type=float, default=4.5, help="default of the pipeline (0 for the distilled files)")
+    parser.add_argument(
+        "--guidance", type=float, default=4.5, help="default of the pipeline (0 for the distilled files)"
+    )
     parser.add_argument("--text-encoder", default="meta-llama/Llama-3.2-1B", help="folder or hub id (gated; see docs)")
     parser.add_argument("--autoencoder", default="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", help="folder or hub id")
     args = parser.parse_args(argv)

@@ -1,12 +1,18 @@
-"""What is wrong with a config, in one sentence: jsonargparse wraps each level of a nested config around the cause."""
+"""What is wrong with a config, in one sentence: jsonargparse wraps each level of it around the cause."""
 
 from __future__ import annotations
 
 import re
 from argparse import ArgumentError
 
-_WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
-_BASE_CLASS = re.compile(r"class_path '(?:lightning[\w.]*\.LightningModule|datamodules[\w.]*\.TextImageDataModule)'")
+_WRAPPERS = (
+    "Parser key ",
+    "Does not validate",
+    "Problem with given class_path",
+    "Type typing.",
+    "Type collections.",
+)
+_BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
 _NOTHING_NAMED = re.compile(r"the following arguments are required: (?:\w+\.)?(?:data|model)\b")
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 
@@ -14,7 +20,7 @@ _KEY = re.compile(r'Parser key "([\w.]+)"')
 def sentence(error: BaseException) -> str:
     """The message for the user: the key path in the config, and what is wrong with it.
 
-    Errors that jsonargparse did not wrap are given as they are, those of a loader process without its traceback.
+    Errors that jsonargparse did not wrap stay as they are, those of a loader process lose its traceback.
     """
     text = _message(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
@@ -65,12 +71,13 @@ def _plain(text: str) -> str:
     """jsonargparse's words without the Python in them."""
     while text.startswith('Parser key "'):
         text = text.partition("\n")[2].strip()
-    text = re.sub(r"^- Expected a path but .*\n\s*- ", "", text.strip())  # a class may be named by a file, too
+    text = re.sub(r"^- Expected a path but .*\n\s*- ", "", text.strip())  # a class may be in a file, too
     text = re.sub(r"\s*\n\s*", " ", text)
     text = re.sub(r"^Type .* expects a function or a callable class: (.*?)\.+ Got value: .*", r"\1", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"^Expected a ", "Expected ", text).replace(". Got value: ", ", got ")
-    text = re.sub(r"(?:Subcommand '\w+' does not accept option|Option) '(\S+)'.*", r"there is no option '\1'", text)
+    option = r"(?:Subcommand '\w+' does not accept option|Option) '(\S+)'.*"
+    text = re.sub(option, r"there is no option '\1'", text)
     text = re.sub(r"Import path (\S+) does not correspond to", r"\1 is not", text)
     return text.rstrip(".") + "."

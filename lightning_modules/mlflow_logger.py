@@ -163,9 +163,7 @@ class MLflowLogger(MLFlowLogger):
         """
         flat = flatten_config(params if isinstance(params, Mapping) or params is None else vars(params))
         for key, value in flat.items():
-            value = re.sub(
-                r" at 0x[0-9a-f]+", "", mask_secrets(str(value))
-            )  # addresses differ from run to run
+            value = re.sub(r" at 0x[0-9a-f]+", "", mask_secrets(str(value)))  # addresses differ from run to run
             self._pending[re.sub(r"[^\w./: -]", "_", key)[:250]] = value[:6000]
         if self._initialized:
             self._flush_params()

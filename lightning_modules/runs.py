@@ -28,7 +28,9 @@ def build_module(config: dict[str, Any]) -> LightningModule:
         parsed = parser.parse_object({"model": config["model"]})
     except Exception as error:
         raise ValueError(f"The run's configuration does not fit this version of the suite: {error}") from error
-    return parser.instantiate(parsed).model if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed).model
+    return (
+        parser.instantiate(parsed).model if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed).model
+    )
 
 
 def load_pipeline(
@@ -55,6 +57,8 @@ def load_pipeline(
     module = build_module(config)
     network = module.build_denoiser()
     kind = load_weights(network, checkpoint, weights)
+    if hasattr(network, "drop_repa_projector"):
+        network.drop_repa_projector()
     pipeline = make_pipeline(module, network.eval(), config["model"]["init_args"], include_encoders)
     return pipeline, {"source": str(source), "checkpoint": checkpoint.name, "weights": kind}
 

@@ -26,6 +26,7 @@ from emmdit.flow import (
 )
 from emmdit.generate import Sampling, generate
 from emmdit.losses import LossComponent, TrainingStep
+from emmdit.networks.flops import forward_flops
 from emmdit.optim import parameter_groups
 from emmdit.weights import load_weights
 
@@ -83,11 +84,16 @@ class TextToImage(LightningModule):
         self.components = components or []
         self.caption_dropout, self.ema, self.seed = caption_dropout, ema, seed
         self.sampling = sampling or Sampling()
-        self.init_from, self.compile_blocks, self.gradient_checkpointing = init_from, compile, gradient_checkpointing
+        self.init_from, self.compile_blocks, self.gradient_checkpointing = (
+            init_from,
+            compile,
+            gradient_checkpointing,
+        )
         self.denoiser: nn.Module | None = None
         self.ema_denoiser: nn.Module | None = None
         self.samples_seen = 0
         self.last_batch: dict[str, Any] = {}
+        self.flops_per_sample: int | None = None
         with torch.device("meta"):  # contradictions show here, before a weight is allocated or a model loaded
             self.check(self.denoiser_factory())
 
@@ -143,8 +149,7 @@ class TextToImage(LightningModule):
             self.denoiser.enable_gradient_checkpointing()
         if self.compile_blocks:
             for network in filter(None, (self.denoiser, self.ema_denoiser)):
-                for block in blocks_of(network):
-                    block.compile()
+                compile_blocks(network)
         mesh = self.device_mesh
         if mesh is not None:
             for network in filter(None, (self.denoiser, self.ema_denoiser)):
@@ -183,7 +188,7 @@ class TextToImage(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         step = self.forward_step(batch)
         loss = flow_loss(step.prediction, step.target).mean()
-        losses = {"flow": loss.detach()}
+        losses = {"flow": loss.detach()} if self.components else {}
         for component in self.components:
             value = component(step)
             losses[component.name] = value.detach()
@@ -193,12 +198,26 @@ class TextToImage(LightningModule):
         self._log_training({"loss": loss.detach(), **losses}, len(step.x0))
         return loss
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count the FLOPs of a training step on one sample, for MFU: three forward passes of the denoiser alone."""
+        if self.flops_per_sample is None:
+            if "latents" in batch:
+                shape = batch["latents"].shape[1:]
+            else:
+                shape = (
+                    self.codec.latent_channels,
+                    *(n // self.codec.downsample for n in batch["image"].shape[2:]),
+                )
+            condition = self.condition(batch["caption"][:1])
+            self.flops_per_sample = 3 * forward_flops(self.denoiser_factory, (1, *shape), condition)
+
     def _log_training(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Means over all ranks, in one small collective, and only at steps that are logged."""
         if self.trainer._logger_connector.should_update_logs:
             means = self.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="mean")
             self.log_dict(
-                {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}, batch_size=batch_size
+                {f"train/{name}": mean for name, mean in zip(values, means, strict=True)},
+                batch_size=batch_size,
             )
 
     def forward_step(self, batch: dict[str, Any]) -> TrainingStep:
@@ -206,12 +225,10 @@ class TextToImage(LightningModule):
         x0 = self.latents(batch)
         world = self.trainer.world_size
         total = len(x0) * world
-        rows = torch.arange(len(x0)) * world + self.global_rank
-        if "position" in batch:
-            rows = (batch["position"].cpu() - self.samples_seen) % total
-        noise = step_noise(x0.shape[1:], rows, total, self.random("noise"), device=x0.device)
+        rows = slice(self.global_rank, None, world)  # the loader deals positions out in the same way
+        noise = step_noise(x0.shape[1:], rows, total, self.random("noise", x0.device))
         t = self.timesteps(total, self.random("timesteps"))[rows].to(x0.device)
-        drop = (torch.rand(total, generator=self.random("dropout"))[rows] < self.caption_dropout).to(x0.device)
+        drop = torch.rand(total, generator=self.random("dropout"))[rows] < self.caption_dropout
         condition = self.condition(batch["caption"], drop)
 
         x_t = self.path.interpolate(x0, noise, t)
@@ -222,20 +239,23 @@ class TextToImage(LightningModule):
         target = self.path.target(x0, noise, t)
         return TrainingStep(batch, x0, noise, t, x_t, condition, target, prediction, output)
 
-    def random(self, purpose: str) -> torch.Generator:
-        return generator(self.seed, purpose, self.samples_seen)
+    def random(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        return generator(self.seed, purpose, self.samples_seen, device)
 
     def latents(self, batch: dict[str, Any]) -> Tensor:
         return batch["latents"].float() if "latents" in batch else self.codec.encode(batch["image"])
 
     def condition(self, captions: list[str], drop: Tensor | None = None) -> Condition:
-        """Text conditions; rows marked in `drop (B,)` get the empty prompt."""
+        """Text conditions in the network's precision; rows marked in `drop (B,)`, on the CPU, get the empty prompt."""
         condition = self.text(captions)
-        if drop is None or not bool(drop.any()):
-            return condition
-        null = self.text.null(len(captions))
+        if drop is not None and drop.any():
+            null = self.text.null(len(captions))
+            condition = {
+                key: torch.where(drop.view(-1, *[1] * (value.ndim - 1)).to(value.device), null[key], value)
+                for key, value in condition.items()
+            }
         return {
-            key: torch.where(drop.view(-1, *[1] * (value.ndim - 1)), null[key], value)
+            key: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for key, value in condition.items()
         }
 
@@ -251,7 +271,9 @@ class TextToImage(LightningModule):
                 for sample_id in batch["sample_id"]
             ]
         ).to(x0.device)
-        weights = {"raw": self.denoiser} if self.ema_denoiser is None else {"raw": self.denoiser, "ema": self.ema_denoiser}
+        weights = (
+            {"raw": self.denoiser} if self.ema_denoiser is None else {"raw": self.denoiser, "ema": self.ema_denoiser}
+        )
         for name, network in weights.items():
             losses = []
             for timestep in VALIDATION_TIMESTEPS:
@@ -276,9 +298,7 @@ class TextToImage(LightningModule):
         return self.ema_denoiser if weights == "ema" else self.denoiser
 
     @torch.no_grad()
-    def sample(
-        self, prompts: list[str], seeds: list[int], weights: str | None = None, **settings: Any
-    ) -> Tensor:
+    def sample(self, prompts: list[str], seeds: list[int], weights: str | None = None, **settings: Any) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1]. Every rank must call it, with equally many prompts."""
         network = self.network(weights)
         training = network.training
@@ -308,6 +328,15 @@ class TextToImage(LightningModule):
     @property
     def run_dir(self) -> FilePath:
         return FilePath(self.trainer.default_root_dir)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each repeated block in place, so that the names in checkpoints stay the same."""
+    if getattr(network, "_repeated_blocks", None):
+        network.compile_repeated_blocks()
+    else:
+        for block in blocks_of(network):
+            block.compile()
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -151,9 +151,7 @@ def test_throughput_maths(tmp_path, monkeypatch):
 
     monkeypatch.setattr(throughput, "time", Clock())
     meter, logger = Throughput(window=3, peak_tflops=1e-12, flops_per_sample=0.1), Metrics(tmp_path)
-    trainer(
-        tmp_path, [meter], logger=logger, accumulate_grad_batches=5, max_steps=4, log_every_n_steps=1
-    ).fit(Toy())
+    trainer(tmp_path, [meter], logger=logger, accumulate_grad_batches=5, max_steps=4, log_every_n_steps=1).fit(Toy())
     # 5 micro batches of 4 in a second; the first step only starts the clock
     assert logger.values("throughput/images_per_second") == [20.0] * 3
     assert logger.values("throughput/seconds_per_step") == [1.0] * 3
@@ -198,9 +196,9 @@ def test_progress_lines(tmp_path, capsys):
     trainer(tmp_path, [ProgressBar(every=0.0)], max_steps=5, num_sanity_val_steps=1).fit(Validated())
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if "step" in line]
-    assert "\r" not in out and [line.split("  ")[0] for line in lines] == [
-        f"step {n}/5" for n in range(1, 6)
-    ] + ["step 5"]
+    assert "\r" not in out and [line.split("  ")[0] for line in lines] == [f"step {n}/5" for n in range(1, 6)] + [
+        "step 5"
+    ]
     assert "images/s" in lines[1] and lines[1].endswith("left") and " loss " in lines[1]
     assert "left" not in lines[4] and lines[5] == "step 5  val/loss 0.25"
 

@@ -90,9 +90,7 @@ def test_other_block_sizes_are_fitted_to_pictures(images):
     assert latents.shape == (400, 128, 4, 4) and codec.downsample == 8
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(128), atol=1e-2)
     assert psnr(codec.decode(latents), images) > 37
-    assert sorted(coefficient_order(8)) == list(range(192)) and sorted(coefficient_order(4)) == list(
-        range(48)
-    )
+    assert sorted(coefficient_order(8)) == list(range(192)) and sorted(coefficient_order(4)) == list(range(48))
 
 
 def test_save_and_load(tmp_path, images):

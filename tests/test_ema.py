@@ -24,9 +24,7 @@ def test_ema_update_is_float32_with_bfloat16_parameters():
         [torch.full((3,), 2.0, dtype=torch.bfloat16), torch.ones(())],
     )
     ema_update(ema, params, 0.9999)
-    assert (
-        torch.allclose(ema[0], torch.full((3,), 1.0001), rtol=0, atol=1e-7) and ema[0].dtype == torch.float32
-    )
+    assert torch.allclose(ema[0], torch.full((3,), 1.0001), rtol=0, atol=1e-7) and ema[0].dtype == torch.float32
     assert torch.allclose(ema[1], torch.tensor(1e-4))
     with pytest.raises(ValueError):
         ema_update(ema, params[:1], 0.9)
@@ -88,9 +86,7 @@ def test_loader_resumes_at_an_epoch_end_counted_in_epochs(tmp_path):
 def test_lightning_epochs_with_a_tail_and_a_limit(tmp_path):
     model = Toy(global_batch=8)  # 20 samples: 3 batches a pass, the third reaches into the next epoch
     trainer(tmp_path, max_steps=10).fit(model)
-    assert len(model.ids) == 80 and all(
-        sorted(model.ids[n : n + 20]) == list(range(20)) for n in range(0, 80, 20)
-    )
+    assert len(model.ids) == 80 and all(sorted(model.ids[n : n + 20]) == list(range(20)) for n in range(0, 80, 20))
     limited = Toy(global_batch=8)
     trainer(tmp_path, max_steps=10, limit_train_batches=2).fit(limited)
     assert limited.ids == model.ids

@@ -207,9 +207,7 @@ def test_standins_are_reproducible_and_reused(tmp_path: Path) -> None:
     assert standin("dc_ae", tmp_path / "a") == first and (first / weights).stat().st_mtime_ns == stamp
     assert standin("dc_ae?seed=1", tmp_path / "a") != first
     ids = [
-        TextEncoder(str(standin("llama?caption_channels=8", tmp_path / c)), caption_channels=8).tokenize(
-            CAPTIONS
-        )[0]
+        TextEncoder(str(standin("llama?caption_channels=8", tmp_path / c)), caption_channels=8).tokenize(CAPTIONS)[0]
         for c in "ab"
     ]
     assert torch.equal(*ids)

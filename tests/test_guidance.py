@@ -74,9 +74,7 @@ def test_null_of_one_row_serves_all():
 
 
 def test_same_condition_twice_changes_nothing():
-    torch.testing.assert_close(
-        guided(Denoiser(), condition(3, 3.0), condition(3, 3.0), scale=7.0)(X, T), X / 2 + 9.0
-    )
+    torch.testing.assert_close(guided(Denoiser(), condition(3, 3.0), condition(3, 3.0), scale=7.0)(X, T), X / 2 + 9.0)
 
 
 def test_bfloat16_halves_are_combined_in_float32():

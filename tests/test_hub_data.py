@@ -1,4 +1,4 @@
-"""HubDataModule: the same rows from every kind of source, exact pixels, held-out rows, and one sentence when it fails."""
+"""HubDataModule: the same rows from every kind of source, exact pixels, and one sentence when it fails."""
 
 from __future__ import annotations
 
@@ -168,15 +168,15 @@ def test_sources_that_can_not_be_had(tmp_path: Path, parquet: Path) -> None:
     (tmp_path / "junk.parquet").write_text("junk")
     datasets.DatasetDict({"rest": rows()}).save_to_disk(tmp_path / "splits")
     cases = [
-        (tmp_path / "nothing", {}, "does not exist"),
+        (tmp_path / "nothing", {}, "do not exist"),
         (tmp_path / "no*.parquet", {}, "No file matches"),
-        ("nothing", {}, "'nothing' does not exist"),
+        ("nothing", {}, "'nothing' do not exist"),
         ("someone/nothing", {}, "'someone/nothing' is not in the local cache and the hub can not be reached"),
         (tmp_path / "empty", {}, "can not be opened"),
         (tmp_path / "junk.parquet", {}, "can not be opened"),
         (tmp_path / "splits", {}, "no split 'train': choose one of rest"),
         (parquet, {"split": "test"}, 'Unknown split "test"'),
-        (parquet, {"caption_column": "text"}, "no caption column 'text': set caption_column to one of image, cap"),
+        (parquet, {"caption_column": "text"}, "no caption column 'text': set caption_column to one of image"),
         (parquet, {"image_column": "jpg"}, "no image column 'jpg'"),
         (parquet, {"validation_samples": 10}, "has 10 rows, and 10 of them are held out"),
         (parquet, {"image_column": None}, "needs image_column, latents_column or both"),

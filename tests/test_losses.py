@@ -68,7 +68,7 @@ def test_features_of_the_vision_encoder_where_grids_agree():
 
 @pytest.mark.parametrize(("latents", "tokens"), [((8, 16), (8, 16)), ((16, 32), (8, 16)), ((2, 4), (2, 4))])
 def test_features_are_resized_to_the_tokens_grid(latents: tuple[int, int], tokens: tuple[int, int]):
-    """From 4 x 8 features to another grid, also with a patch size of 2: rows stay rows, columns stay columns."""
+    """From 4 x 8 features to another grid, also with patches: rows stay rows, columns columns."""
     step = step_of(torch.randn(1, tokens[0] * tokens[1], 3), latents, image=torch.zeros(1, 3, 16, 32))
     seen = {}
     repa = REPA(Ramp())
@@ -80,7 +80,7 @@ def test_features_are_resized_to_the_tokens_grid(latents: tuple[int, int], token
     torch.testing.assert_close(loss, repa_loss(step.output.repa, targets))
     rows, columns, ones = targets[0].T.unflatten(1, tokens)
     torch.testing.assert_close(ones, torch.ones(tokens))
-    # a coarse index, sampled at the centres of the fine cells, away from the border where there is nothing beyond
+    # a coarse index, sampled at the centres of the fine cells, away from the border
     scale = 4 / tokens[0]
     assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
     inner = slice(1, -1) if scale < 1 else slice(None)
@@ -97,7 +97,9 @@ def test_precomputed_features_serve_a_larger_grid():
     assert targets.shape == (1, 64, 3)
     wide = Ramp()(torch.zeros(1, 3, 16, 32))  # 4 x 8
     rows, columns, _ = REPA().targets(step_of(torch.zeros(1, 128, 3), (8, 16), features=wide), 8, 16)[0].T
-    assert (rows.view(8, 16)[:, :1] == rows.view(8, 16)).all() and (columns.view(8, 16)[:1] == columns.view(8, 16)).all()
+    assert (rows.view(8, 16)[:, :1] == rows.view(8, 16)).all() and (
+        columns.view(8, 16)[:1] == columns.view(8, 16)
+    ).all()
     with pytest.raises(ValueError, match="12 precomputed features .* 8 x 8"):
         REPA().targets(step_of(torch.zeros(1, 64, 3), (8, 8), features=features[:, :12]), 8, 8)
 

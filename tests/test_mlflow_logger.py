@@ -172,9 +172,7 @@ def test_validate_adds_to_the_run_and_leaves_its_status(tmp_path):
     logger = MLflowLogger(tmp_path / "a", experiment_name="test")
     trainer = pl.Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False)
     loader = DataLoader(torch.randn(4, 2))
-    trainer.validate(
-        Validated(), loader, ckpt_path=str(tmp_path / "a" / "checkpoints" / "last.ckpt"), verbose=False
-    )
+    trainer.validate(Validated(), loader, ckpt_path=str(tmp_path / "a" / "checkpoints" / "last.ckpt"), verbose=False)
     (run,) = runs()
     assert run.data.metrics["val/loss"] == 1.5 and run.info.status == "RUNNING"
 
@@ -221,9 +219,7 @@ def test_the_run_folder_is_the_trainers_by_default(tmp_path):
         default_root_dir=tmp_path / "b",
     )
     trainer.fit(Toy(), DataLoader(torch.randn(2, 2)))
-    assert (tmp_path / "b" / "mlflow_run.json").exists() and (
-        tmp_path / "b" / "checkpoints" / "last.ckpt"
-    ).exists()
+    assert (tmp_path / "b" / "mlflow_run.json").exists() and (tmp_path / "b" / "checkpoints" / "last.ckpt").exists()
     assert runs()[0].info.run_name == "b" and trainer.log_dir == str(tmp_path / "b")
 
 
@@ -287,9 +283,7 @@ def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, str(script), str(tmp_path / name), str(devices)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def to_tokens(picture: Tensor) -> Tensor:
     return picture.flatten(2).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------- positions and time
+# -------------------------------------------------------------------------------- positions and time
 
 
 def test_position_table_entry_by_entry():
@@ -66,7 +66,7 @@ def test_timestep_features_are_diffusers():
     assert torch.equal(timestep_features(t.to(torch.float64)), timestep_features(t))
 
 
-# ---------------------------------------------------------------------------------------------- modulation
+# -------------------------------------------------------------------------------- modulation
 
 
 @pytest.mark.parametrize("kind", ["affine", "single", "zero"])
@@ -122,7 +122,7 @@ def test_feed_forward_width_survives_a_ratio_read_off_a_file():
     assert FeedForward(176, 240 / 176).proj_in.out_features == 240  # 176 * (240 / 176) < 240 in floats
 
 
-# ---------------------------------------------------------------------------------------------- subregions
+# -------------------------------------------------------------------------------- subregions
 
 
 def group_of(index: int, regions: Subregions) -> int:
@@ -160,7 +160,7 @@ def test_what_a_token_count_must_be_divisible_by():
     assert [regions.multiple for regions in REGIONS] == [1, 4, 16, 2, 6]
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------- attention
 
 
 def naive_attention(attn: JointAttention, x: Tensor, c: Tensor, text_mask: Tensor | None = None):
@@ -218,7 +218,7 @@ def test_fused_projections_give_the_same_and_leave_no_trace(regions: Subregions)
     assert list(attn.state_dict()) == keys
 
 
-# ---------------------------------------------------------------------------------------------- compression
+# -------------------------------------------------------------------------------- compression
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)

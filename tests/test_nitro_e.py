@@ -1,7 +1,8 @@
 """The released network: goldens computed by the original code, its file format, and what is refused.
 
-`tests/data/emmdit/*_small.*` are random weights in the released layout (head size 16, two heads) with what the
-original code makes of them in float32; `nitro_e_512_state_dict.json` has every key and shape of the real file.
+`tests/data/emmdit/*_small.*` are random weights in the released layout (head size 16, two heads) with what
+the original code makes of them in float32; `nitro_e_512_state_dict.json` has every key and shape of the real
+file.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def refusal(file: Path, resolution: int = 512) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------- what it computes
+# -------------------------------------------------------------------------------- what it computes
 
 
 def test_settings_are_read_off_the_file(golden: Golden):
@@ -174,7 +175,7 @@ def test_goldens_can_tell_networks_apart(golden_512: Golden):
         assert relative_error(output, t["output"]) > 10 * TOLERANCE, change
 
 
-# ---------------------------------------------------------------------------------------------- the released size
+# -------------------------------------------------------------------------------- the released size
 
 
 def test_called_with_no_argument_it_is_the_released_network():
@@ -197,7 +198,7 @@ def test_counts_with_the_projector_and_at_1024():
     assert sum(p.numel() for p in large.parameters()) == 302_449_952
 
 
-# ---------------------------------------------------------------------------------------------- the file
+# -------------------------------------------------------------------------------- the file
 
 
 def assert_same_file(one: Path, other: Path) -> None:
@@ -228,7 +229,7 @@ def test_save_gives_a_bfloat16_file_back_bit_for_bit(golden_512: Golden, tmp_pat
 
 
 def test_the_files_own_position_table_is_kept(golden_512: Golden, tmp_path: Path):
-    """Tables computed elsewhere differ from ours in the last bits: what was read is what is used and written."""
+    """Tables computed elsewhere differ from ours in the last bits: what was read is used and written."""
     table = load_file(golden_512.file)["pos_embed.pos_embed"]
     file = altered(golden_512, tmp_path, **{"pos_embed.pos_embed": table + 1e-6})
     network = load_nitro_e(file)
@@ -261,7 +262,7 @@ def test_our_own_network_of_the_released_kind_can_be_written(tmp_path: Path):
         torch.testing.assert_close(network(x, t, text).sample, loaded(x, t, text).sample)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,8 @@ def test_files_that_are_no_nitro_e_are_refused(golden_512: Golden, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"compression_ratios": (2,)}, {"modulation": "single"}, {"modulation": "zero"}, {"patch_size": 2}]
+    "change",
+    [{"compression_ratios": (2,)}, {"modulation": "single"}, {"modulation": "zero"}, {"patch_size": 2}],
 )
 def test_other_networks_are_not_written(tmp_path: Path, change: dict):
     network = EMMDiTTransformer2DModel(

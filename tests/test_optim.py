@@ -41,14 +41,17 @@ def same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
         torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
-# ---------------------------------------------------------------------------------------------- AdamW
+# -------------------------------------------------------------------------------- AdamW
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_without_matrices_it_is_adamw(weight_decay: float):
     ours, theirs = network(), network()
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
-    optimizer, reference = MuonAdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    optimizer, reference = (
+        MuonAdamW(ours.parameters(), **settings),
+        torch.optim.AdamW(theirs.parameters(), **settings),
+    )
     for i in range(5):
         step(ours, optimizer, i)
         step(theirs, reference, i)
@@ -96,7 +99,7 @@ def test_impossible_settings_are_refused(settings: dict):
         MuonAdamW([nn.Parameter(torch.ones(1))], **settings)
 
 
-# ---------------------------------------------------------------------------------------------- Muon
+# -------------------------------------------------------------------------------- Muon
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (3, 24, 12)])
@@ -106,7 +109,7 @@ def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, ...])
     assert found.shape == matrices.shape and found.dtype == matrices.dtype
     sizes = torch.linalg.svdvals(found)
     if shape[-1] != shape[-2]:  # a square random matrix has a singular value near 0, which five steps can not lift
-        assert 0.65 < sizes.min()
+        assert sizes.min() > 0.65
     assert sizes.max() < 1.25
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     assert torch.nn.functional.cosine_similarity(found.double().flatten(), (u @ vh).flatten(), 0) > 0.95
@@ -212,7 +215,7 @@ def test_sharded_parameters_take_the_same_step(tmp_path: Path):
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------- groups
+# -------------------------------------------------------------------------------- groups
 
 
 def names_by_group(net: nn.Module) -> dict[bool, set[str]]:
@@ -235,9 +238,12 @@ def test_matrices_of_the_blocks_and_all_the_rest():
     }
     assert all(name.startswith("blocks.") for name in found[True])
     # matrices by their shape, but not by what they are
-    assert {"blocks.0.modulation.bias", "blocks.0.modulation.scale", "proj_out.weight", "patch_embed.weight"} <= found[
-        False
-    ]
+    assert {
+        "blocks.0.modulation.bias",
+        "blocks.0.modulation.scale",
+        "proj_out.weight",
+        "patch_embed.weight",
+    } <= found[False]
 
 
 def test_frozen_parameters_are_left_out():
@@ -282,7 +288,7 @@ def test_the_blocks_of_a_diffusers_network():
     assert not torch.equal(net.transformer_blocks[0].attn.to_q.weight, before.transformer_blocks[0].attn.to_q.weight)
 
 
-# ---------------------------------------------------------------------------------------------- schedule
+# -------------------------------------------------------------------------------- schedule
 
 
 def curve(steps: int, **settings) -> list[float]:

@@ -92,9 +92,7 @@ def test_ddpm_between_and_beyond_the_integers():
 def test_ddpm_with_another_number_of_steps_keeps_the_scale():
     short = EpsilonDDPM(num_train_timesteps=100, beta_start=0.001, beta_end=0.2)
     by_hand = torch.cumprod(1 - torch.linspace(0.001, 0.2, 100, dtype=torch.float64), 0).sqrt()
-    torch.testing.assert_close(
-        short.alpha_sigma(torch.tensor([0.0, 500.0, 990.0]).double())[0], by_hand[[0, 50, 99]]
-    )
+    torch.testing.assert_close(short.alpha_sigma(torch.tensor([0.0, 500.0, 990.0]).double())[0], by_hand[[0, 50, 99]])
 
 
 @pytest.mark.parametrize(
@@ -123,9 +121,7 @@ def test_flow_loss():
         torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]]),
     )
     torch.testing.assert_close(flow_loss(prediction, target), torch.tensor([5.0, 2.0]))
-    torch.testing.assert_close(
-        flow_loss(prediction, target, torch.tensor([0.0, 3.0])), torch.tensor([0.0, 6.0])
-    )
+    torch.testing.assert_close(flow_loss(prediction, target, torch.tensor([0.0, 3.0])), torch.tensor([0.0, 6.0]))
     assert flow_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
     with pytest.raises(ValueError, match="one shape"):
         flow_loss(prediction, target[:1])

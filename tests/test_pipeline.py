@@ -1,4 +1,4 @@
-"""`EMMDiTPipeline`: saved, loaded and named encoders, seeds, sampling settings, and what a folder may not name."""
+"""`EMMDiTPipeline`: saved, loaded and named encoders, seeds, settings, and what a folder may not name."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def folder(pipeline: EMMDiTPipeline, tmp_path_factory: pytest.TempPathFactory) -
 def standins(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
     """Codec and text of the real classes, named by their (stand-in) sources."""
     monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    text = {"source": "standin:llama?caption_channels=64", "caption_channels": 64, "max_length": 8, "dtype": "float32"}
+    text = {
+        "source": "standin:llama?caption_channels=64",
+        "caption_channels": 64,
+        "max_length": 8,
+        "dtype": "float32",
+    }
     return {
         "codec": {"class_path": "emmdit.encoders.DCAE", "init_args": {"source": "standin:dc_ae"}},
         "text": {"class_path": "emmdit.encoders.TextEncoder", "init_args": text},
@@ -81,7 +86,7 @@ def count_calls(network: torch.nn.Module) -> list[int]:
     return calls
 
 
-# ---------------------------------------------------------------------------------------------- saved and loaded
+# -------------------------------------------------------------------------------- saved and loaded
 
 
 def test_a_fresh_process_loads_the_folder_and_makes_the_same_picture(
@@ -94,7 +99,15 @@ def test_a_fresh_process_loads_the_folder_and_makes_the_same_picture(
         "pipeline = EMMDiTPipeline.from_pretrained(sys.argv[1])\n"
         f"torch.save(pipeline({RED!r}, seed=5, output_type='pt').images, sys.argv[2])\n"
     )
-    command = [sys.executable, "-W", "error::UserWarning", "-c", script, str(folder), str(tmp_path / "picture.pt")]
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-c",
+        script,
+        str(folder),
+        str(tmp_path / "picture.pt"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     noise = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
@@ -150,7 +163,7 @@ def test_an_exchanged_or_cast_module_counts(folder: Path):
     assert (picture(half) - picture(EMMDiTPipeline.from_pretrained(folder))).abs().mean() < 0.05
 
 
-# ---------------------------------------------------------------------------------------------- named encoders
+# -------------------------------------------------------------------------------- named encoders
 
 
 def test_encoders_that_are_named_load_at_first_use(standins: dict[str, dict], tmp_path: Path):
@@ -170,7 +183,8 @@ def test_pretrained_encoders_can_be_copied_into_the_folder(standins: dict[str, d
     """With them inside, the sources need not exist any more."""
     codec, text = DCAE(**standins["codec"]["init_args"]), TextEncoder(**standins["text"]["init_args"])
     absent = {
-        name: {**part, "init_args": {**part["init_args"], "source": "nobody/nothing"}} for name, part in standins.items()
+        name: {**part, "init_args": {**part["init_args"], "source": "nobody/nothing"}}
+        for name, part in standins.items()
     }
     made = EMMDiTPipeline(
         network(sample_size=4), **codec.components(), **text.components(), **absent, sampling={"steps": 2}
@@ -219,7 +233,7 @@ def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
         assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- what a folder may name
+# -------------------------------------------------------------------------------- what a folder may name
 
 
 @pytest.mark.parametrize(
@@ -255,7 +269,7 @@ def test_a_class_this_version_lacks_is_a_sentence(folder: Path, tmp_path: Path):
         EMMDiTPipeline.from_pretrained(copy)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------- pictures
 
 
 def test_a_picture_by_hand(pipeline: EMMDiTPipeline):
@@ -287,7 +301,7 @@ def test_a_seed_is_a_picture_whatever_the_batch(pipeline: EMMDiTPipeline):
 
 def test_output_types(pipeline: EMMDiTPipeline):
     tensor, array, pil = (pipeline(RED, output_type=kind).images for kind in ("pt", "np", "pil"))
-    assert tensor.shape == (1, 3, 32, 32) and 0 <= tensor.min() and tensor.max() <= 1
+    assert tensor.shape == (1, 3, 32, 32) and tensor.min() >= 0 and tensor.max() <= 1
     assert isinstance(array, np.ndarray) and array.shape == (1, 32, 32, 3)
     assert isinstance(pil[0], Image.Image) and pil[0].size == (32, 32)
     np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
@@ -313,16 +327,21 @@ def test_generate_in_half_precision_decodes_in_the_codecs_own():
     settings = dict(path=RectifiedFlow(), sampling=Sampling(steps=2, guidance=3.0))
     images = generate(network().to(torch.bfloat16), DCTCodec(), ShapesText(), [RED], [0], **settings)
     expected = generate(network(), DCTCodec(), ShapesText(), [RED], [0], **settings)
-    assert images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    assert images.dtype == torch.float32 and images.min() >= -1 and images.max() <= 1
     assert (images - expected).abs().mean() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 
 
 def test_a_png_carries_its_settings(tmp_path: Path):
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    settings = {"prompt": 'a "red" circle ○', "seed": 3, "guidance_interval": [0.0, 1000.0], "checkpoint": None}
+    settings = {
+        "prompt": 'a "red" circle ○',
+        "seed": 3,
+        "guidance_interval": [0.0, 1000.0],
+        "checkpoint": None,
+    }
     path = save_png(image, tmp_path / "new" / "folder" / "a.png", settings)
     assert read_settings(path) == settings
     with Image.open(path) as found:

@@ -11,9 +11,7 @@ from emmdit.data.loader import ResumableLoader
 from emmdit.data.sampler import ResumableSampler, epoch_order, rank_positions
 
 
-def stream(
-    length: int, global_batch: int, world_size: int, start: int, batches: int, seed: int = 3
-) -> list[list]:
+def stream(length: int, global_batch: int, world_size: int, start: int, batches: int, seed: int = 3) -> list[list]:
     """(index, position) pairs of the next `batches` global batches, the ranks' shares put together in stream
     order."""
     ranks = [ResumableSampler(length, global_batch, r, world_size, seed) for r in range(world_size)]

@@ -67,9 +67,7 @@ def test_order_of_convergence_on_the_flow_grids(kind, name, expected):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize(
-    ("path", "kind"), [(FLOW, "nitro"), (FLOW, "uniform"), (DDPM, "ddpm"), (DDPM, "nitro")]
-)
+@pytest.mark.parametrize(("path", "kind"), [(FLOW, "nitro"), (FLOW, "uniform"), (DDPM, "ddpm"), (DDPM, "nitro")])
 def test_final_mean_and_variance(path, kind, name):
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     data = sample(gaussian(path), noise, path, steps=100, sampler=name, grid=kind)
@@ -117,9 +115,7 @@ def test_euler_on_the_flow_is_diffusers_euler():
 def test_euler_on_ddpm_is_diffusers_ddim():
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(
-        beta_start=0.0001, beta_end=0.02, clip_sample=False, timestep_spacing="trailing"
-    )
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(20)
     x = noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     for t in scheduler.timesteps:
@@ -135,9 +131,7 @@ def test_dpm_solver_is_diffusers_on_its_own_grid(path, steps):
 
     scheduler = DPMSolverMultistepScheduler(**path.diffusers_config())
     scheduler.set_timesteps(steps)
-    own = (
-        scheduler.sigmas * 1000 if path is FLOW else torch.cat([scheduler.timesteps.float(), torch.zeros(1)])
-    )
+    own = scheduler.sigmas * 1000 if path is FLOW else torch.cat([scheduler.timesteps.float(), torch.zeros(1)])
     x = noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     for t, now in zip(scheduler.timesteps, own, strict=False):
         x = scheduler.step(gaussian(path)(x, now), t, x).prev_sample

@@ -80,9 +80,7 @@ def test_cached_features_can_not_be_spoilt_by_the_caller():
 
 
 def test_unknown_words_are_named_with_the_vocabulary(text):
-    with pytest.raises(
-        ValueError, match=r"'pink', 'dog' \(in 'a photo of a pink dog'\).*circle, square"
-    ) as e:
+    with pytest.raises(ValueError, match=r"'pink', 'dog' \(in 'a photo of a pink dog'\).*circle, square") as e:
         text(["a photo of a star", "a photo of a pink dog"])
     assert all(word in str(e.value) for word in WORLD.vocabulary()) and "<pad>" not in str(e.value)
     with pytest.raises(ValueError, match="<unk>"):
@@ -105,9 +103,7 @@ def test_save_and_load(text, tmp_path):
     text.model.save_pretrained(tmp_path / "text_encoder")
     text.tokenizer.save_pretrained(tmp_path / "tokenizer")
     split = ShapesText.from_pretrained(tmp_path / "text_encoder", tmp_path / "tokenizer")
-    assert torch.equal(
-        split(["a photo of a star"])["encoder_hidden_states"][0], a["encoder_hidden_states"][1]
-    )
+    assert torch.equal(split(["a photo of a star"])["encoder_hidden_states"][0], a["encoder_hidden_states"][1])
 
 
 def test_to_clears_the_cache():
@@ -148,9 +144,7 @@ def test_the_feature_at_a_noun_tells_noun_and_adjective(text, which):
     train, test = split(len(specs))
     owner = torch.tensor(caption)
     in_train = torch.isin(owner, train)
-    accuracy = probe(
-        torch.stack(rows), torch.tensor(labels), in_train.nonzero()[:, 0], (~in_train).nonzero()[:, 0]
-    )
+    accuracy = probe(torch.stack(rows), torch.tensor(labels), in_train.nonzero()[:, 0], (~in_train).nonzero()[:, 0])
     assert accuracy >= 0.97
 
 

@@ -289,9 +289,7 @@ def test_reader_confirms_ground_truth(pictures, threshold: float):
     assert np.mean(right) >= 0.99
 
 
-@pytest.mark.parametrize(
-    ("blur", "noise", "least"), [(0.5, 0, 0.99), (0, 12, 0.99), (0.5, 8, 0.98), (0.7, 8, 0.93)]
-)
+@pytest.mark.parametrize(("blur", "noise", "least"), [(0.5, 0, 0.99), (0, 12, 0.99), (0.5, 8, 0.98), (0.7, 8, 0.93)])
 def test_reader_bears_mild_blur_and_noise(pictures, blur: float, noise: float, least: float):
     rng = np.random.default_rng(0)
     right = []
@@ -312,9 +310,7 @@ def test_near_misses_are_told_apart(pictures):
             (replace(first, shape=other_shape), *rest),
             (replace(first, color=other_color), *rest),
             rest,
-            (replace(first, cx=scene.image_size - first.cx), *rest)
-            if not rest and abs(first.cx - 16) > 2
-            else None,
+            (replace(first, cx=scene.image_size - first.cx), *rest) if not rest and abs(first.cx - 16) > 2 else None,
         ]
         for objects in filter(lambda o: o is not None, changes):
             picture = render_scene(replace(scene, objects=objects))

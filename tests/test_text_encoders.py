@@ -42,29 +42,21 @@ def test_llama_is_padded_on_the_right_with_eos_and_masked_inside(folders: dict[s
     ids, mask = encoder.tokenize([CAPTIONS[0], ""])
     eos = AutoTokenizer.from_pretrained(folders["llama"]).eos_token_id
     n = int(mask[0].sum())
-    assert (
-        2 < n < 12
-        and mask[0].tolist() == [1] * n + [0] * (12 - n)
-        and ids[0, n:].tolist() == [eos] * (12 - n)
-    )
+    assert 2 < n < 12 and mask[0].tolist() == [1] * n + [0] * (12 - n) and ids[0, n:].tolist() == [eos] * (12 - n)
     assert mask[1].tolist() == [1] + [0] * 11  # BOS alone
 
     condition = encoder(CAPTIONS)
     assert set(condition) == {"encoder_hidden_states"} and isinstance(encoder, TextConditioner)
     ids, mask = encoder.tokenize(CAPTIONS)
     with torch.no_grad():
-        raw = LlamaModel.from_pretrained(folders["llama"])(
-            input_ids=ids, attention_mask=mask
-        ).last_hidden_state
+        raw = LlamaModel.from_pretrained(folders["llama"])(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(condition["encoder_hidden_states"], raw)
     assert type(encoder.model) is LlamaModel and not encoder.model.training
     assert not any(p.requires_grad for p in encoder.model.parameters())
 
 
 def test_padding_side_mask_and_truncation(folders: dict[str, Path]) -> None:
-    right, left = (
-        llama(folders, padding_side=side, with_mask=True)([CAPTIONS[0]]) for side in ("right", "left")
-    )
+    right, left = (llama(folders, padding_side=side, with_mask=True)([CAPTIONS[0]]) for side in ("right", "left"))
     mask = right["encoder_attention_mask"]
     assert mask.dtype == torch.bool and torch.equal(mask.flip(1), left["encoder_attention_mask"])
     # Rotary positions are relative and the padding is masked: the real tokens read the same on either side.
@@ -158,9 +150,7 @@ def test_pixart_layout_with_a_sentencepiece_tokenizer(folders: dict[str, Path], 
 
 
 def test_clip_pooled(folders: dict[str, Path]) -> None:
-    encoder = TextEncoder(
-        str(folders["clip"]), max_length=77, caption_channels=16, dtype="float32", pooled=True
-    )
+    encoder = TextEncoder(str(folders["clip"]), max_length=77, caption_channels=16, dtype="float32", pooled=True)
     condition = encoder(CAPTIONS)
     ids, mask = encoder.tokenize(CAPTIONS)
     end = (ids == encoder.tokenizer.eos_token_id).int().argmax(1)
@@ -209,10 +199,7 @@ def test_an_empty_caption_without_bos_is_finite(folders: dict[str, Path], tmp_pa
         encoder = llama({"llama": tmp_path}, padding_side=side, with_mask=True)
         null = encoder.null(2)
         assert null["encoder_hidden_states"].isfinite().all()
-        assert (
-            null["encoder_attention_mask"][0].tolist()
-            == ([True] + [False] * 11)[:: 1 if side == "right" else -1]
-        )
+        assert null["encoder_attention_mask"][0].tolist() == ([True] + [False] * 11)[:: 1 if side == "right" else -1]
 
 
 def test_text_errors_and_cleaning(folders: dict[str, Path]) -> None:

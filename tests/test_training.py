@@ -36,14 +36,27 @@ TINY = [
 def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """`emmdit fit` in its own process, as a user would start it."""
     command = [
-        *(sys.executable, "-m", "lightning_modules.cli", "fit", "-c", "experiments/shapes/emmdit.yaml", *TINY),
+        *(
+            sys.executable,
+            "-m",
+            "lightning_modules.cli",
+            "fit",
+            "-c",
+            "experiments/shapes/emmdit.yaml",
+            *TINY,
+        ),
         f"--trainer.default_root_dir={run_dir}",
         f"--trainer.callbacks+={{class_path: tests.recorder.Recorder, init_args: {{folder: {run_dir}/record}}}}",
         f"--trainer.devices={ranks}",
         *extra,
     ]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -56,7 +69,11 @@ def emmdit(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    schedule = ("--trainer.max_steps=8", "--checkpoint.every_n_train_steps=3", "--trainer.val_check_interval=4")
+    schedule = (
+        "--trainer.max_steps=8",
+        "--checkpoint.every_n_train_steps=3",
+        "--trainer.val_check_interval=4",
+    )
     fit(tmp_path / "whole", *schedule)
     kill = f"{{class_path: tests.recorder.Recorder, init_args: {{folder: {tmp_path}/unused, kill_at: 5}}}}"
     killed = fit(tmp_path / "broken", *schedule, f"--trainer.callbacks+={kill}", check=False)
@@ -98,7 +115,12 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
     fit(tmp_path / "ddp", *two, "--trainer.strategy=ddp", ranks=2)
-    fit(tmp_path / "fsdp", *two, "--trainer.strategy={class_path: lightning_modules.strategies.FSDP2Strategy}", ranks=2)
+    fit(
+        tmp_path / "fsdp",
+        *two,
+        "--trainer.strategy={class_path: lightning_modules.strategies.FSDP2Strategy}",
+        ranks=2,
+    )
 
     one = read(tmp_path / "one/record")
     for name in ("ddp", "fsdp"):
@@ -141,12 +163,40 @@ def test_eight_samples_are_learnt_by_heart(tmp_path: Path) -> None:
 
 
 def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
-    fit(tmp_path / "run", "--trainer.max_steps=3", "--samples.prompts=[a photo of a circle, a photo of two squares]")
+    done = fit(
+        tmp_path / "run",
+        *("--trainer.max_steps=3", "--trainer.val_check_interval=2"),
+        "--samples.prompts=[a photo of a circle, a photo of two squares]",
+    )
+    for told in (
+        "curve.png",
+        "step_0000003.png",
+        "last.ckpt",
+        "sqlite:///",
+        f"emmdit sample --ckpt {tmp_path}/run",
+    ):
+        assert told in done.stdout
+    rows = (tmp_path / "run/curve.csv").read_text().splitlines()
+    assert rows[0] == "step,train/loss,val/loss_ema,val/loss_raw" and len(rows) >= 4
+    assert Image.open(tmp_path / "run/curve.png").width > 300
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs(["1"])
+    assert any("images" in artifact.path for artifact in client.list_artifacts(run.info.run_id))
+    assert client.get_run(run.info.run_id).inputs.dataset_inputs[0].dataset.name == "ShapesDataModule"
     grids = sorted((tmp_path / "run/samples").glob("*.png"))
     assert [path.name for path in grids] == ["step_0000003.png"]
     assert read_settings(grids[0])["step"] == 3
 
-    prompt = ("--prompt", "a photo of a red circle", "--prompt", "a photo of two squares", "--seed", "5", "--steps", "4")
+    prompt = (
+        "--prompt",
+        "a photo of a red circle",
+        "--prompt",
+        "a photo of two squares",
+        "--seed",
+        "5",
+        "--steps",
+        "4",
+    )
     run, folder = str(tmp_path / "run"), str(tmp_path / "export")
     done = emmdit("sample", "--ckpt", run, *prompt, "--out", str(tmp_path / "from_run"))
     assert done.returncode == 0, done.stderr

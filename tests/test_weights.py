@@ -1,4 +1,4 @@
-"""`load_weights`: from a Lightning checkpoint (file or sharded), a diffusers folder, a Nitro-E file; and the misfits."""
+"""`load_weights`: checkpoints (file or sharded), diffusers folders, Nitro-E files, and misfits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def refusal(target: nn.Module, source: Path, kind: type[Exception] = ValueError,
     return message
 
 
-# ---------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------- sources
 
 
 @pytest.fixture(params=["file", "sharded"])
@@ -164,7 +164,7 @@ def test_read_weights_gives_the_denoisers_own_names(tmp_path: Path):
     assert kind == "raw" and state.keys() == raw.state_dict().keys()
 
 
-# ---------------------------------------------------------------------------------------------- misfits
+# -------------------------------------------------------------------------------- misfits
 
 
 def test_weights_of_another_network_are_counted_and_named(tmp_path: Path):

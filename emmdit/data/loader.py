@@ -79,11 +79,7 @@ class ResumableLoader:
         self.samples_seen = samples_seen
         self.wait_seconds = 0.0  # spent in here waiting for batches, since it was made
         self.sampler = ResumableSampler(len(dataset), global_batch, rank, world_size, seed, shuffle)
-        workers = (
-            {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor}
-            if num_workers
-            else {}
-        )
+        workers = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor} if num_workers else {}
         self.dataloader = DataLoader(
             _Positioned(dataset),
             batch_sampler=self.sampler,

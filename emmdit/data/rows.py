@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 def open_source(
     source: str, split: str = "train", data_files: str | list[str] | None = None, revision: str | None = None
 ) -> Any:
-    """The `datasets.Dataset` behind a hub id, `save_to_disk` folder, parquet file, glob or folder, or image folder.
+    """The `datasets.Dataset` behind a hub id, `save_to_disk` folder, parquet or image folder.
 
     Raises:
         FileNotFoundError, OSError, ValueError: one sentence that says what to do.
@@ -34,7 +34,7 @@ def open_source(
         kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
         table |= dict(path=kind, data_dir=str(path))
     elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"The data source '{source}' does not exist: give a folder, files or a hub id.")
+        raise FileNotFoundError(f"The data '{source}' do not exist: give a folder, files or a hub id.")
     else:
         table |= dict(path=source, revision=revision)
     on_disk = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
@@ -42,13 +42,13 @@ def open_source(
         rows = datasets.load_from_disk(str(path)) if on_disk else datasets.load_dataset(**table)
     except ConnectionError as error:
         raise OSError(
-            f"The data set '{source}' is not in the local cache and the hub can not be reached: check the network "
-            "and HF_HUB_OFFLINE, or give a local folder or parquet files."
+            f"The data set '{source}' is not in the local cache and the hub can not be reached: check the "
+            "network and HF_HUB_OFFLINE, or give a local folder or parquet files."
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"'{source}' is no data set of the Hugging Face hub that you may read: check the spelling, or accept "
-            f"its terms at https://huggingface.co/datasets/{source} and run `hf auth login`."
+            f"'{source}' is no data set of the Hugging Face hub that you may read: check the spelling, or "
+            f"accept its terms at https://huggingface.co/datasets/{source} and run `hf auth login`."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"'{source}' can not be opened as a data set: {first_line(error)}.") from error
@@ -83,7 +83,7 @@ class CaptionedRows(Dataset):
     Args:
         rows: a `datasets.Dataset`.
         source: its name in messages.
-        columns: "caption", and "image" or "latents" or both, to column names; `json.prompt` reads inside `json`.
+        columns: "caption", and "image" or "latents" or both, to names; `json.prompt` reads inside `json`.
         resolution: of images, in pixels.
         latents_shape: (C, h, w) of latents stored as float16 bytes.
         latents_scale: factor to the codec's scaled latents.

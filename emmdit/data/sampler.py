@@ -67,9 +67,7 @@ class ResumableSampler(Sampler[list[tuple[int, int]]]):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size} processes: ranks count from 0.")
         if global_batch < world_size:
-            raise ValueError(
-                f"A global batch of {global_batch} is too small for {world_size} processes: raise it."
-            )
+            raise ValueError(f"A global batch of {global_batch} is too small for {world_size} processes: raise it.")
         self.length, self.global_batch = length, global_batch
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.start = seed, shuffle, start

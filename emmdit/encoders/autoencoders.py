@@ -92,8 +92,7 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
         """Scaled latents (B,C,h,w) -> images (B,3,h*d,w*d) float32, clamped to [-1,1]."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
-                f"{type(self).__name__} decodes latents (B,{self.latent_channels},h,w), not "
-                f"{tuple(latents.shape)}."
+                f"{type(self).__name__} decodes latents (B,{self.latent_channels},h,w), not {tuple(latents.shape)}."
             )
         with frozen(self.device):
             raw = self.unscale(latents.to(self.device, torch.float32)).to(self.dtype)

@@ -39,9 +39,7 @@ class ImageCodec(ABC):
         """Scaled latents -> images (B,3,H,W) clamped to [-1,1], float32."""
 
     @abstractmethod
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> Self: ...
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
 
 class TextConditioner(ABC):
@@ -58,9 +56,7 @@ class TextConditioner(ABC):
         """The condition of the empty caption, encoded once; views, so do not write into them."""
 
     @abstractmethod
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> Self: ...
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
 
 class VisionFeatures(ABC):
@@ -77,18 +73,14 @@ class VisionFeatures(ABC):
         """(rows, columns) of the features of an image of this height and width in pixels."""
 
     @abstractmethod
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> Self: ...
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """`"bfloat16"` (as a config writes it) or `torch.bfloat16` -> `torch.bfloat16`."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"{dtype!r} is not a floating-point type of torch: give float32, bfloat16 or float16."
-        )
+        raise ValueError(f"{dtype!r} is not a floating-point type of torch: give float32, bfloat16 or float16.")
     return found
 
 

@@ -100,9 +100,7 @@ class BlockDCT(ModelMixin, ConfigMixin):
         self.register_buffer("synthesis_bias", (mean @ synthesis[kept]).float())
 
     @classmethod
-    def fitted(
-        cls, images: torch.Tensor, block_size: int = 4, channels: int = 32, whitening: float = 1.0
-    ) -> BlockDCT:
+    def fitted(cls, images: torch.Tensor, block_size: int = 4, channels: int = 32, whitening: float = 1.0) -> BlockDCT:
         """The codec with the statistics of `images` (N, 3, H, W) in [-1, 1]."""
         analysis, _ = block_matrices(block_size)
         kept = coefficient_order(block_size)[:channels]
@@ -119,9 +117,7 @@ class BlockDCT(ModelMixin, ConfigMixin):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, channels, h, w) -> images (B, 3, h * block_size, w * block_size), not clamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.channels:
-            raise ValueError(
-                f"BlockDCT decodes latents (B, {self.config.channels}, h, w), got {tuple(latents.shape)}."
-            )
+            raise ValueError(f"BlockDCT decodes latents (B, {self.config.channels}, h, w), got {tuple(latents.shape)}.")
         n = self.config.block_size
         b, _, h, w = latents.shape
         rows = latents.to(self.synthesis).permute(0, 2, 3, 1).flatten(0, 2)
@@ -142,9 +138,7 @@ class DCTCodec(ImageCodec):
     def __init__(
         self, block_size: int = 4, channels: int = 32, whitening: float = 1.0, model: BlockDCT | None = None
     ) -> None:
-        self.model = (
-            (model or BlockDCT(block_size, channels, whitening=whitening)).eval().requires_grad_(False)
-        )
+        self.model = (model or BlockDCT(block_size, channels, whitening=whitening)).eval().requires_grad_(False)
         self.latent_channels: int = self.model.config.channels
         self.downsample: int = self.model.config.block_size
 
@@ -164,9 +158,7 @@ class DCTCodec(ImageCodec):
         """Take a loaded module in place of the own one."""
         self.__init__(model=model)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> DCTCodec:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> DCTCodec:
         if device is not None:
             self.model.to(device)
         if dtype is not None:  # diffusers warns about every `dtype=` argument, even None

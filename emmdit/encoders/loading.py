@@ -46,9 +46,7 @@ def locate(source: str, subfolder: str | None = None) -> tuple[str, str | None]:
             subfolder = None
         return str(path), subfolder
     if path.is_file():
-        raise MissingModelError(
-            f"'{source}' is a file: name the folder made by save_pretrained that it lies in."
-        )
+        raise MissingModelError(f"'{source}' is a file: name the folder made by save_pretrained that it lies in.")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.is_absolute():
         raise MissingModelError(
             f"The folder '{source}' does not exist: name a folder made by save_pretrained, or a hub id."
@@ -67,9 +65,7 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
             if not Path(file).is_file():
                 raise MissingModelError(f"There is no '{file}': name a folder made by save_pretrained.")
         else:
-            file = huggingface_hub.hf_hub_download(
-                source, "config.json", subfolder=subfolder, revision=revision
-            )
+            file = huggingface_hub.hf_hub_download(source, "config.json", subfolder=subfolder, revision=revision)
         return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
@@ -136,9 +132,7 @@ def one_sentence(source: str) -> Iterator[None]:
     except (MissingModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(
-            error
-        ):
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(error):
             raise MissingModelError(_sentence(error, source)) from error
         raise
 
@@ -149,9 +143,7 @@ def _sentence(error: BaseException, source: str) -> str:
 
     chain: list[BaseException] = []
     link: BaseException | None = error
-    while (
-        link is not None and link not in chain
-    ):  # diffusers raises without `from`: the cause is then the context
+    while link is not None and link not in chain:  # diffusers raises without `from`: the cause is then the context
         chain.append(link)
         link = link.__cause__ or link.__context__
     text = " ".join(str(e) for e in chain).lower()
@@ -171,9 +163,7 @@ def _sentence(error: BaseException, source: str) -> str:
     if raised(errors.RepositoryNotFoundError, errors.HFValidationError):
         return _no_repository(source)
     if raised(errors.RevisionNotFoundError):
-        return (
-            f"'{source}' has no such revision: see https://huggingface.co/{source}/commits for those it has."
-        )
+        return f"'{source}' has no such revision: see https://huggingface.co/{source}/commits for those it has."
     if (
         not local
         and constants.is_offline_mode()
@@ -183,9 +173,7 @@ def _sentence(error: BaseException, source: str) -> str:
             f"'{source}' is not in the local cache and HF_HUB_OFFLINE forbids a download: run "
             f"`hf download {source}` with HF_HUB_OFFLINE unset, or give a local folder as the source."
         )
-    unreachable = raised(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
-        map(_of_http, chain)
-    )
+    unreachable = raised(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_http, chain))
     if not local and unreachable and not raised(errors.RemoteEntryNotFoundError):
         return (
             f"'{source}' is not in the local cache and the hub cannot be reached: check the network, or give "

@@ -28,9 +28,7 @@ CONSTANT = 3.0  # of the direction that queries and keys share, where a word's o
 SHARPNESS, CONTENT = 0.7, 0.3  # of attention by distance, and by word
 
 
-def shapes_tokenizer(
-    world: ShapesWorld | None = None, max_length: int = MAX_LENGTH
-) -> PreTrainedTokenizerFast:
+def shapes_tokenizer(world: ShapesWorld | None = None, max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
     """Lower-cased words of the world, split at white space; `<bos>` in front, `<pad>` at the right."""
     words = (world or ShapesWorld()).vocabulary()
     vocabulary = {word: i for i, word in enumerate([PAD, BOS, UNKNOWN, *words])}
@@ -170,9 +168,7 @@ class ShapesText(TextConditioner):
         """From what `save_pretrained` wrote; in a diffusers pipeline the tokenizer has its own folder."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder or folder)
         model = LlamaModel.from_pretrained(folder, dtype=torch.float32)
-        return cls(
-            with_mask=with_mask, max_length=tokenizer.model_max_length, model=model, tokenizer=tokenizer
-        )
+        return cls(with_mask=with_mask, max_length=tokenizer.model_max_length, model=model, tokenizer=tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Model and tokenizer, into one folder."""
@@ -197,9 +193,7 @@ class ShapesText(TextConditioner):
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> ShapesText:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShapesText:
         self.model.to(device=device, dtype=None if dtype is None else as_dtype(dtype))
         self._cache.clear()
         return self
@@ -224,9 +218,7 @@ class ShapesText(TextConditioner):
             self._cache.move_to_end(caption)
             return self._cache[caption]
         self._check(caption)
-        tokens = self.tokenizer(
-            caption, padding="max_length", max_length=self.max_length, return_tensors="pt"
-        )
+        tokens = self.tokenizer(caption, padding="max_length", max_length=self.max_length, return_tensors="pt")
         tokens = tokens.to(self.device)
         length = tokens["input_ids"].shape[1]
         if length > self.max_length:

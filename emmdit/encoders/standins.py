@@ -53,9 +53,7 @@ def tiny_dc_ae(folder: str | Path, latent_channels: int = 32, downsample: int = 
     return Path(folder)
 
 
-def _tiny_kl(
-    folder: str | Path, latent_channels: int, downsample: int, sample_size: int, seed: int, **config
-) -> Path:
+def _tiny_kl(folder: str | Path, latent_channels: int, downsample: int, sample_size: int, seed: int, **config) -> Path:
     from diffusers import AutoencoderKL
 
     stages = downsample.bit_length()
@@ -98,9 +96,7 @@ def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: in
         vocab_size=512, special_tokens=[bos, eos], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([_TEXT] * 2, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -130,9 +126,7 @@ def _t5_parts(caption_channels: int, layers: int, seed: int):
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -4.0) for word in dict.fromkeys(_WORDS)] + [
-        (chr(i), -9.0) for i in range(33, 127)
-    ]
+    pieces += [(f"▁{word}", -4.0) for word in dict.fromkeys(_WORDS)] + [(chr(i), -9.0) for i in range(33, 127)]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -252,9 +246,7 @@ def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Pat
     try:
         sizes = {key: int(value) for key, value in parse_qsl(query, strict_parsing=bool(query))} | sizes
     except ValueError:
-        raise ValueError(
-            f"The sizes of the stand-in '{name}' are written '?key=1&key=2', not '?{query}'."
-        ) from None
+        raise ValueError(f"The sizes of the stand-in '{name}' are written '?key=1&key=2', not '?{query}'.") from None
 
     root = Path(cache_dir or Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "standins")).expanduser()
     folder = root / f"{name}-{_fingerprint(name, sizes)}"

@@ -104,13 +104,9 @@ class TextEncoder(FrozenModel, TextConditioner):
         self._agree("caption_channels", self.caption_channels, config.hidden_size)
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and self.max_length > longest:
-            raise ValueError(
-                f"max_length is {self.max_length}, but '{self.source}' reads at most {longest} tokens."
-            )
+            raise ValueError(f"max_length is {self.max_length}, but '{self.source}' reads at most {longest} tokens.")
         if self.pooled and not name.startswith("CLIPText"):
-            raise ValueError(
-                f"pooled needs a CLIP text model, and '{self.source}' holds a {type(model).__name__}."
-            )
+            raise ValueError(f"pooled needs a CLIP text model, and '{self.source}' holds a {type(model).__name__}.")
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False  # a decoder would keep its keys and values for nothing
         return model
@@ -143,9 +139,7 @@ class TextEncoder(FrozenModel, TextConditioner):
                 attention_mask=mask if self.mask_encoder else None,
                 output_hidden_states=self.hidden_layer != -1,
             )
-        hidden = (
-            output.last_hidden_state if self.hidden_layer == -1 else output.hidden_states[self.hidden_layer]
-        )
+        hidden = output.last_hidden_state if self.hidden_layer == -1 else output.hidden_states[self.hidden_layer]
         condition = {"encoder_hidden_states": hidden}
         if self.with_mask:
             condition["encoder_attention_mask"] = mask.bool()
@@ -187,9 +181,7 @@ class SD3TextEncoders(TextConditioner):
         clean_captions: bool = False,
         revision: str | None = None,
     ) -> None:
-        common = dict(
-            source=source, dtype=dtype, clean_captions=clean_captions, revision=revision, mask_encoder=False
-        )
+        common = dict(source=source, dtype=dtype, clean_captions=clean_captions, revision=revision, mask_encoder=False)
         self.encoders = [
             TextEncoder(
                 max_length=clip_length,
@@ -224,9 +216,7 @@ class SD3TextEncoders(TextConditioner):
             encoder.load()
         return self
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
-    ) -> SD3TextEncoders:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> SD3TextEncoders:
         for encoder in self.encoders:
             encoder.to(device, dtype)
         return self

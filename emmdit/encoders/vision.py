@@ -61,9 +61,7 @@ class DINOv2(FrozenModel, VisionFeatures):
         deviation, float32."""
         rows, columns = self.grid(*images.shape[-2:])
         size = (rows * self.patch_size, columns * self.patch_size)
-        images = F.interpolate(
-            images.float(), size, mode="bicubic", align_corners=False, antialias=self.antialias
-        )
+        images = F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=self.antialias)
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (_MEAN, _STD))
         return ((images + 1) / 2 - mean) / std
 

@@ -40,9 +40,7 @@ def guided(
     """
     low, high = interval
     if not 0 <= low <= high <= 1000:
-        raise ValueError(
-            f"The guidance interval must satisfy 0 <= low <= high <= 1000, but is ({low}, {high})."
-        )
+        raise ValueError(f"The guidance interval must satisfy 0 <= low <= high <= 1000, but is ({low}, {high}).")
     both = _stack(null, condition) if scale > 1 else None
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -60,9 +58,7 @@ def guided(
 def _stack(null: Condition | None, condition: Condition) -> Condition:
     """The rows of ``null``, then those of ``condition``, key by key."""
     if null is None:
-        raise ValueError(
-            "Guidance with a scale above 1 needs the null condition: pass the encoded empty prompt."
-        )
+        raise ValueError("Guidance with a scale above 1 needs the null condition: pass the encoded empty prompt.")
     if null.keys() != condition.keys():
         raise ValueError(
             f"The null condition has the keys {sorted(null)} but the condition has {sorted(condition)}: "

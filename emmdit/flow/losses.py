@@ -9,8 +9,7 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
     """Mean squared error of each sample, (B, ...) -> (B,), in float32; ``weight`` (B,) multiplies it."""
     if prediction.shape != target.shape:
         raise ValueError(
-            "Prediction and target must have one shape, but have "
-            f"{tuple(prediction.shape)} and {tuple(target.shape)}."
+            f"Prediction and target must have one shape, but have {tuple(prediction.shape)} and {tuple(target.shape)}."
         )
     loss = (prediction.float() - target.float()).square().flatten(1).mean(1)
     return loss if weight is None else loss * weight

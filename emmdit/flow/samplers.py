@@ -46,16 +46,12 @@ def timestep_grid(steps: int, kind: str = "nitro", shift: float = 1.0) -> Tensor
         raise ValueError(f"steps must be 1 or more, but is {steps}.")
     if kind == "ddpm":
         if shift != 1.0:
-            raise ValueError(
-                f"The 'ddpm' grid takes no shift, but shift is {shift}: leave it at 1, or take 'uniform'."
-            )
+            raise ValueError(f"The 'ddpm' grid takes no shift, but shift is {shift}: leave it at 1, or take 'uniform'.")
         if steps > 999:
             raise ValueError(f"The 'ddpm' grid has at most 999 steps, but steps is {steps}.")
         return torch.linspace(999, 0, steps + 1, dtype=torch.float64).round().float()
     if kind == "nitro":
-        grid = torch.cat(
-            [torch.linspace(1000, 1, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
-        )
+        grid = torch.cat([torch.linspace(1000, 1, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
     elif kind == "uniform":
         grid = torch.linspace(1000, 0, steps + 1, dtype=torch.float64)
     else:
@@ -63,9 +59,7 @@ def timestep_grid(steps: int, kind: str = "nitro", shift: float = 1.0) -> Tensor
     return shift_timesteps(grid, shift).float()
 
 
-def euler(
-    predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None
-) -> Tensor:
+def euler(predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None) -> Tensor:
     """First order: x' = alpha' x0_hat + sigma' noise_hat. Euler on a rectified flow, DDIM on a DDPM path."""
     x, t, alpha, sigma = _prepare(x, timesteps, path)
     n = len(t) - 1
@@ -78,9 +72,7 @@ def euler(
     return x
 
 
-def heun(
-    predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None
-) -> Tensor:
+def heun(predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None) -> Tensor:
     """Second order, 2n - 1 predictions: the Euler step's x0_hat and noise_hat averaged with those at its end.
 
     The trapezoidal rule in alpha for x0_hat and in sigma for noise_hat; on a rectified flow this is the usual
@@ -104,9 +96,7 @@ def heun(
     return x
 
 
-def dpm_solver(
-    predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None
-) -> Tensor:
+def dpm_solver(predict: Predict, x: Tensor, timesteps: Tensor, path: Path, callback: Callback | None = None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095) of diffusers: second order, one prediction a step.
 
     diffusers makes its own grid (it starts a flow at sigma 0.999 and cuts its timesteps to integers), so the

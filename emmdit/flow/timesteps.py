@@ -80,9 +80,7 @@ class TimestepSampler(ABC):
 class LogitNormal(TimestepSampler):
     """logit(t / 1000) is normal(mean, std): a ``mean`` above 0 draws noisier images (SD3, section 3.1)."""
 
-    def __init__(
-        self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0, stratified: bool = False
-    ) -> None:
+    def __init__(self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0, stratified: bool = False) -> None:
         super().__init__(shift, stratified)
         _check_positive("std", std)
         self.mean = mean
@@ -134,9 +132,7 @@ class UniformGrid(TimestepSampler):
     def __init__(self, first: int = 0, last: int = 999, stratified: bool = False) -> None:
         super().__init__(stratified=stratified)
         if not 0 <= first <= last <= 1000:
-            raise ValueError(
-                f"first and last must satisfy 0 <= first <= last <= 1000, but are {first} and {last}."
-            )
+            raise ValueError(f"first and last must satisfy 0 <= first <= last <= 1000, but are {first} and {last}.")
         self.first = first
         self.last = last
 

@@ -46,7 +46,8 @@ class TokenCompressor(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         return torch.cat(
-            [path(unshuffle(x, height, width, r)) for r, path in zip(self.ratios, self.paths, strict=True)], dim=1
+            [path(unshuffle(x, height, width, r)) for r, path in zip(self.ratios, self.paths, strict=True)],
+            dim=1,
         )
 
 
@@ -62,7 +63,6 @@ class TokenReconstructor(nn.Module):
     def forward(self, x: Tensor, skip: Tensor, height: int, width: int) -> Tensor:
         parts = x.split([height * width // r**2 for r in self.ratios], dim=1)
         paths = [
-            path(shuffle(part, height, width, r))
-            for r, path, part in zip(self.ratios, self.paths, parts, strict=True)
+            path(shuffle(part, height, width, r)) for r, path, part in zip(self.ratios, self.paths, parts, strict=True)
         ]
         return self.merge(torch.cat([*paths, skip], dim=-1))

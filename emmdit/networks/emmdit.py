@@ -228,6 +228,11 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         depth = self.config.repa_depth
         return self.config.block_groups[0] if depth is None else depth
 
+    def drop_repa_projector(self) -> None:
+        """Forget what only training needs; inference files do not carry it."""
+        self.repa_projector = None
+        self.register_to_config(repa_feature_dim=None)
+
     def check_sizes(self, height: int, width: int, text_length: int) -> None:
         """Raise a ValueError that names the number when latents (height, width) or the text length do not fit."""
         config, p = self.config, self.config.patch_size
@@ -248,7 +253,10 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             few = self.compressor is not None and self._group(i) == 1
             tokens = compressed if few else height * width
             need = block.attn.subregions.multiple
-            for count, what in ((tokens, "compressed image tokens" if few else "image tokens"), (text_length, "text tokens")):
+            for count, what in (
+                (tokens, "compressed image tokens" if few else "image tokens"),
+                (text_length, "text tokens"),
+            ):
                 if count % need:
                     raise ValueError(
                         f"{count} {what} can not be cut into the {block.attn.subregions.kind} subregions of block {i}: "
@@ -309,7 +317,9 @@ def check_config(config) -> None:
     if config.init not in ("faithful", "zero"):
         raise ValueError(f"init must be faithful or zero, got {config.init!r}.")
     if config.repa_depth is None and config.repa_feature_dim is not None and not groups[0]:
-        raise ValueError("REPA taps after the first group, but there is no block before the compression: set repa_depth.")
+        raise ValueError(
+            "REPA taps after the first group, but there is no block before the compression: set repa_depth."
+        )
     if config.repa_depth is not None:
         depth = sum(groups)
         if not 1 <= config.repa_depth <= depth:

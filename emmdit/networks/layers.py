@@ -177,9 +177,7 @@ class JointAttention(nn.Module):
         head_dim = dim // heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (
-            HeadNorm(head_dim) for _ in range(4)
-        )
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (HeadNorm(head_dim) for _ in range(4))
         self.to_out = nn.Linear(dim, dim)
         self.to_add_out = None if context_pre_only else nn.Linear(dim, dim)
         self.to_qkv: nn.Linear | None = None  # set by fuse()

@@ -10,4 +10,14 @@ from lightning_modules.callbacks.save_config import SaveConfig
 from lightning_modules.callbacks.summary import Summary
 from lightning_modules.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "DataLineage", "ImageGrid", "MLflowSystemMetrics", "NonFinite", "ProgressBar", "SaveConfig", "Summary", "Throughput"]
+__all__ = [
+    "EMA",
+    "DataLineage",
+    "ImageGrid",
+    "MLflowSystemMetrics",
+    "NonFinite",
+    "ProgressBar",
+    "SaveConfig",
+    "Summary",
+    "Throughput",
+]

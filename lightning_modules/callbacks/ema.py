@@ -35,13 +35,9 @@ class EMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ema = getattr(pl_module, "ema_denoiser", None)
         if ema is None:
-            raise ValueError(
-                "The EMA callback found no pl_module.ema_denoiser: turn its EMA on or drop the callback."
-            )
+            raise ValueError("The EMA callback found no pl_module.ema_denoiser: turn its EMA on or drop the callback.")
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in ema.parameters()):
-            raise ValueError(
-                "The EMA weights are 16 bit, in which an average can not move: use 32-true or bf16-mixed."
-            )
+            raise ValueError("The EMA weights are 16 bit, in which an average can not move: use 32-true or bf16-mixed.")
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
@@ -52,9 +48,7 @@ class EMA(Callback):
             return
         self._last_step = step
         if step % self.every_n_steps == 0:
-            update(
-                pl_module.ema_denoiser, pl_module.denoiser, ema_decay(self.updates, self.decay, self.warmup)
-            )
+            update(pl_module.ema_denoiser, pl_module.denoiser, ema_decay(self.updates, self.decay, self.warmup))
             self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

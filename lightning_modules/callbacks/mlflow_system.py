@@ -31,9 +31,7 @@ class MLflowSystemMetrics(Callback):
         logger = next((one for one in trainer.loggers if isinstance(one, MLflowLogger)), None)
         if logger is None:
             return
-        run_id = trainer.strategy.broadcast(
-            logger.run_id
-        )  # known on rank zero; a collective, so before any return
+        run_id = trainer.strategy.broadcast(logger.run_id)  # known on rank zero; a collective, so before any return
         if trainer.local_rank != 0 or (trainer.node_rank > 0 and logger.tracking_uri.startswith("sqlite")):
             return
         self._monitor = SystemMetricsMonitor(

@@ -39,9 +39,7 @@ class NonFinite(Callback):
         self.consecutive = 0
         self._batches: list[tuple[Tensor | None, Tensor | None]] = []  # of this optimizer step
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, dict):
             self._batches.append((batch.get("sample_id"), batch.get("position")))
 

@@ -41,9 +41,7 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = trainer.estimated_stepping_batches  # optimizer steps in all; may be infinite
-        self._first: tuple[float, int, int] | None = (
-            None  # time, step and samples after the first step, which compiles
-        )
+        self._first: tuple[float, int, int] | None = None  # time, step and samples after the first step, which compiles
         self._before: tuple[float, int] | None = None  # the same at the latest line
         self._rate = 0.0
         self._shown = -float("inf")
@@ -75,11 +73,7 @@ class ProgressBar(LightningProgressBar):
         if known and sys.stdout.isatty():
             filled = round(20 * min(1.0, step / max(1, self._total)))
             parts[0] = f"[{'#' * filled}{'.' * (20 - filled)}] {parts[0]}"
-        values = (
-            {"loss": outputs["loss"] * trainer.accumulate_grad_batches}
-            if outputs and "loss" in outputs
-            else {}
-        )
+        values = {"loss": outputs["loss"] * trainer.accumulate_grad_batches} if outputs and "loss" in outputs else {}
         values |= {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
         parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
         if self._rate:

@@ -78,9 +78,7 @@ def latest_config(folder: str | Path) -> Path:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """(n, path) of config.yaml (0) and config-<n>.yaml, by n."""
-    found = (
-        (re.fullmatch(r"config(?:-(\d+))?\.yaml", path.name), path) for path in folder.glob("config*.yaml")
-    )
+    found = ((re.fullmatch(r"config(?:-(\d+))?\.yaml", path.name), path) for path in folder.glob("config*.yaml"))
     return sorted((int(match[1] or 0), path) for match, path in found if match)
 
 

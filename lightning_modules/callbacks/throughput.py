@@ -34,9 +34,7 @@ PEAK_TFLOPS = {
 def peak_tflops(device_name: str) -> float | None:
     """Dense bfloat16 peak of a device by its name, None if it is not in the table."""
     words = device_name.replace("-", " ")
-    return next(
-        (peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", words, re.IGNORECASE)), None
-    )
+    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", words, re.IGNORECASE)), None)
 
 
 class Throughput(Callback):
@@ -84,8 +82,6 @@ class Throughput(Callback):
         self._mark, self._last_step = None, trainer.global_step
         if self.peak_tflops is None and pl_module.device.type == "cuda":
             self.peak_tflops = peak_tflops(torch.cuda.get_device_name(pl_module.device))
-        if self.flops_per_sample is None:
-            self.flops_per_sample = getattr(pl_module, "flops_per_sample", None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,6 +95,8 @@ class Throughput(Callback):
             self._steps.append(tuple(now - then for now, then in zip(mark, self._mark, strict=True)))
         self._mark = mark
         if self._steps and trainer._logger_connector.should_update_logs:
+            if self.flops_per_sample is None:
+                self.flops_per_sample = getattr(pl_module, "flops_per_sample", None)
             self.latest = self.measure(trainer.world_size)
             if not hasattr(trainer.train_dataloader, "wait_seconds"):
                 self.latest.pop("data_wait")
@@ -117,9 +115,7 @@ class Throughput(Callback):
             "data_wait": waited / seconds,
         }
         if self.peak_tflops and self.flops_per_sample:
-            out["mfu"] = (
-                out["images_per_second"] * self.flops_per_sample / (self.peak_tflops * 1e12 * world_size)
-            )
+            out["mfu"] = out["images_per_second"] * self.flops_per_sample / (self.peak_tflops * 1e12 * world_size)
         return out
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,7 +124,5 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.exclude_step()
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.exclude_step()

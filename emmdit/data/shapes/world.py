@@ -95,8 +95,7 @@ class Spec:
             ]
         else:
             metadata["include"] = [
-                {"class": shape, "count": 1} | ({"color": color} if color else {})
-                for shape, color in self.objects
+                {"class": shape, "count": 1} | ({"color": color} if color else {}) for shape, color in self.objects
             ]
         metadata["prompt"] = self.caption
         return metadata
@@ -198,9 +197,7 @@ class ShapesWorld:
         lines = []
         for number, task in enumerate(TASKS):
             specs = self.specs(task)
-            order = np.argsort(
-                np.random.Generator(np.random.Philox(key=(number << 64) | seed)).random(len(specs))
-            )
+            order = np.argsort(np.random.Generator(np.random.Philox(key=(number << 64) | seed)).random(len(specs)))
             lines += [specs[i].metadata for i in order[:n_per_task]]
         return lines
 

@@ -1,0 +1,160 @@
+"""Wrong and contradictory configs end in one sentence, before a weight is allocated or a model loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emmdit.networks import EMMDiTTransformer2DModel
+from lightning_modules import TextToImage
+from lightning_modules.cli import main
+from lightning_modules.config_errors import sentence
+from tests.command_line import ON_CPU, SHAPES, STAGES, change, cli, files
+from tests.command_line import elsewhere as elsewhere
+
+NETWORK = "--model.init_args.denoiser.init_args."
+STAGE1 = files(STAGES[0])
+TEXT = "--model.init_args.text.init_args."
+LOSS = "--model.init_args.components=[{class_path: emmdit.losses.REPA}]"
+CONTRADICTIONS = {
+    "grid": (
+        files(SHAPES),
+        f"{NETWORK}sample_size=6",
+        "sample_size 6 gives a grid of side 6, not divisible by 4",
+    ),
+    "depth": (STAGE1, f"{NETWORK}repa_depth=30", "repa_depth 30 lies beyond the network of 24 blocks"),
+    "tap": (STAGE1, f"{NETWORK}repa_depth=8", r"lies among the compressed tokens \(blocks 5 to 20\)"),
+    "latents": (files(SHAPES), f"{NETWORK}in_channels=16", "takes 16 latent channels, but DCTCodec gives 32"),
+    "prediction": (
+        files(SHAPES),
+        f"{NETWORK}out_channels=16",
+        "predicts 16 channels of the 32 that DCTCodec",
+    ),
+    "text width": (STAGE1, f"{NETWORK}caption_channels=768", "width 768, but TextEncoder gives 2048"),
+    "text length": (
+        STAGE1,
+        f"{TEXT}max_length=100",
+        "100 text tokens can not be cut into the chunked subregions",
+    ),
+    "groups": (
+        files(SHAPES),
+        f"{NETWORK}subregion_groups=8",
+        "can not be cut into the strided subregions of block 1",
+    ),
+    "no projector": (
+        files(SHAPES),
+        LOSS,
+        "REPA needs a network with a projector: set the denoiser's repa_feat",
+    ),
+    "no loss": (STAGE1, "--model.init_args.components=[]", "has a REPA projector that no loss trains"),
+    "vision width": (
+        STAGE1,
+        f"{NETWORK}repa_feature_dim=384",
+        "repa_feature_dim 384, but DINOv2 gives features",
+    ),
+    "no last blocks": (files(SHAPES), f"{NETWORK}block_groups=[2,2,0]", "end in compressed tokens"),
+    "precision": (files(SHAPES), "--trainer.precision=bf16-true", "use bf16-mixed"),
+    "dropout": (
+        files(SHAPES),
+        "--model.init_args.caption_dropout=1.5",
+        "caption_dropout is a probability below 1",
+    ),
+    "batch": (files(SHAPES), "--data.init_args.batch_size=0", "batch_size must be at least 1, got 0"),
+    "no column": (STAGE1, "--data.init_args.image_column=null", "needs image_column, latents_column or both"),
+}
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Where parameters of networks were made; building for training is an error."""
+    made: set[str] = set()
+    reset = EMMDiTTransformer2DModel.reset_parameters
+
+    def record(network: EMMDiTTransformer2DModel) -> None:
+        made.update(p.device.type for p in network.parameters())
+        reset(network)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the network was built, or a model loaded")
+
+    monkeypatch.setattr(EMMDiTTransformer2DModel, "reset_parameters", record)
+    monkeypatch.setattr(TextToImage, "build_denoiser", refuse)
+    monkeypatch.setattr("emmdit.encoders.base.load_model", refuse)
+    return made
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions(case: str, devices: set[str]) -> None:
+    base, override, message = CONTRADICTIONS[case]
+    with pytest.raises(Exception, match=message) as caught:
+        cli(*base, *ON_CPU, override)
+    assert "\n" not in sentence(caught.value) and sentence(caught.value).endswith(".")
+    assert devices <= {"meta"}
+
+
+def test_the_check_sees_every_network_of_the_contract(devices: set[str]) -> None:
+    """The recorder above does see a network that is built for real."""
+    cli(*files(SHAPES), *ON_CPU)
+    assert devices == {"meta"}
+    EMMDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, block_groups=[1, 1, 1])
+    assert devices == {"meta", "cpu"}
+
+
+WRONG = {
+    "model: {init_args: {denoiser: {init_args: {dimm: 3}}}}": "model.denoiser: there is no option 'dimm'.",
+    "model: {init_args: {lerning: 3}}": "model: there is no option 'lerning'.",
+    "modle: {init_args: {ema: false}}": "there is no option 'modle.init_args.ema'.",
+    "trainer: {max_step: 3}": "there is no option 'trainer.max_step'.",
+    "trainer: {max_steps: many}": "trainer.max_steps: Expected int, got many.",
+    "samples: {prompt: 3}": "there is no option 'samples.prompt'.",
+    "model: {init_args: {denoiser: {init_args: {modulation: gauss}}}}": (
+        "model.denoiser.modulation: Expected one of 'affine', 'single', 'zero', got gauss."
+    ),
+    "model: {init_args: {sampling: {steps: a}}}": "model.sampling.steps: Expected int, got a.",
+    "model: {init_args: {codec: {class_path: emmdit.encoders.ShapesText}}}": (
+        "model.codec: emmdit.encoders.ShapesText is not a subclass of ImageCodec."
+    ),
+    "model: {init_args: {denoiser: {class_path: torch.nn.Linear}}}": (
+        "model.denoiser: Expected 'torch.nn.Linear' to be a subclass of ModelMixin."
+    ),
+    "model: {init_args: {optimizer: {class_path: emmdit.optim.Muon}}}": (
+        "model.optimizer: module 'emmdit.optim' has no attribute 'Muon'."
+    ),
+    "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": (
+        "data: the following arguments are required: source."
+    ),
+    "trainer: {strategy: {class_path: lightning_modules.strategies.FSDP3}}": (
+        "trainer.strategy: module 'lightning_modules.strategies' has no attribute 'FSDP3'."
+    ),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_yaml_ends_in_one_sentence(text: str, capsys: pytest.CaptureFixture, devices: set[str]) -> None:
+    assert fails(capsys, *files(SHAPES), *change(text)) == WRONG[text]
+    assert not devices
+
+
+def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices: set[str]) -> None:
+    assert "unrecognized arguments: --trainer.max_step" in fails(capsys, *files(SHAPES), "--trainer.max_step=3")
+    assert "File does not exist" in fails(capsys, "-c", "nothing.yaml")
+    first = "give the experiment first, then what is laid over it"
+    assert first in fails(capsys, *files("shapes/one_path.yaml"))
+    assert first in fails(capsys, *files("trainer/cpu.yaml"))
+    assert "Problems parsing config" in fails(capsys, *change("trainer: [1, 2"))
+    if not torch.cuda.is_available():
+        assert "gpu" in fails(capsys, *files(SHAPES, "trainer/gpu.yaml"))
+    contradiction = fails(capsys, *files(SHAPES), *ON_CPU, f"{NETWORK}in_channels=16")
+    assert contradiction.startswith("The denoiser takes 16 latent channels")
+
+
+def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
+    """The one sentence of `emmdit fit ARGS`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *args])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
+    assert lines[-1] == "(EMMDIT_TRACEBACK=1 shows where.)" and len(lines) == 2, lines
+    assert lines[0].startswith("emmdit fit: ")
+    return lines[0].removeprefix("emmdit fit: ")
