@@ -116,8 +116,8 @@ class SuiteCLI(LightningCLI):
             logger.init_args.save_dir = run_dir
         if config.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
-                f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bit, in which training "
-                "from scratch loses its small updates: use bf16-mixed (float32 weights, bfloat16 compute)."
+                f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bit, in which "
+                "training from scratch loses its small updates: use bf16-mixed (float32 weights, bfloat16 compute)."
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -133,8 +133,8 @@ class TextToImage(LightningModule):
         wanted = {key for component in self.components for key in component.network_kwargs}
         if getattr(denoiser, "repa_projector", None) is not None and "return_repa" not in wanted:
             raise ValueError(
-                "The denoiser has a REPA projector that no loss trains: add emmdit.losses.REPA to the components or set "
-                "repa_feature_dim to null."
+                "The denoiser has a REPA projector that no loss trains: add emmdit.losses.REPA to the components or "
+                "set repa_feature_dim to null."
             )
 
     def configure_model(self) -> None:

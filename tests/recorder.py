@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 
 class Recorder(Callback):
-    """Appends a JSON line a step to `<folder>/rank<r>.jsonl`. With `kill_at` the process dies by SIGKILL after that step."""
+    """Appends a JSON line a step to `<folder>/rank<r>.jsonl`; after step `kill_at` the process dies by SIGKILL."""
 
     def __init__(self, folder: str, kill_at: int | None = None) -> None:
         self.folder, self.kill_at = Path(folder), kill_at

@@ -51,6 +51,8 @@ class LossComponent(ABC):
 
     def check(self, denoiser: nn.Module) -> None:
         """Raise a ValueError when this network can not serve the component. Called before training."""
+        return None
 
     def to(self, device: torch.device) -> None:
         """Move frozen parts to the device of training."""
+        return None

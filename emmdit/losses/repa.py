@@ -66,8 +66,8 @@ class REPA(LossComponent):
         width = denoiser.config.repa_feature_dim
         if self.vision is not None and self.vision.feature_dim != width:
             raise ValueError(
-                f"The denoiser projects to repa_feature_dim {width}, but {type(self.vision).__name__} gives features of "
-                f"width {self.vision.feature_dim}: make them equal."
+                f"The denoiser projects to repa_feature_dim {width}, but {type(self.vision).__name__} gives features "
+                f"of width {self.vision.feature_dim}: make them equal."
             )
 
     def to(self, device: torch.device) -> None:

@@ -13,8 +13,10 @@ CURVES = ("train/loss", "val/loss_ema", "val/loss_raw")
 
 
 class Summary(Callback):
-    """When training ends, writes `curve.csv` and `curve.png` from the tracker's history (so a resumed run gives one curve)
-    and prints where pictures, checkpoint and MLflow run are, and what to try next."""
+    """When training ends, writes `curve.csv` and `curve.png` and prints where everything is and what to try next.
+
+    The curves come from the tracker's history, so that a resumed run gives one curve.
+    """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
