@@ -74,6 +74,8 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         if lr < 0 or not 0 <= momentum < 1:
             raise ValueError(f"MuonAdamW needs lr >= 0 and 0 <= momentum < 1, got lr {lr}, momentum {momentum}.")
+        if newton_schulz_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"newton_schulz_dtype must be float32 or bfloat16, got {newton_schulz_dtype!r}.")
         super().__init__(
             params,
             dict(

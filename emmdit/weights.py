@@ -48,7 +48,7 @@ def read_weights(
     path = Path(source)
     if path.suffix == ".safetensors":
         return _from_safetensors(path), "raw"
-    if is_diffusers_folder(path) or not path.exists() and str(source).count("/") == 1:
+    if is_diffusers_folder(path) or is_hub_id(source):
         return _from_diffusers(source, network_class), "raw"
     state = checkpoint_state(find_checkpoint(path))
     kind = weights or ("ema" if any(key.startswith(PREFIXES["ema"]) for key in state) else "raw")
@@ -58,6 +58,20 @@ def read_weights(
     if not found:
         raise ValueError(f"{source} holds no {kind} weights of a denoiser.")
     return found, kind
+
+
+def check_source(source: str | Path) -> None:
+    """Raise FileNotFoundError with one sentence if a local `source` is not there. Reads nothing."""
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"No weights at {path}.")
+    elif not (is_diffusers_folder(path) or is_hub_id(source)):
+        find_checkpoint(path)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    return not Path(source).exists() and str(source).count("/") == 1
 
 
 def find_checkpoint(path: str | Path) -> Path:

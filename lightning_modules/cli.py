@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -108,6 +109,7 @@ class SuiteCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = default_run_dir([str(path) for path in config.get("config") or []])
+        self._saved_config = copy.deepcopy(config)  # without the paths derived below: they follow the run folder
         run_dir = str(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = os.path.join(run_dir, "checkpoints")
@@ -124,6 +126,9 @@ class SuiteCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not getattr(self.model, "ema", True):
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, EMA)]
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveConfig):
+                callback.config = self._saved_config
         return trainer
 
 

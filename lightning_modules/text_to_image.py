@@ -12,7 +12,6 @@ from diffusers import ModelMixin
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from emmdit.encoders import Condition, ImageCodec, TextConditioner
 from emmdit.flow import (
@@ -28,7 +27,8 @@ from emmdit.generate import Sampling, generate
 from emmdit.losses import LossComponent, TrainingStep
 from emmdit.networks.flops import forward_flops
 from emmdit.optim import parameter_groups
-from emmdit.weights import load_weights
+from emmdit.weights import check_source, load_weights
+from lightning_modules.parallel import parallelise
 
 DenoiserFactory = Callable[[], ModelMixin]
 VALIDATION_TIMESTEPS = tuple(1000 * (k + 0.5) / 8 for k in range(8))
@@ -140,6 +140,8 @@ class TextToImage(LightningModule):
     def configure_model(self) -> None:
         if self.denoiser is not None:  # Lightning calls this hook more than once
             return
+        if self.init_from is not None:
+            check_source(self.init_from)
         self.denoiser = self.build_denoiser()
         if self.init_from is not None:
             load_weights(self.denoiser, self.init_from)
@@ -147,20 +149,8 @@ class TextToImage(LightningModule):
             self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        if self.compile_blocks:
-            for network in filter(None, (self.denoiser, self.ema_denoiser)):
-                compile_blocks(network)
-        mesh = self.device_mesh
-        if mesh is not None:
-            for network in filter(None, (self.denoiser, self.ema_denoiser)):
-                for block in blocks_of(network):
-                    fully_shard(block, mesh=mesh["data_parallel"])
-                # The average is read between forwards: it must not stay gathered after one.
-                fully_shard(
-                    network,
-                    mesh=mesh["data_parallel"],
-                    reshard_after_forward=True if network is self.ema_denoiser else None,
-                )
+        for network in filter(None, (self.denoiser, self.ema_denoiser)):
+            parallelise(network, self.compile_blocks, self.device_mesh, trained=network is self.denoiser)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.denoiser))
@@ -328,18 +318,3 @@ class TextToImage(LightningModule):
     @property
     def run_dir(self) -> FilePath:
         return FilePath(self.trainer.default_root_dir)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Compile each repeated block in place, so that the names in checkpoints stay the same."""
-    if getattr(network, "_repeated_blocks", None):
-        network.compile_repeated_blocks()
-    else:
-        for block in blocks_of(network):
-            block.compile()
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a diffusers-style network, by the class names it gives."""
-    names = set(getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or ())
-    return [module for module in network.modules() if type(module).__name__ in names]

@@ -151,6 +151,23 @@ def test_muon_steps_by_hand(shape: tuple[int, int]):
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_newton_schulz_in_bfloat16_goes_the_same_way():
+    g = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(24, 48, generator=g), torch.randn(24, 48, generator=g)
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        p = nn.Parameter(start.clone())
+        p.grad = gradient.clone()
+        MuonAdamW([{"params": [p], "matrix": True}], lr=0.1, newton_schulz_dtype=dtype).step()
+        assert p.dtype == torch.float32
+        moved[dtype] = (p.detach() - start).flatten()
+    assert not torch.equal(moved["float32"], moved["bfloat16"])
+    assert torch.nn.functional.cosine_similarity(moved["float32"], moved["bfloat16"], 0) > 0.999
+    assert moved["bfloat16"].norm() == pytest.approx(moved["float32"].norm(), rel=0.02)
+    with pytest.raises(ValueError, match="float32 or bfloat16, got 'int8'"):
+        MuonAdamW([p], newton_schulz_dtype="int8")
+
+
 def test_matrices_of_one_shape_do_not_mix():
     g = torch.Generator().manual_seed(0)
     together = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 6), (6, 4), (4, 6))]

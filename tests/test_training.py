@@ -223,6 +223,8 @@ def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
 
 def test_validate_repeats_what_fit_measured(tmp_path: Path) -> None:
     fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
+    saved = (tmp_path / "config.yaml").read_text()
+    assert f"default_root_dir: {tmp_path}" in saved and "dirpath: null" in saved
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     (run,) = client.search_runs(["1"])
     done = emmdit(
