@@ -71,7 +71,8 @@ def check_source(source: str | Path) -> None:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    return not Path(source).exists() and str(source).count("/") == 1
+    """owner/name, where no local folder `owner` makes it a path."""
+    return str(source).count("/") == 1 and not Path(source).parent.exists()
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def sample(argv: list[str]) -> None:
-    """Pictures from a run folder, a checkpoint, an exported folder or a hub id of one."""
+    """Pictures from a run folder, a checkpoint or an exported folder."""
     parser = argparse.ArgumentParser("emmdit sample", description=sample.__doc__)
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, or folder made by `emmdit export`")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")

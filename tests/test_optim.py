@@ -163,7 +163,7 @@ def test_newton_schulz_in_bfloat16_goes_the_same_way():
         moved[dtype] = (p.detach() - start).flatten()
     assert not torch.equal(moved["float32"], moved["bfloat16"])
     assert torch.nn.functional.cosine_similarity(moved["float32"], moved["bfloat16"], 0) > 0.999
-    assert moved["bfloat16"].norm() == pytest.approx(moved["float32"].norm(), rel=0.02)
+    assert moved["bfloat16"].norm().item() == pytest.approx(moved["float32"].norm().item(), rel=0.02)
     with pytest.raises(ValueError, match="float32 or bfloat16, got 'int8'"):
         MuonAdamW([p], newton_schulz_dtype="int8")
 
