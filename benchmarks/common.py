@@ -188,7 +188,7 @@ def markdown_table(rows: Iterable[dict[str, Any]], columns: dict[str, str], digi
         if isinstance(value, float):
             shown = f"{value:.{digits}g}"
             return f"{value:.0f}" if "e" in shown and abs(value) >= 1 else shown
-        return str(value)
+        return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
     rows = list(rows)
     numeric = {key: any(isinstance(row.get(key), int | float) for row in rows) for key in columns}

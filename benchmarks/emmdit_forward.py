@@ -270,7 +270,8 @@ def main(argv: list[str] | None = None) -> None:
             networks.forget("fused")
         for resolution in CONFIGS:
             torch._dynamo.reset()  # graphs of other rows count towards the limit on graphs
-            rows += benchmark([case for case in chosen if case.resolution == resolution], networks, rounds)
+            if group := [case for case in chosen if case.resolution == resolution]:
+                rows += benchmark(group, networks, rounds)
     rows = with_speedup(rows)
 
     memory_is = "allocator's peak" if device.type == "cuda" else "process' resident set at its peak"

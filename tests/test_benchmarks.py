@@ -178,7 +178,7 @@ def test_the_script_prints_and_writes_the_same(tmp_path: Path, monkeypatch: pyte
     assert len(written["rows"]) == len(quick) and len(written["counts"]) == 2
     for row in written["rows"]:
         assert f"{row['images_per_s']:.3g}" in printed.out
-    assert "302449952" in printed.out and "warm-up" in printed.err and "warm-up" not in printed.out
+    assert "302,449,952" in printed.out and "warm-up" in printed.err and "warm-up" not in printed.out
     tables = [line for line in printed.out.splitlines() if line.startswith("|")]
     assert len(tables) == len(quick) + 2 + 4
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["torch"] in printed.out
@@ -212,10 +212,10 @@ def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_table():
-    rows = [{"a": "x", "b": 0.123456, "c": None}, {"a": "long", "b": 1234.5, "c": 7}]
+    rows = [{"a": "x", "b": 0.123456, "c": None}, {"a": "long", "b": 1234.5, "c": 12345}]
     assert common.markdown_table(rows, {"a": "A", "b": "B", "c": "C"}).splitlines() == [
         "| A | B | C |",
         "|---|---:|---:|",
         "| x | 0.123 |  |",
-        "| long | 1234 | 7 |",
+        "| long | 1234 | 12,345 |",
     ]

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def execute(name: str, folder: Path) -> tuple[Counter[str], str]:
-    """Run a notebook in `folder`; the number of pictures by id of their cell, and all text. An error in a cell raises."""
+    """Run a notebook in `folder`: the pictures by id of their cell, counted, and all text. A cell that fails raises."""
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
     pictures, text = Counter(), []
