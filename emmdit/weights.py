@@ -121,6 +121,13 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     return checkpoint["state_dict"]
 
 
+def checkpoint_progress(path: Path) -> dict[str, int]:
+    """`step` and `samples_seen` of a Lightning checkpoint, a file or a sharded folder."""
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
+    return {"step": int(checkpoint.get("global_step", 0)), "samples_seen": int(checkpoint.get("samples_seen", 0))}
+
+
 def _sharded_state(folder: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader, load
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from emmdit.images import grid, save_png
+from lightning_modules.card import write_card
 from lightning_modules.runs import load_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,6 +103,7 @@ def export(argv: list[str]) -> None:
     pipeline, note = load_pipeline(args.ckpt, args.weights, include_encoders=args.include_encoders)
     pipeline.transformer.to(DTYPES[args.dtype])
     pipeline.save_pretrained(args.out)
+    write_card(args.out, args.ckpt, pipeline, note, args.dtype)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{note['weights']} weights, {parameters:,} parameters, {args.dtype}: {args.out}")
 

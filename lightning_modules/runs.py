@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from emmdit.encoders.base import FrozenModel
 from emmdit.pipeline import EMMDiTPipeline
-from emmdit.weights import find_checkpoint, is_diffusers_folder, load_weights, run_folder
+from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, load_weights, run_folder
 from lightning_modules.callbacks.save_config import latest_config
 
 
@@ -60,7 +60,7 @@ def load_pipeline(
     if hasattr(network, "drop_repa_projector"):
         network.drop_repa_projector()
     pipeline = make_pipeline(module, network.eval(), config["model"]["init_args"], include_encoders)
-    return pipeline, {"source": str(source), "checkpoint": checkpoint.name, "weights": kind}
+    return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}
 
 
 def make_pipeline(

@@ -219,6 +219,11 @@ def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
     for name in ("00000.png", "00001.png", "grid.png"):
         a, b = (np.asarray(Image.open(tmp_path / source / name)) for source in ("from_run", "from_export"))
         assert np.array_equal(a, b)
+    card = (tmp_path / "export/README.md").read_text()
+    assert "3 optimizer steps, 24 samples, seed 0" in card and "MuonAdamW(lr=0.003" in card
+    assert {"grid.png", "curve.csv", "curve.png", "config.yaml"} <= {
+        path.name for path in (tmp_path / "export").iterdir()
+    }
     settings = read_settings(tmp_path / "from_run/00001.png")
     assert settings["prompt"] == "a photo of two squares" and settings["seed"] == 6
     assert settings["steps"] == 4 and settings["guidance"] == 3.0 and settings["weights"] == "ema"

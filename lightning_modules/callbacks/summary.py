@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from mlflow import MlflowClient
 
 from lightning_modules.mlflow_logger import MLflowLogger
 
@@ -25,7 +26,7 @@ class Summary(Callback):
         logger = next((logger for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
         lines = [f"\nRun folder   {run_dir}"]
         if logger is not None:
-            curve = history(logger)
+            curve = history(logger.experiment, logger.run_id)
             write_csv(curve, run_dir / "curve.csv")
             if any(curve.values()):
                 plot(curve, run_dir / "curve.png")
@@ -48,12 +49,11 @@ class Summary(Callback):
         print("\n".join(lines), flush=True)
 
 
-def history(logger: MLflowLogger) -> dict[str, dict[int, float]]:
+def history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
     """{metric: {step: value}}; of steps that were made twice (after a resume) the later value."""
-    run_id = logger.run_id
     curves = {}
     for name in CURVES:
-        points = sorted(logger.experiment.get_metric_history(run_id, name), key=lambda point: point.timestamp)
+        points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
         curves[name] = dict(sorted({point.step: point.value for point in points}.items()))
     return curves
 
