@@ -53,6 +53,7 @@ class SuiteCLI(LightningCLI):
 
     def __init__(self, args: Any = None, run: bool = True, exit_on_error: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        self._arguments = list(sys.argv[1:] if args is None else args)
         super().__init__(
             LightningModule,
             TextImageDataModule,
@@ -108,7 +109,7 @@ class SuiteCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
-            config.trainer.default_root_dir = default_run_dir([str(path) for path in config.get("config") or []])
+            config.trainer.default_root_dir = default_run_dir(config_files(self._arguments))
         self._saved_config = copy.deepcopy(config)  # without the paths derived below: they follow the run folder
         run_dir = str(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
@@ -130,6 +131,17 @@ class SuiteCLI(LightningCLI):
             if isinstance(callback, SaveConfig):
                 callback.config = self._saved_config
         return trainer
+
+
+def config_files(arguments: list[str]) -> list[str]:
+    """The files given with -c or --config (the parsed configuration does not keep their names)."""
+    files = []
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option in ("-c", "--config"):
+            files.append(value)
+        elif option.startswith(("--config=", "-c=")):
+            files.append(option.partition("=")[2])
+    return files
 
 
 def default_run_dir(config_files: list[str]) -> str:

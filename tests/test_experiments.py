@@ -137,6 +137,12 @@ def test_run_folders_are_named_after_the_experiment() -> None:
     assert default_run_dir(alone) == "runs/shapes/emmdit"
     short = [f"experiments/shapes/{name}.yaml" for name in ("emmdit", "short", "one_path")]
     assert default_run_dir(short) == "runs/shapes/one_path"
+    for command in (None, "fit"):  # and the command line really finds the files
+        run = cli(*files(SHAPES, "shapes/one_path.yaml", "trainer/cpu.yaml"), command=command)
+        assert run.trainer.default_root_dir == "runs/shapes/one_path"
+        assert run.trainer.checkpoint_callback.dirpath.endswith("runs/shapes/one_path/checkpoints")
+    named = cli(*files(SHAPES), *ON_CPU, "--trainer.default_root_dir=elsewhere")
+    assert named.trainer.default_root_dir == "elsewhere"
 
 
 def test_an_optimizer_named_in_yaml_keeps_its_own_defaults() -> None:
