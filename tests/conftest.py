@@ -53,6 +53,14 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stand-ins for downloads are made once a session, and not in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMMDIT_CACHE", str(tmp_path_factory.mktemp("emmdit_cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Connecting beyond this machine fails at once: no test may lean on a download that happens to work."""
     connect = socket.socket.connect
