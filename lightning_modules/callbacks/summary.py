@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,14 +42,19 @@ class Summary(Callback):
             lines.append(f"Checkpoint   {checkpoint}")
         if logger is not None:
             lines.append(f"MLflow run   {logger.run_id} in {logger.tracking_uri}")
-        prompt = pictures and "a photo of a red circle and a blue square"
+        prompt = "a photo of a red circle and a blue square"
         lines += [
             "\nNext:",
-            f'  emmdit sample --ckpt {run_dir} --prompt "{prompt or "..."}" --num-images 8 --out out',
-            f"  emmdit export --ckpt {run_dir} --out exported",
-            f"  mlflow ui --backend-store-uri {logger.tracking_uri if logger is not None else 'sqlite:///mlflow.db'}",
+            f'  {program("emmdit")} sample --ckpt {run_dir} --prompt "{prompt}" --num-images 8 --out out',
+            f"  {program('emmdit')} export --ckpt {run_dir} --out exported",
+            f"  {program('mlflow')} ui --backend-store-uri {logger.tracking_uri if logger else 'sqlite:///mlflow.db'}",
         ]
         print("\n".join(lines), flush=True)
+
+
+def program(name: str) -> str:
+    """How to call a command of this environment: its name where the environment is activated, else its path."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
