@@ -13,13 +13,14 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import TextImageDataModule
 from lightning_modules.callbacks import (
     EMA,
+    Checkpoint,
     DataLineage,
     ImageGrid,
     MLflowSystemMetrics,
@@ -91,7 +92,7 @@ class SuiteCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for callback, name in (
-            (ModelCheckpoint, "checkpoint"),
+            (Checkpoint, "checkpoint"),
             (EMA, "ema"),
             (ImageGrid, "samples"),
             (NonFinite, "non_finite"),
@@ -99,7 +100,13 @@ class SuiteCLI(LightningCLI):
             (ProgressBar, "progress"),
         ):
             parser.add_lightning_class_args(callback, name)
-        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.every_n_train_steps": 1000})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": "link",
+                "checkpoint.every_n_train_steps": 1000,
+                "checkpoint.enable_version_counter": False,  # a second run in the same folder must own last.ckpt
+            }
+        )
         for target in ("model", "data"):
             parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
 

@@ -96,6 +96,9 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> No
     assert resumed[0]["step"] == 4  # the checkpoint of step 3 was the last before the kill
     assert resumed == whole[3:]  # ids, losses, learning rates, EMA: to the last bit
 
+    for run in ("whole", "broken"):
+        last = [path.name for path in (tmp_path / run / "checkpoints").glob("last*")]
+        assert last == ["last.ckpt"] and find_checkpoint(tmp_path / run).name.endswith("step=8.ckpt")
     ids = {tuple(line["ids"]) for line in whole}
     assert len(ids) == 8
     a, b = (checkpoint_state(find_checkpoint(tmp_path / run)) for run in ("whole", "broken"))
@@ -121,6 +124,8 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
         "--trainer.max_steps=4",
         f"--model.init_args.optimizer={{class_path: {optimizer}, init_args: {{lr: 0.001}}}}",
         "--trainer.val_check_interval=2",
+        "--samples.prompts=[a photo of a circle, a photo of two squares, a photo of a star]",  # no multiple of two
+        "--samples.steps=3",
     )
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
@@ -142,6 +147,9 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
             for rank in ranks:
                 assert rank[step]["ema"] == pytest.approx(line["ema"], rel=1e-6)
                 assert rank[step]["raw"] == pytest.approx(line["raw"], rel=1e-6)
+        pictures = [Image.open(tmp_path / run / "samples/step_0000004.png") for run in ("one", name)]
+        a, b = (np.asarray(picture).astype(int) for picture in pictures)
+        assert np.abs(a - b).max() <= 2, f"{name} draws other pictures"
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     values = {run.info.run_name: run.data.metrics for run in client.search_runs(["1"])}
     for name in ("ddp", "fsdp"):
@@ -173,9 +181,9 @@ def test_eight_samples_are_learnt_by_heart(tmp_path: Path) -> None:
 
 
 def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
-    done = fit(
+    done = fit(  # a checkpoint at step 2, and one of the end
         tmp_path / "run",
-        *("--trainer.max_steps=3", "--trainer.val_check_interval=2"),
+        *("--trainer.max_steps=3", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2"),
         "--samples.prompts=[a photo of a circle, a photo of two squares]",
     )
     for told in (

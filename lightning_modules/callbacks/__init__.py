@@ -1,5 +1,6 @@
 """Callbacks of the suite, to be named in an experiment's YAML as `lightning_modules.callbacks.<Name>`."""
 
+from lightning_modules.callbacks.checkpoint import Checkpoint
 from lightning_modules.callbacks.ema import EMA
 from lightning_modules.callbacks.image_grid import ImageGrid
 from lightning_modules.callbacks.lineage import DataLineage
@@ -12,6 +13,7 @@ from lightning_modules.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "Checkpoint",
     "DataLineage",
     "ImageGrid",
     "MLflowSystemMetrics",
