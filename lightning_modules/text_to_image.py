@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -314,7 +313,3 @@ class TextToImage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.samples_seen = checkpoint["samples_seen"]
-
-    @property
-    def run_dir(self) -> FilePath:
-        return FilePath(self.trainer.default_root_dir)
