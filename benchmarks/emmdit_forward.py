@@ -21,7 +21,6 @@ from benchmarks.common import (
     Run,
     argument_parser,
     interleaved,
-    machine,
     markdown_table,
     peak_memory,
     progress,
@@ -29,6 +28,7 @@ from benchmarks.common import (
     tensor_bytes,
     write_json,
 )
+from emmdit.machine import machine
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.networks.flops import forward_flops
 

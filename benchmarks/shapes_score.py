@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import argument_parser, machine, markdown_table, progress, show, write_json
+from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
 from emmdit import EMMDiTPipeline
 from emmdit.data.shapes import TASKS, ShapesWorld, read_scene, render_scene
 from emmdit.evaluation.geneval import Detection, Verdict, judge
 from emmdit.images import to_uint8
+from emmdit.machine import machine
 from lightning_modules.runs import load_pipeline
 
 COLUMNS = {"task": "task", "score": "score", "correct": "correct", "pictures": "pictures", "prompts": "prompts"}

@@ -3,7 +3,9 @@ folder, Nitro-E file. Tensors only: safetensors, or `torch.load(weights_only=Tru
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,16 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give a run folder, a checkpoint or a diffusers folder.")
     raise FileNotFoundError(f"No checkpoint in {path}: has the run saved one yet?")
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def run_folder(path: str | Path) -> Path:

@@ -40,6 +40,8 @@ commands:
   sample           pictures:    emmdit sample --ckpt assets/shapes_emmdit --prompt "a photo of a red circle" --out out
   export           a checkpoint as a diffusers folder that EMMDiTPipeline.from_pretrained loads
   import-nitro-e   a released Nitro-E .safetensors file as such a folder
+  evaluate         FID, CLIP score, GenEval: emmdit evaluate --ckpt RUN -c experiments/evaluation/shapes.yaml
+  reference-stats  statistics of real images, which FID and its kin compare with
 
 `emmdit COMMAND --help` tells more. Several -c files are laid over each other, the later ones win.
 """

@@ -1,4 +1,4 @@
-"""The subcommands beside LightningCLI's: sample, export, import-nitro-e."""
+"""The subcommands beside LightningCLI's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 from emmdit.images import grid, save_png
 from lightning_modules.card import write_card
+from lightning_modules.drawing import DTYPES, nitro_e_pipeline
+from lightning_modules.evaluate import evaluate
+from lightning_modules.reference_stats import reference_stats
 from lightning_modules.runs import load_pipeline
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def sample(argv: list[str]) -> None:
@@ -110,9 +111,6 @@ def export(argv: list[str]) -> None:
 
 def import_nitro_e(argv: list[str]) -> None:
     """Turn a released Nitro-E .safetensors file into a diffusers folder."""
-    from emmdit.networks import load_nitro_e
-    from emmdit.pipeline import EMMDiTPipeline
-
     parser = argparse.ArgumentParser("emmdit import-nitro-e", description=import_nitro_e.__doc__)
     parser.add_argument("file", type=Path, help="downloaded from the model's page (amd/Nitro-E)")
     parser.add_argument("--out", required=True, type=Path)
@@ -125,21 +123,11 @@ def import_nitro_e(argv: list[str]) -> None:
     parser.add_argument("--autoencoder", default="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", help="folder or hub id")
     args = parser.parse_args(argv)
     _refuse_used(args.out)
-    network = load_nitro_e(args.file, args.resolution)
-    pipeline = EMMDiTPipeline(
-        network,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        codec={"class_path": "emmdit.encoders.DCAE", "init_args": {"source": args.autoencoder}},
-        text={
-            "class_path": "emmdit.encoders.TextEncoder",
-            "init_args": {"source": args.text_encoder, "caption_channels": network.config.caption_channels},
-        },
-        sampling={"steps": args.steps, "guidance": args.guidance},
+    pipeline, _ = nitro_e_pipeline(
+        args.file, args.resolution, args.steps, args.guidance, args.text_encoder, args.autoencoder
     )
     pipeline.save_pretrained(args.out)
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters: {args.out}")
+    print(f"{sum(p.numel() for p in pipeline.transformer.parameters()):,} parameters: {args.out}")
     print("The text encoder and the autoencoder are loaded at first use; their licences are their makers'.")
 
 
@@ -152,4 +140,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample,
     "export": export,
     "import-nitro-e": import_nitro_e,
+    "evaluate": evaluate,
+    "reference-stats": reference_stats,
 }

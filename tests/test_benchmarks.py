@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, emmdit_forward
 from benchmarks.emmdit_forward import CONFIGS, COUNTS, Case, Networks, benchmark, count, with_speedup
+from emmdit import machine
 
 TINY = dict(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1), caption_channels=24)
 
@@ -195,20 +196,20 @@ def test_the_full_table_leaves_out_what_makes_no_sense():
 
 
 def test_machine_says_what_matters_and_nothing_private():
-    found = common.machine()
+    found = machine.machine()
     assert {"cpu", "cpu_cores", "ram_gib", "gpu", "torch", "commit", "date", "torch_threads"} <= found.keys()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*\+00:00", found["date"])
     text = json.dumps(found)
-    assert socket.gethostname() not in text and str(Path.home()) not in text and str(common.ROOT) not in text
-    assert found["torch"] in common.machine_line(found) and "\n" not in common.machine_line(found)
+    assert socket.gethostname() not in text and str(Path.home()) not in text and str(machine.ROOT) not in text
+    assert found["torch"] in machine.machine_line(found) and "\n" not in machine.machine_line(found)
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.git_commit() is None
+    assert machine.git_commit() is None
     monkeypatch.setenv("PATH", "")
-    assert common.git_commit() is None
+    assert machine.git_commit() is None
 
 
 def test_table():

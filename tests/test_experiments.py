@@ -11,15 +11,19 @@ import torch
 import yaml
 from PIL import Image
 
+from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
 from lightning_modules import TextToImage
 from lightning_modules.cli import SuiteCLI, default_run_dir, main
+from lightning_modules.evaluate import evaluation_parser
 from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, STAGES, change, cli, files, model_args, stack
 from tests.command_line import elsewhere as elsewhere
 
-ALL = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
-ABLATIONS = [name for name in ALL if name.startswith("shapes/") and name != SHAPES]
+FILES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
+EVALUATIONS = [name for name in FILES if name.startswith("evaluation/")]
+ALL = [name for name in FILES if name not in EVALUATIONS]
+ABLATIONS = [name for name in ALL if name.startswith("shapes/") and name not in (SHAPES, "shapes/evaluated.yaml")]
 
 
 @functools.cache
@@ -41,7 +45,16 @@ def test_is_parsed_instantiated_and_reread(name: str) -> None:
     assert run.parser.dump(again, skip_none=False) == text
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_is_parsed_and_built(name: str) -> None:
+    parser = evaluation_parser()
+    args = parser.parse_args(["-c", str(EXPERIMENTS / name), "--ckpt", "unused"])
+    built = parser.instantiate(args)
+    assert isinstance(built.prompts, PromptSet) and all(isinstance(metric, ImageMetric) for metric in built.metrics)
+    assert len({metric.kind for metric in built.metrics}) == len(built.metrics)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_says_what_it_is_for_and_how_it_is_run(name: str) -> None:
     text = (EXPERIMENTS / name).read_text()
     assert text.startswith("# "), "a comment in the first line says what the file shows"

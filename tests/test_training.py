@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from emmdit import EMMDiTPipeline
+from emmdit.data.shapes import ShapesWorld
 from emmdit.images import read_settings
 from emmdit.weights import checkpoint_state, find_checkpoint
 from lightning_modules.cli import main
@@ -64,6 +66,29 @@ def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subpr
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
+
+
+def evaluations(folder: Path, every_n_steps: int = 0) -> tuple[str, ...]:
+    """The three evaluation callbacks over five pictures, no multiple of two processes."""
+    prompts = folder / "five.jsonl"
+    lines = [line for line in ShapesWorld().prompts(5) if line["tag"] == "colors"]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asset = f"{ROOT}/assets/shapes_clip"
+    clip = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {asset}}}}}"
+    reference = next(Path(asset).glob("shapes_p24_*.npz"))
+    features = f"{{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {clip}}}}}"
+    common = (
+        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {prompts}}}}}, "
+        f"every_n_steps: {every_n_steps}, batch_size: 2, steps: 3"
+    )
+    return tuple(
+        f"--trainer.callbacks+={{class_path: lightning_modules.callbacks.{name}, init_args: {{{common}, {own}}}}}"
+        for name, own in (
+            ("GenEvalCallback", "detector: {class_path: emmdit.evaluation.ShapesDetector}"),
+            ("CLIPScoreCallback", f"clip: {clip}"),
+            ("FIDCallback", f"features: {features}, reference: {reference}"),
+        )
+    )
 
 
 def emmdit(*args: str) -> tuple[int, str]:
@@ -126,6 +151,7 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
         "--trainer.val_check_interval=2",
         "--samples.prompts=[a photo of a circle, a photo of two squares, a photo of a star]",  # no multiple of two
         "--samples.steps=3",
+        *evaluations(tmp_path, every_n_steps=2),
     )
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
@@ -155,6 +181,9 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     for name in ("ddp", "fsdp"):
         for metric in ("train/loss", "val/loss_ema", "val/loss_raw"):
             assert values[name][metric] == pytest.approx(values["one"][metric], rel=1e-5), (name, metric)
+        for metric in ("eval/clip_score_shapes", "eval/fid_clip_shapes_5"):  # pictures differ by 2 of 255
+            assert values[name][metric] == pytest.approx(values["one"][metric], rel=0.02), (name, metric)
+        assert values[name]["eval/geneval_shapes_colors"] == values["one"]["eval/geneval_shapes_colors"]
     # the sharded checkpoint is read back by one process
     status, output = emmdit("export", "--ckpt", str(tmp_path / "fsdp"), "--out", str(tmp_path / "export"))
     assert status == 0, output
@@ -162,6 +191,33 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     b = checkpoint_state(find_checkpoint(tmp_path / "one"))
     for key, value in a.items():
         torch.testing.assert_close(value, b[f"ema_denoiser.{key}"], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_callbacks_share_their_pictures_and_leave_the_training_alone(tmp_path: Path) -> None:
+    schedule = ("--trainer.max_steps=3", "--trainer.val_check_interval=3")
+    fit(tmp_path / "plain", *schedule)
+    fit(tmp_path / "measured", *schedule, *evaluations(tmp_path, every_n_steps=1))
+    assert read(tmp_path / "measured/record") == read(tmp_path / "plain/record")
+
+    folder = tmp_path / "measured/evaluation"
+    for step in (1, 2, 3):
+        (shared,) = (folder / f"step_{step:07d}").iterdir()  # one set of pictures for three metrics
+        found = json.loads((shared / "fid_clip_shapes.json").read_text())
+        assert found["step"] == step and set(found["metrics"]) == {"fid_clip_shapes_5"}
+        assert (shared / "geneval_shapes_results.jsonl").is_file() and (shared / "clip_score_shapes.json").is_file()
+        assert len(list(shared.rglob("*.png"))) == (5 if step == 3 else 0)  # the last evaluation's are kept
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = next(run for run in client.search_runs(["1"]) if run.info.run_name == "measured")
+    curve = client.get_metric_history(run.info.run_id, "eval/fid_clip_shapes_5")
+    assert [point.step for point in curve] == [1, 2, 3]
+    assert all(point.value > 100 for point in curve)  # untrained
+
+
+def test_evaluation_callbacks_say_what_is_missing_before_the_first_step(tmp_path: Path) -> None:
+    callbacks = [c.replace(f"{ROOT}/assets/shapes_clip", "openai/clip-vit-base-patch32") for c in evaluations(tmp_path)]
+    done = fit(tmp_path / "run", "--trainer.max_steps=3", callbacks[1], check=False)
+    assert done.returncode == 2 and "openai/clip-vit-base-patch32" in done.stderr
+    assert not (tmp_path / "run/record").exists()
 
 
 def test_eight_samples_are_learnt_by_heart(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emmdit.encoders.autoencoders import DCAE, SD3VAE, SDXLVAE, AutoencoderKLCodec
 from emmdit.encoders.base import Condition, ImageCodec, TextConditioner, VisionFeatures
+from emmdit.encoders.clip_vision import CLIPVision
 from emmdit.encoders.loading import MissingModelError
 from emmdit.encoders.standins import STANDINS, standin
 from emmdit.encoders.text import SD3TextEncoders, TextEncoder
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockDCT",
+    "CLIPVision",
     "DCAE",
     "DCTCodec",
     "DINOv2",

@@ -1,18 +1,21 @@
 """The text side of the shapes world: a word-level tokenizer and a tiny frozen Llama that mixes words.
 
-Nothing is trained. The weights are drawn from a fixed seed, except that the queries and keys see one constant
-direction which makes every head look a fixed number of words back (RoPE turns a constant query and key into a
-function of their distance). So the feature at a noun holds its adjective too, as a trained text model's
-would.
+The model is pretrained as a language model is, before any picture is seen and at a size that fits: on the captions
+alone (`benchmarks/train_shapes_text.py`), so that what a caption asks for can be read off its features linearly. It
+starts from weights drawn from a fixed seed, except that the queries and keys see one constant direction which makes
+every head look a fixed number of words back (RoPE turns a constant query and key into a function of their distance).
+`pretrained: false` stops there: features that hold everything, too, but bind little of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
@@ -20,6 +23,7 @@ from emmdit.data.shapes.world import TASKS, ShapesWorld
 from emmdit.encoders.base import Condition, TextConditioner, as_dtype, frozen
 
 PAD, BOS, UNKNOWN = "<pad>", "<bos>", "<unk>"
+WEIGHTS = Path(__file__).with_name("shapes_text.safetensors")
 MAX_LENGTH = 16  # <bos> and the longest caption's ten words fit
 LOOK_BACK = (1, 2, 4, 7)  # words; one head each, in every layer
 # Chosen by linear probes (tests/test_shapes_text.py): sharper heads forget the words between, blunter ones
@@ -55,13 +59,23 @@ def shapes_text_model(
     layers: int = 2,
     seed: int = 0,
     max_length: int = MAX_LENGTH,
+    pretrained: bool = True,
 ) -> LlamaModel:
     """The frozen text model, float32 on the CPU; same arguments, same weights; uses no global RNG.
 
     The last norm is scaled so that the mean square of each channel is 1 over all positions (padding too) of
     all captions.
+
+    Args:
+        pretrained: the weights that come with the package (`benchmarks/train_shapes_text.py`), for the default world
+            and sizes; else random ones.
     """
     world = world or ShapesWorld()
+    if pretrained and ((hidden_size, layers, seed) != (64, 2, 0) or world.vocabulary() != ShapesWorld().vocabulary()):
+        raise ValueError(
+            "The pretrained text model is of the default world with hidden_size 64, layers 2 and seed 0: set "
+            "pretrained: false for random weights of another kind."
+        )
     tokenizer = shapes_tokenizer(world, max_length)
     heads = len(LOOK_BACK)
     config = LlamaConfig(
@@ -81,13 +95,21 @@ def shapes_text_model(
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights; ours replace them
         model = LlamaModel(config)
     model.eval().requires_grad_(False)
+    if pretrained:
+        model.load_state_dict(load_file(WEIGHTS))
+        return model
     _set_weights(model, torch.Generator().manual_seed(seed))
     captions = [spec.caption for task in TASKS for spec in world.specs(task)]
-    tokens = tokenizer(captions, padding="max_length", max_length=max_length, return_tensors="pt")
-    with torch.no_grad():
-        features = model(**tokens).last_hidden_state.flatten(0, 1)
-        model.norm.weight.copy_(features.square().mean(dim=0).rsqrt().round(decimals=3))
+    scale_norm(model, tokenizer(captions, padding="max_length", max_length=max_length, return_tensors="pt"))
     return model
+
+
+@torch.no_grad()
+def scale_norm(model: LlamaModel, tokens: Mapping[str, torch.Tensor]) -> None:
+    """Scale the last norm so that the mean square of each channel is 1 over all positions of `tokens`."""
+    model.norm.weight.fill_(1.0)
+    features = model(**tokens).last_hidden_state.flatten(0, 1)
+    model.norm.weight.copy_(features.square().mean(dim=0).rsqrt().round(decimals=3))
 
 
 @torch.no_grad()
@@ -135,6 +157,7 @@ class ShapesText(TextConditioner):
 
     Args:
         world: its vocabulary makes the tokenizer.
+        pretrained: weights from which what a caption asks for can be read linearly; false: random ones.
         with_mask: give the denoiser `encoder_attention_mask` (B, T) bool, True = a word or `<bos>`.
         model, tokenizer: ready-made ones (both or neither) in place of those of `world` and `seed`.
     """
@@ -147,6 +170,7 @@ class ShapesText(TextConditioner):
         hidden_size: int = 64,
         layers: int = 2,
         seed: int = 0,
+        pretrained: bool = True,
         cache_size: int = 4096,
         model: LlamaModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
@@ -154,7 +178,7 @@ class ShapesText(TextConditioner):
         if (model is None) != (tokenizer is None):
             raise ValueError("ShapesText wants both a model and its tokenizer, or neither.")
         if model is None:
-            model = shapes_text_model(world, hidden_size, layers, seed, max_length)
+            model = shapes_text_model(world, hidden_size, layers, seed, max_length, pretrained)
             tokenizer = shapes_tokenizer(world, max_length)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.caption_channels, self.max_length = model.config.hidden_size, max_length

@@ -181,6 +181,21 @@ def _clip_parts(hidden_size: int, layers: int, pad_token: str, seed: int):
         return CLIPTextModelWithProjection(config), tokenizer
 
 
+def tiny_clip(folder: str | Path, dim: int = 32, image_size: int = 32, patch_size: int = 8, seed: int = 0) -> Path:
+    """CLIPModel with both towers, tokenizer and preprocessing for `CLIP` and `CLIPVision`."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    text, tokenizer = _clip_parts(16, 1, "<|endoftext|>", seed)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=image_size, patch_size=patch_size)
+    config = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=dim)
+    with _seeded(seed):
+        model = CLIPModel(config)
+    crop = dict(height=image_size, width=image_size)
+    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop).save_pretrained(folder)
+    return _save(folder, model, tokenizer)
+
+
 def tiny_sd3_text(
     folder: str | Path, clip_l: int = 768, clip_g: int = 1280, caption_channels: int = 4096, seed: int = 0
 ) -> Path:
@@ -227,6 +242,7 @@ STANDINS: dict[str, Callable[..., Path]] = {
     "llama": tiny_llama_text,
     "t5": tiny_t5,
     "clip": tiny_clip_text,
+    "clip_model": tiny_clip,
     "sd3_text": tiny_sd3_text,
     "dinov2": tiny_dinov2,
 }

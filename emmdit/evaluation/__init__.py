@@ -1,1 +1,33 @@
-"""How good the pictures are. No Lightning here; import the measure you need, so that nothing else is loaded."""
+"""How good the pictures are: prompt sets, metrics, GenEval, reports. No Lightning here.
+
+Names are loaded when first used: the metrics pull in torchmetrics, transformers and clean-fid, which take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "asked_color": ("AskedColor",),
+    "base": ("ImageMetric", "Sample"),
+    "clip": ("CLIP",),
+    "clip_score": ("CLIPScore",),
+    "cmmd": ("CMMD",),
+    "features": ("CLIPFeatures", "CleanInception", "FeatureExtractor"),
+    "fid": ("FID", "frechet_distance"),
+    "geneval": ("CLIPColors", "GenEval", "Mask2Former", "ShapesDetector"),
+    "images": ("ImageSet",),
+    "kid": ("KID",),
+    "prompts": ("GenEvalPrompts", "HubPrompts", "PromptFile", "PromptSet", "ShapesPrompts"),
+    "run": ("measure", "prepare"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

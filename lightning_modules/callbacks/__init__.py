@@ -2,6 +2,7 @@
 
 from lightning_modules.callbacks.checkpoint import Checkpoint
 from lightning_modules.callbacks.ema import EMA
+from lightning_modules.callbacks.evaluation import CLIPScoreCallback, FIDCallback, GenEvalCallback
 from lightning_modules.callbacks.image_grid import ImageGrid
 from lightning_modules.callbacks.lineage import DataLineage
 from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
@@ -13,8 +14,11 @@ from lightning_modules.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "CLIPScoreCallback",
     "Checkpoint",
     "DataLineage",
+    "FIDCallback",
+    "GenEvalCallback",
     "ImageGrid",
     "MLflowSystemMetrics",
     "NonFinite",

@@ -69,6 +69,13 @@ def read_scene(image: np.ndarray) -> list[Found]:
     return sorted(found, key=lambda f: -f.score)
 
 
+def main_color(image: np.ndarray) -> str | None:
+    """The palette colour that covers most of a uint8 (H, W, 3) picture, None if none covers a pixel by half."""
+    alphas, nearest = _explain(image)
+    covered = [int(((nearest == number) & (alphas[number] > 0.5)).sum()) for number in range(len(PALETTE))]
+    return list(PALETTE)[int(np.argmax(covered))] if max(covered) else None
+
+
 def _explain(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coverage of each pixel by each palette colour (K, H, W) and the colour that explains it best (H, W)."""
     ground = np.array(GROUND, dtype=float)

@@ -159,12 +159,21 @@ class ShapesWorld:
         # A counter-based generator keyed by (seed, index): no state, no order, and no hashing to collide.
         # Only uniform doubles are drawn: numpy keeps that stream stable over its versions.
         draw = np.random.Generator(np.random.Philox(key=(index << 64) | seed)).random(24).tolist()
-        return self._scene(draw)
+        return self._draw(draw)
 
-    def _scene(self, draw: list[float]) -> Scene:
+    def sample_for(self, prompt: str, seed: int) -> Scene:
+        """A scene that shows what `prompt`, a caption of this world, asks for; another seed, another scene."""
+        spec = next((spec for task in TASKS for spec in self.specs(task) if spec.caption == prompt), None)
+        if spec is None:
+            raise ValueError(f"{prompt!r} is no caption of the shapes world, so no scene shows it.")
+        return self._scene(spec, np.random.Generator(np.random.Philox(key=seed)).random(24).tolist())
+
+    def _draw(self, draw: list[float]) -> Scene:
         tables, thresholds = _tables(self)
         task = next(i for i, edge in enumerate(thresholds) if draw[0] < edge)
-        spec = _pick(tables[task], draw[1])
+        return self._scene(_pick(tables[task], draw[1]), draw)
+
+    def _scene(self, spec: Spec, draw: list[float]) -> Scene:
         n = len(spec.objects)
         scale = self.image_size / REFERENCE_SIZE
         low, high = SIZES[n]

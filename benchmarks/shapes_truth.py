@@ -1,0 +1,124 @@
+"""What is true of a scene of the shapes world: of its captions, of where its objects lie, of its picture's patches."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from emmdit.data.shapes import PALETTE, SHAPES, TASKS, Scene, ShapeObject, ShapesWorld
+from emmdit.data.shapes.render import coverage
+from emmdit.data.shapes.world import RELATIONS, Spec
+from emmdit.evaluation.geneval.judge import POSITION_SLACK
+
+SURE, SURELY_NOT = 0.55, 0.45  # GenEval's rule for a relation says 0.5
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+class Captions:
+    """All captions of the world, and which of them are true of a scene."""
+
+    def __init__(self, world: ShapesWorld) -> None:
+        self.specs = [spec for task in TASKS for spec in world.specs(task)]
+        self.texts = [spec.caption for spec in self.specs]
+        self.index = {text: i for i, text in enumerate(self.texts)}
+
+    def truth(self, scene: Scene) -> np.ndarray:
+        """(captions,) float32: 1 true of the picture, 0 false, nan neither: true of a part, or a matter of taste."""
+        truth = np.zeros(len(self.texts), np.float32)
+        objects = [(o.shape, o.color) for o in scene.objects]
+        shapes = {shape for shape, _ in objects}
+
+        def mark(value: float, task: str, named: Any, relation: str | None = None) -> None:
+            if (i := self.index.get(Spec(task, tuple(named), relation).caption)) is not None:
+                truth[i] = value
+
+        whole = 1.0 if len(objects) == 1 else np.nan
+        for shape, color in objects:
+            mark(whole, "single_object", [(shape, None)])
+            mark(whole, "colors", [(shape, color)])
+        if len(objects) > 1 and len(shapes) == 1:
+            mark(1.0, "counting", [(shape, None) for shape, _ in objects])
+        if len(objects) == 2 and len(shapes) == 2:
+            for a, b in itertools.permutations(scene.objects):
+                mark(1.0, "two_object", [(a.shape, None), (b.shape, None)])
+                mark(1.0, "color_attr", [(a.shape, a.color), (b.shape, b.color)])
+                for relation, value in zip(RELATIONS, relations(a, b), strict=True):
+                    mark(value, "position", [(a.shape, None), (b.shape, None)], relation)
+        return truth
+
+
+def relations(a: ShapeObject, b: ShapeObject) -> list[float]:
+    """For each of RELATIONS, of a to b: 1 holds, 0 does not, nan a matter of taste."""
+    dx, dy = a.cx - b.cx, a.cy - b.cy
+    slack = POSITION_SLACK * (a.size + b.size)
+    shares = [(offset - slack) / float(np.hypot(dx, dy)) for offset in (-dx, dx, -dy, dy)]
+    return [1.0 if share > SURE else 0.0 if share < SURELY_NOT else np.nan for share in shares]
+
+
+def sides(scene: Scene) -> np.ndarray:
+    """(shapes, 4) float32: in which RELATIONS each shape is to the other; nan unless there are two different ones."""
+    known = np.full((len(SHAPES), len(RELATIONS)), np.nan, np.float32)
+    if len(scene.objects) == 2 and len({o.shape for o in scene.objects}) == 2:
+        for a, b in itertools.permutations(scene.objects):
+            known[SHAPES.index(a.shape)] = relations(a, b)
+    return known
+
+
+def stated_sides(spec: Spec) -> np.ndarray:
+    """The same of a caption: what it says and the opposite; nan what it leaves open."""
+    known = np.full((len(SHAPES), len(RELATIONS)), np.nan, np.float32)
+    if spec.relation:
+        there, back = RELATIONS.index(spec.relation), RELATIONS.index(OPPOSITE[spec.relation])
+        (a, b) = (SHAPES.index(shape) for shape, _ in spec.objects)
+        known[a, there] = known[b, back] = 1.0
+        known[a, back] = known[b, there] = 0.0
+    return known
+
+
+def near_misses(spec: Spec, world: ShapesWorld) -> dict[str, list[str]]:
+    """By kind, the captions that differ from the spec's in one thing."""
+    objects = list(spec.objects)
+    misses: dict[str, list[Spec]] = {"shape": []}
+    if spec.task == "counting":
+        misses["count"] = [Spec("counting", (objects[0],) * n) for n in (2, 3, 4) if n != len(objects)]
+        misses["shape"] = [Spec("counting", ((s, None),) * len(objects)) for s in world.shapes if s != objects[0][0]]
+    else:
+        present = {shape for shape, _ in objects}
+        for i, (_, color) in enumerate(objects):
+            for other in (s for s in world.shapes if s not in present):
+                named = (*objects[:i], (other, color), *objects[i + 1 :])
+                misses["shape"].append(Spec(spec.task, named, spec.relation))
+    if spec.relation:
+        misses["relation turned round"] = [Spec("position", spec.objects, OPPOSITE[spec.relation])]
+        same_axis = (spec.relation, OPPOSITE[spec.relation])
+        misses["other axis"] = [Spec("position", spec.objects, r) for r in RELATIONS if r not in same_axis]
+    if spec.task in ("colors", "color_attr"):
+        taken = {color for _, color in objects}
+        misses["color"] = [
+            Spec(spec.task, (*objects[:i], (shape, other), *objects[i + 1 :]))
+            for i, (shape, _) in enumerate(objects)
+            for other in world.colors
+            if other not in taken
+        ]
+    if spec.task == "color_attr":
+        (a, c), (b, d) = objects
+        misses["colors swapped"] = [Spec("color_attr", ((a, d), (b, c)))]
+    return {kind: [s.caption for s in specs] for kind, specs in misses.items()}
+
+
+def patch_targets(scene: Scene, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each patch shows most of: 0 the ground, else a shape in a colour, (patches,) int64; and where of two objects
+    it shows one, in which RELATIONS that is to the other, (patches, 4) float32, elsewhere nan."""
+    grid = scene.image_size // patch
+    pixels = np.arange(scene.image_size) + 0.5
+    best, classes = np.full((grid, grid), 0.25), np.zeros((grid, grid), np.int64)
+    related = np.full((grid, grid, len(RELATIONS)), np.nan, np.float32)
+    for i, o in enumerate(scene.objects):
+        covered = coverage(o.shape, o.cx, o.cy, o.size, pixels, pixels).reshape(grid, patch, grid, patch).mean((1, 3))
+        classes[covered > best] = 1 + SHAPES.index(o.shape) * len(PALETTE) + list(PALETTE).index(o.color)
+        if len(scene.objects) == 2:
+            related[covered > best] = relations(o, scene.objects[1 - i])
+        best = np.maximum(best, covered)
+    return classes.reshape(-1), related.reshape(-1, len(RELATIONS))

@@ -1,0 +1,281 @@
+"""Trains the CLIP of the shapes world (`assets/shapes_clip`) from scratch, scores it and writes its folder and card.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.train_shapes_clip --out assets/shapes_clip
+
+Contrastive, with what the world knows made use of: a caption is true of many pictures and a picture has several true
+captions, so the truth of every (picture, caption) pair is read off the scene, and each picture is held against all
+captions the world can utter (460), hence against every near miss: other colour, other number, relation turned round,
+colours swapped. Captions that are true of a part of the picture only ("a circle" where there are two) count neither
+way. Linear heads help, and are thrown away afterwards: one on the patch tokens is asked what each patch shows and on
+which side of the other object, which makes these tokens worth aligning with; one on the vectors of pictures and of
+captions is asked on which side of the other each shape is. Without that neither tower learns which shape is on the left
+before the other has: the choice against the relation turned round stayed at 50% for 600 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
+from benchmarks.shapes_truth import Captions, near_misses, patch_targets, sides, stated_sides
+from emmdit.data.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesWorld, render_scene
+from emmdit.data.shapes.world import RELATIONS
+from emmdit.evaluation.clip import CLIP
+from emmdit.machine import machine
+from emmdit.optim import MuonAdamW, WarmupDecay
+
+IMAGE, PATCH, MAX_LENGTH = 32, 4, 16
+VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+TEXT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
+DIM = 64
+TRAINING_STREAM, HELD_OUT_STREAM = 1_000_000, 2_000_000  # plus --seed; no model's training or evaluation uses these
+TASK_WEIGHTS = (0.5, 1.0, 1.5, 0.5, 2.0, 1.0)  # relations and numbers are learned last
+PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"  # EOS has id 3: with id 2 CLIP pools at the highest id
+
+# -- the model ---------------------------------------------------------------------------------------
+
+
+def make_tokenizer(world: ShapesWorld):
+    """Lower-cased words of the world, `<bos>` in front and `<eos>` behind."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([PAD, BOS, UNKNOWN, EOS, *world.vocabulary()])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocabulary[BOS]), (EOS, vocabulary[EOS])]
+    )
+    special = dict(pad_token=PAD, bos_token=BOS, unk_token=UNKNOWN, eos_token=EOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
+    )
+
+
+def make_model(tokenizer: Any) -> nn.Module:
+    """A `CLIPModel` with the weights transformers draws for it from torch's generator."""
+    from transformers import CLIPConfig, CLIPModel
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH, projection_dim=DIM, **ids, **TEXT)
+    vision = dict(image_size=IMAGE, patch_size=PATCH, projection_dim=DIM, **VISION)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
+
+
+def make_processor():
+    from transformers import CLIPImageProcessor
+
+    half, side = [0.5] * 3, dict(height=IMAGE, width=IMAGE)
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size=side, image_mean=half, image_std=half)
+
+
+def parameter_groups(model: nn.Module, *heads: nn.Module) -> list[dict[str, Any]]:
+    """Muon for the matrices of both towers' layers, AdamW for the rest."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
+    known = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in known] + [p for head in heads for p in head.parameters()]
+    return [{"params": matrices, "matrix": True}, {"params": others, "matrix": False}]
+
+
+def contrast(logits: Tensor, truth: Tensor) -> Tensor:
+    """The true ones of each row against all its false ones; true ones do not compete with each other.
+
+    -log(e^t / (e^t + sum of e^f)), mean over the true of a row and then over rows that have any.
+    """
+    true, false = truth == 1, truth == 0
+    against = logits.masked_fill(~false, -torch.inf).logsumexp(1, keepdim=True)
+    losses = F.softplus(against - logits).masked_fill(~true, 0.0)
+    counts = true.sum(1)
+    return (losses.sum(1) / counts.clamp_min(1))[counts > 0].mean()
+
+
+def batch_of(scenes: list[Scene], captions: Captions) -> tuple[Tensor, ...]:
+    """Pixels (B,3,32,32) in -1..1, truth (B,captions), sides (B,shapes,4), targets of the patches (B,64), (B,64,4)."""
+    pixels = np.stack([render_scene(scene) for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
+    classes, related = zip(*(patch_targets(scene, PATCH) for scene in scenes), strict=True)
+    rows = [[captions.truth(scene) for scene in scenes], [sides(scene) for scene in scenes], classes, related]
+    return torch.from_numpy(np.ascontiguousarray(pixels)), *(torch.from_numpy(np.stack(row)) for row in rows)
+
+
+def known_loss(logits: Tensor, known: Tensor) -> Tensor:
+    """Binary cross-entropy where `known` is not nan; 0 where it is nan throughout."""
+    given = ~known.isnan()
+    return F.binary_cross_entropy_with_logits(logits[given], known[given], reduction="sum") / given.sum().clamp_min(1)
+
+
+def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int) -> tuple[nn.Module, Any, list[dict]]:
+    """-> model, tokenizer, rows of the curve."""
+    tokenizer, captions = make_tokenizer(world), Captions(world)
+    tokens = tokenizer(captions.texts, padding=True, return_tensors="pt")
+    stated = torch.from_numpy(np.stack([stated_sides(spec) for spec in captions.specs])).flatten(1)
+    model = make_model(tokenizer).train()
+    model.set_attn_implementation("eager")  # on a CPU twice as fast as the fused one, whose backward is slow
+    of_patches = nn.Linear(VISION["hidden_size"], 1 + len(SHAPES) * len(PALETTE) + len(RELATIONS))
+    of_vectors = nn.Linear(DIM, len(SHAPES) * len(RELATIONS))
+    groups = parameter_groups(model, of_patches, of_vectors)
+    optimizer = MuonAdamW(groups, lr=lr, newton_schulz_dtype="bfloat16")
+    schedule = WarmupDecay(optimizer, warmup=min(50, steps // 4), total=steps, decay=0.6)
+    curve, start = [], time.perf_counter()
+    for step in range(steps):
+        scenes = [world.sample(TRAINING_STREAM + seed, step * batch_size + i) for i in range(batch_size)]
+        pixels, truth, known, classes, related = batch_of(scenes, captions)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = model.get_image_features(pixel_values=pixels)
+            said = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            shown = of_patches(seen.last_hidden_state[:, 1:]).float()
+        images, texts = (F.normalize(out.pooler_output.float(), dim=-1) for out in (seen, said))
+        logits = model.logit_scale.exp().clamp(max=100) * images @ texts.T
+        losses = {
+            "contrast": (contrast(logits, truth) + contrast(logits.T, truth.T)) / 2,
+            "classes": F.cross_entropy(shown[..., : -len(RELATIONS)].flatten(0, 1), classes.flatten()),
+            "relations": known_loss(shown[..., -len(RELATIONS) :], related),
+            "image_sides": known_loss(of_vectors(images * DIM**0.5), known.flatten(1)),
+            "text_sides": known_loss(of_vectors(texts * DIM**0.5), stated),
+        }
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            row = {"step": step + 1, **{name: loss.item() for name, loss in losses.items()}}
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            progress(", ".join(f"{k} {v:.3g}" for k, v in row.items()))
+            curve.append(row)
+    model.set_attn_implementation("sdpa")
+    return model.eval(), tokenizer, curve
+
+
+# -- scores ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scores(clip: CLIP, world: ShapesWorld, scenes_per_task: int, seed: int) -> list[dict[str, Any]]:
+    """For each task and kind of near miss how often the true caption is nearer, on held-out scenes.
+
+    Kind "all false": how often it is nearer than every caption of the world that is false of the scene.
+    """
+    captions = Captions(world)
+    texts = clip.texts(captions.texts)
+    rows = []
+    for number, task in enumerate(TASKS):
+        only = ShapesWorld(task_weights=tuple(float(i == number) for i in range(len(TASKS))))
+        scenes = [only.sample(HELD_OUT_STREAM + seed, i) for i in range(scenes_per_task)]
+        pictures = torch.from_numpy(np.stack([render_scene(s) for s in scenes])).permute(0, 3, 1, 2)
+        cosines = torch.cat([clip.images(part) @ texts.T for part in pictures.split(128)]).cpu().numpy()
+        found: dict[str, list[float]] = {}
+        true_cosines, false_cosines = [], []
+        for scene, row in zip(scenes, cosines, strict=True):
+            own, truth = row[captions.index[scene.caption]], captions.truth(scene)
+            for kind, misses in near_misses(scene.spec, world).items():
+                false = [captions.index[m] for m in misses if truth[captions.index[m]] == 0]
+                found.setdefault(kind, []).extend((own > row[false]).astype(float).tolist())
+            found.setdefault("all false", []).append(float(own > row[truth == 0].max()))
+            true_cosines.append(float(own))
+            false_cosines.append(float(row[truth == 0].mean()))
+        for kind, hits in found.items():
+            rows.append({"task": task, "against": kind, "accuracy": statistics.mean(hits), "choices": len(hits)})
+        rows[-1] |= {"true": statistics.mean(true_cosines), "false": statistics.mean(false_cosines)}
+    return rows
+
+
+def card(rows: list[dict], settings: dict[str, Any], found: dict[str, Any], folder: Path, curve: list[dict]) -> str:
+    """The README of the folder."""
+    weights = folder / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    megabytes = weights.stat().st_size / 1e6
+    columns = {"task": "task", "against": "true caption against", "accuracy": "accuracy", "choices": "choices"}
+    columns |= {"true": "cosine, true", "false": "cosine, false"}
+    command = f"OMP_NUM_THREADS=1 python -m benchmarks.train_shapes_clip --out {settings['out']}"
+    command += f" --steps {settings['steps']} --batch-size {settings['batch_size']} --seed {settings['seed']}"
+    return f"""# A CLIP of the shapes world
+
+A `CLIPModel` of transformers ({parameters:,} parameters, float16, {megabytes:.1f} MB), trained from scratch on renders
+and captions of the shapes world. It scores pictures of that world and gives patch features for REPA (8 x 8 of
+{VISION["hidden_size"]} numbers for a picture of {IMAGE} px); of other pictures and words it knows nothing.
+
+```bash
+{command}
+```
+
+{settings["steps"]} steps of {settings["batch_size"]} pictures, seed {settings["seed"]}, {curve[-1]["seconds"]:.0f} s on
+{settings["threads"]} of {found["cpu_threads"]} threads of a shared {found["cpu"]}; last contrastive loss
+{curve[-1]["contrast"]:.3f}. Other machines and thread counts round differently: a rerun gives a like model, not the
+same bits.
+
+The loss is contrastive with known truth: each picture against all {settings["captions"]} captions of the world, every
+true one a positive; beside it linear heads, thrown away, name what each patch shows, on which side of the other object
+that is, and (from the vectors of pictures and captions) on which side each shape is. So this CLIP was told shapes,
+colours and places: REPA on it hands these on. Details: `benchmarks/train_shapes_clip.py`.
+
+## Scores
+
+How often the true caption is nearer than a false one, on {settings["scenes_per_task"]} held-out scenes of each task,
+with the weights of this folder. The scenes are new, the captions are not: training sees all there are. "all false":
+nearer than every caption of the world that is false of the picture.
+
+{markdown_table(rows, columns)}
+"""
+
+
+def natural(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--steps", type=natural, help="default 900, --quick 4")
+    parser.add_argument("--batch-size", type=natural, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=natural, help="held-out scenes of each task; default 500, --quick 8")
+    args = parser.parse_args(argv)
+    steps, scenes = args.steps or (4 if args.quick else 900), args.scenes or (8 if args.quick else 500)
+    world = ShapesWorld(task_weights=TASK_WEIGHTS)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(args.seed)
+        model, tokenizer, curve = train(world, steps, args.batch_size, args.lr, args.seed)
+    model.half().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    make_processor().save_pretrained(args.out)
+    rows = scores(CLIP(str(args.out)), world, scenes, args.seed)
+    found = machine("cpu")
+    settings = {
+        "out": args.out.name if args.out.is_absolute() else str(args.out),
+        "steps": steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seed": args.seed,
+        "scenes_per_task": scenes,
+        "captions": len(Captions(world).texts),
+        "threads": torch.get_num_threads(),
+    }
+    (args.out / "README.md").write_text(card(rows, settings, found, args.out, curve), encoding="utf-8")
+    columns = {key: key for key in ("task", "against", "accuracy", "choices", "true", "false")}
+    show("A CLIP of the shapes world", found, [markdown_table(rows, columns)])
+    if args.json is not None:
+        content = {"benchmark": "train_shapes_clip", "machine": found, "settings": settings}
+        write_json(args.json, content | {"rows": rows, "curve": curve})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""GenEval as a metric of a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emmdit.evaluation.base import ImageMetric, Sample
+
+from .detectors import Detector
+from .judge import COUNTING_SCORE_THRESHOLD, MAX_PER_CLASS, POSITION_SLACK, SCORE_THRESHOLD, judge
+from .prompt_file import check_metadata
+from .results import ResultRow, overall_score, result_row, score_tasks
+
+_MISSING, _WRONG, _CORRECT = 0, 1, 2
+
+
+class GenEval(ImageMetric):
+    """The share of images that show what their prompt asks for: for each task, and as headline the mean of the tasks.
+
+    `begin` says which images are to come; `compute` refuses to give a score while one of them is missing. `rows` are
+    the results of the images this process judged, with reasons and detections.
+    """
+
+    kind = "geneval"
+    verdicts: Tensor
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+        self.rows: list[ResultRow] = []
+        self._samples: list[Sample] = []
+        self._places: dict[tuple[int, int], int] = {}
+        self.begin([])
+
+    @property
+    def name(self) -> str:
+        return f"geneval_{self.detector.name}"
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """The images of the whole set, over all processes.
+
+        Raises:
+            ValueError: a prompt can not be judged, with its number.
+        """
+        for index, line in {sample.index: sample.line for sample in samples}.items():
+            try:
+                self._check(line)
+            except ValueError as error:
+                raise ValueError(f"GenEval can not judge prompt {index} ({line.get('prompt')!r}): {error}.") from None
+        self._samples = list(samples)
+        self._places = {(sample.index, sample.number): i for i, sample in enumerate(samples)}
+        # One number an image, which processes join by the maximum: they may have any number of images, none, or the
+        # same one.
+        default = torch.full((len(samples),), _MISSING, dtype=torch.int8, device=self.device)
+        self.add_state("verdicts", default, dist_reduce_fx="max")
+        self.reset()
+
+    def _check(self, line: Any) -> None:
+        check_metadata(line)
+        for clause in [*line["include"], *line.get("exclude", ())]:
+            unknown = [clause["class"]] if clause["class"] not in self.detector.classes else []
+            unknown += [c for c in (clause.get("color"),) if c not in (None, *self.detector.color_names)]
+            if unknown:
+                raise ValueError(f"the detector '{self.detector.name}' does not know '{unknown[0]}', so use another")
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        self.detector.prepare(device)
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows = []
+
+    def update(self, images: Tensor, samples: list[Sample]) -> None:
+        for image, sample, detections in zip(images, samples, self.detector(images), strict=True):
+            place = self._places.get((sample.index, sample.number))
+            if place is None:
+                raise ValueError(f"{sample.path} is no image of the set that GenEval was told of: call begin first.")
+            verdict = judge(sample.line, detections, partial(self.detector.colors, image))
+            self.verdicts[place] = _CORRECT if verdict.correct else _WRONG
+            self.rows.append(result_row(sample.path, sample.line, verdict, detections))
+
+    def compute(self) -> dict[str, float]:
+        """{"": mean of the tasks, task: share of correct images}.
+
+        Raises:
+            ValueError: images of the set are missing, with their number and the first few.
+        """
+        verdicts = self.verdicts.tolist()
+        missing = [s for s, verdict in zip(self._samples, verdicts, strict=True) if verdict == _MISSING]
+        if missing or not verdicts:
+            raise ValueError(_incomplete(missing, len(verdicts)))
+        tasks = score_tasks(
+            (sample.line["tag"], verdict == _CORRECT) for sample, verdict in zip(self._samples, verdicts, strict=True)
+        )
+        return {"": overall_score(tasks), **{tag: task.score for tag, task in tasks.items()}}
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **self.detector.settings(),
+            "threshold": SCORE_THRESHOLD,
+            "counting_threshold": COUNTING_SCORE_THRESHOLD,
+            "max_objects": MAX_PER_CLASS,
+            "position_threshold": POSITION_SLACK,
+        }
+
+
+def _incomplete(missing: Sequence[Sample], n: int) -> str:
+    if not n:
+        return "GenEval has no images to score: call begin with those that are to come."
+    prompts = {sample.index: sample for sample in missing}
+    first = ", ".join(f"{sample.path} ({sample.line['prompt']!r})" for sample in missing[:3])
+    more = ", ..." if len(missing) > 3 else ""
+    return (
+        f"GenEval misses {len(missing)} of {n} images, of {len(prompts)} prompts: {first}{more}; a part of the set has "
+        f"no score, so make these images first."
+    )

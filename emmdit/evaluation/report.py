@@ -1,0 +1,265 @@
+"""What an evaluation leaves for its reader: report.html and report.md, and a table for the terminal."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image, UnidentifiedImageError
+
+Row = Mapping[str, Any]
+
+THUMBNAIL = 192  # pixels: larger pictures are shrunk before they are embedded
+SHOWN = 112  # width on the page
+NO_SETTINGS = ("metrics", "ledger_metrics", "columns")
+LOWER_IS_BETTER = ("fid", "kid", "cmmd")
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1040px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } .part { padding-left: 1.2rem; color: #555; }
+.value { font-family: ui-monospace, monospace; font-size: 12px; overflow-wrap: anywhere; }
+.strip { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 112px; font-size: 12px; }
+figure img, .missing { width: 112px; min-height: 112px; display: block; background: #eee; }
+.small { image-rendering: pixelated; } .why { color: #a22; } summary { cursor: pointer; }
+"""
+
+
+def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[Row], images: str | Path) -> Path:
+    """Write `report.html`, which stands alone, and `report.md`, which refers to the pictures; returns the former.
+
+    Args:
+        result: of the evaluation: "metrics" {name: value}, "columns" {heading: the same names of something else}; all
+            else in it is listed as settings.
+        rows: GenEval's result rows ("filename", "tag", "prompt", "correct", "reason"), with "clip_score" where the
+            similarity of picture and prompt is known: then it picks the pictures shown.
+        images: folder that the file names lie in.
+    """
+    folder, images = Path(folder), Path(images)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(_markdown(folder, result, rows, images), encoding="utf-8")
+    (folder / "report.html").write_text(_html(result, rows, images), encoding="utf-8")
+    return folder / "report.html"
+
+
+def text_table(result: Mapping[str, Any]) -> str:
+    """The metrics in aligned columns; parts of a metric stand indented below it."""
+    headings, table = metric_table(result)
+    lines = [headings] + [["  " * part + name, *values] for name, part, values in table]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    )
+
+
+def metric_table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, bool, list[str]]]]:
+    """Headings, and for each metric its name, whether it is a part of the one above, and its values as text."""
+    columns = {"this model": result["metrics"], **(result.get("columns") or {})}
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    table, headline = [], None
+    for name in names:
+        part = headline is not None and name.startswith(f"{headline}_")
+        if not part:
+            headline = name
+        shown = name.removeprefix(f"{headline}_") if part else name + _direction(name)
+        table.append((shown, part, [_number(values.get(name)) for values in columns.values()]))
+    return ["metric", *columns], table
+
+
+def pick(rows: Sequence[Row], correct: bool, n: int) -> list[Row]:
+    """The `n` worst of the wrong pictures, or the best of the right ones, of as many different prompts as there are.
+
+    By the similarity to the prompt where every row has a "clip_score"; otherwise by the hash of the file name, which
+    is as good as chance and always the same.
+    """
+    found = [row for row in rows if bool(row["correct"]) == correct]
+    if ranked(rows):
+        found.sort(key=lambda row: (-row["clip_score"] if correct else row["clip_score"], row["filename"]))
+    else:
+        found.sort(key=lambda row: hashlib.sha256(_place(row).encode()).digest())
+    seen: dict[str, int] = defaultdict(int)
+    turns = []
+    for row in found:
+        turns.append(seen[row["prompt"]])
+        seen[row["prompt"]] += 1
+    order = sorted(range(len(found)), key=turns.__getitem__)  # stable: the first of every prompt, then the second ones
+    return [found[i] for i in order[:n]]
+
+
+def ranked(rows: Sequence[Row]) -> bool:
+    """Whether every picture's similarity to its prompt is known."""
+    return all(isinstance(row.get("clip_score"), int | float) for row in rows)
+
+
+def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    tasks: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=_place):  # prompts of a task follow each other in GenEval's files
+        tasks.setdefault(row["tag"], []).append(row)
+    return tasks
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"sampling.steps": "20", ...}; lists and what is empty as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+# -- HTML --------------------------------------------------------------------------------------------
+
+
+def _html(result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 8) -> str:
+    e = html.escape
+    headings, table = metric_table(result)
+    numbers = "".join(f'<th class="number">{e(h)}</th>' for h in headings[1:])
+    body = [f"<h1>{e(_title(result))}</h1>", f"<table><tr><th>{e(headings[0])}</th>{numbers}</tr>"]
+    for name, part, values in table:
+        cells = "".join(f'<td class="number">{e(v)}</td>' for v in values)
+        first = '<td class="part">' if part else "<td>"
+        body.append(f"<tr>{first}{e(name)}</td>{cells}</tr>")
+    body.append("</table>")
+    for task, of_task in by_task(rows).items():
+        body.append(f"<h2>{e(_task_line(task, of_task))}</h2>")
+        for correct in (False, True):
+            body.append(f"<h3>{e(_strip_title(of_task, correct))}</h3>")
+            chosen = pick(of_task, correct, n)
+            figures = "".join(_figure(row, images) for row in chosen)
+            body.append(f'<div class="strip">{figures}</div>' if chosen else "<p>None.</p>")
+    body.append("<details open><summary><b>How it was made</b></summary><table>")
+    for key, value in _settings(result).items():
+        body.append(f'<tr><td>{e(key)}</td><td class="value">{e(value)}</td></tr>')
+    body.append("</table></details>")
+    head = f'<meta charset="utf-8"><title>{e(_title(result))}</title><style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _figure(row: Row, images: Path) -> str:
+    found = _thumbnail(_picture(row, images))
+    if found is None:
+        picture = '<div class="missing">picture missing</div>'
+    else:
+        uri, small = found
+        kind = "small" if small else "large"
+        picture = f'<img class="{kind}" src="{uri}" alt="{html.escape(row["prompt"])}">'
+    score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
+    why = "" if row["correct"] else f'<br><span class="why">{_breaks(html.escape(row["reason"]))}</span>'
+    return f"<figure>{picture}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
+
+
+def _thumbnail(path: Path) -> tuple[str, bool] | None:
+    """A PNG as data URI and whether it is shown enlarged; None where there is no picture."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, UnidentifiedImageError):  # a report of thousands of pictures does not fail with one
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", image.width < SHOWN
+
+
+# -- Markdown ----------------------------------------------------------------------------------------
+
+
+def _markdown(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 6) -> str:
+    headings, table = metric_table(result)
+    lines = [
+        f"# {_plain(_title(result))}",
+        "",
+        _line(map(_plain, headings)),
+        "|---" + "|---:" * len(headings[1:]) + "|",
+    ]
+    lines += [_line(["&nbsp;&nbsp;" * part + _plain(name), *values]) for name, part, values in table]
+    for task, of_task in by_task(rows).items():
+        lines += ["", f"## {_plain(_task_line(task, of_task))}"]
+        for correct in (False, True):
+            lines += ["", f"{_plain(_strip_title(of_task, correct))}:", ""]
+            chosen = pick(of_task, correct, n)
+            if not chosen:
+                lines += ["None."]
+                continue
+            lines += [_line(["picture", "prompt", *["judge"] * (not correct)]), "|---" * (3 - correct) + "|"]
+            for row in chosen:
+                where = quote(Path(os.path.relpath(_picture(row, images), folder)).as_posix())
+                cells = [f'<img src="{where}" width="{SHOWN}">', _plain(row["prompt"])]
+                lines.append(_line(cells + [_plain(row["reason"])] * (not correct)))
+    lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
+    lines += [_line([_plain(key), _plain(value)]) for key, value in _settings(result).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, within a table too."""
+    escaped = re.sub(r"[|*`\[\]\\]|(?<!\w)_|_(?!\w)", lambda m: f"&#{ord(m[0])};", html.escape(text, quote=False))
+    return _breaks(escaped)
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# -- what both say -----------------------------------------------------------------------------------
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    source = result.get("source") or ""
+    if isinstance(source, Mapping):
+        source = next((source[key] for key in ("source", "checkpoint", "ckpt") if source.get(key)), "")
+    return f"Evaluation of {source}" if source else "Evaluation"
+
+
+def _settings(result: Mapping[str, Any]) -> dict[str, str]:
+    return flatten({key: value for key, value in result.items() if key not in NO_SETTINGS})
+
+
+def _task_line(task: str, rows: Sequence[Row]) -> str:
+    right = sum(bool(row["correct"]) for row in rows)
+    return f"{task.replace('_', ' ')}: {right:,} of {len(rows):,} right ({right / len(rows):.1%})"
+
+
+def _strip_title(rows: Sequence[Row], correct: bool) -> str:
+    title = "Judged right" if correct else "Judged wrong"
+    how = "most like their prompt" if correct else "least like their prompt"
+    return f"{title}, {how} by CLIP" if ranked(rows) else f"{title}, picked by chance"
+
+
+def _direction(name: str) -> str:
+    """Only what is better when lower needs saying."""
+    return " (lower is better)" if name.split("_")[0] in LOWER_IS_BETTER else ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.3g}"
+
+
+def _breaks(text: str) -> str:
+    return text.strip().replace("\r\n", "\n").replace("\n", "<br>")
+
+
+def _place(row: Row) -> str:
+    """The end of a file name that GenEval's layout gives: 00012/samples/00003.png."""
+    return "/".join(Path(row["filename"]).parts[-3:])
+
+
+def _picture(row: Row, images: Path) -> Path:
+    path = images / row["filename"]  # an absolute name stays one
+    return path if path.is_file() else images / _place(row)

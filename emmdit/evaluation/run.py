@@ -1,0 +1,59 @@
+"""An evaluation: one set of images, any number of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from emmdit.evaluation.base import ImageMetric
+from emmdit.evaluation.images import ImageSet, Progress
+
+
+def prepare(metrics: Sequence[ImageMetric], image_set: ImageSet, device: torch.device | str = "cpu") -> None:
+    """Everything that can be missing or contradict itself shows here, before a picture is made."""
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"The metric {name} is asked for twice: leave one out.")
+    for metric in metrics:
+        metric.begin(image_set.all)
+        metric.prepare(device)
+        metric.to(device)
+
+
+def measure(
+    metrics: Sequence[ImageMetric],
+    image_set: ImageSet,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """{metric's name: {part: value}} over the pictures of all processes. Call `prepare` first."""
+    for metric in metrics:
+        metric.reset()
+    done = 0
+    for images, samples in image_set.batches(batch_size):
+        images = images.to(device)
+        for metric in metrics:
+            metric.update(images, samples)
+        done += len(samples)
+        if progress is not None:
+            progress(done, len(image_set.samples))
+    return {metric.name: metric.compute() for metric in metrics}
+
+
+def labelled(metrics: Sequence[ImageMetric], values: dict[str, dict[str, float]], n: int) -> dict[str, float]:
+    """Flat, by the names to report: {"fid_clean_5k": 12.3, "geneval_hf": 0.6, "geneval_hf_position": 0.2, ...}."""
+    return {metric.label(n, part): value for metric in metrics for part, value in values[metric.name].items()}
+
+
+def comparable(metrics: Sequence[ImageMetric], values: dict[str, dict[str, float]]) -> dict[str, float]:
+    """By family, as the ledger names them: {"fid_clip": ..., "geneval_overall": ..., "geneval_position": ...}."""
+    flat: dict[str, Any] = {}
+    for metric in metrics:
+        for part, value in values[metric.name].items():
+            part = part or ("overall" if metric.kind == "geneval" else "")
+            flat[f"{metric.kind}_{part}" if part else metric.kind] = value
+    return flat

@@ -1,0 +1,116 @@
+"""Any model of the suite, or of diffusers, as something that draws pictures for prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emmdit.pipeline import EMMDiTPipeline
+from emmdit.weights import find_checkpoint, is_diffusers_folder, sha256_of
+from lightning_modules.runs import load_pipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Model:
+    """`source` and `sampling` say all that decides about its pictures, fit for JSON."""
+
+    source: dict[str, Any]
+    sampling: dict[str, Any]
+    draw: Callable[[list[str], list[int]], Tensor]  # -> (B, 3, H, W) in [-1, 1]
+    to: Callable[[torch.device, str], None]
+
+
+def open_model(ckpt: str | Path, weights: str | None, settings: dict[str, Any]) -> Model:
+    """A run folder, a checkpoint, an export, a diffusers pipeline's folder, or a released Nitro-E file.
+
+    Args:
+        settings: of `Sampling`, in place of the model's own.
+    """
+    path = Path(ckpt)
+    if _pipeline_class(path) not in (None, EMMDiTPipeline.__name__):
+        return _stock_pipeline(path, weights, settings)
+    pipeline, source = nitro_e_pipeline(path) if path.suffix == ".safetensors" else load_pipeline(path, weights)
+    pipeline.sampling = pipeline.sampling.replace(**settings)
+    # Given by an absolute path, a model is named without it: results are published.
+    source = {**source, "source": path.name if path.is_absolute() else str(path), "sha256": weights_sha256(path)}
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        return pipeline(prompts, seed=seeds, output_type="pt").images * 2 - 1
+
+    def to(device: torch.device, dtype: str) -> None:
+        pipeline.transformer.to(device, DTYPES[dtype])
+
+    return Model(source, {k: v for k, v in asdict(pipeline.sampling).items() if v is not None}, draw, to)
+
+
+def nitro_e_pipeline(
+    file: Path,
+    resolution: int = 512,
+    steps: int = 20,
+    guidance: float = 4.5,
+    text_encoder: str = "meta-llama/Llama-3.2-1B",
+    autoencoder: str = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+) -> tuple[EMMDiTPipeline, dict[str, Any]]:
+    """The pipeline of a released file; its encoders are loaded when first used."""
+    from emmdit.networks import load_nitro_e
+
+    network = load_nitro_e(file, resolution)
+    pipeline = EMMDiTPipeline(
+        network,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        codec={"class_path": "emmdit.encoders.DCAE", "init_args": {"source": autoencoder}},
+        text={
+            "class_path": "emmdit.encoders.TextEncoder",
+            "init_args": {"source": text_encoder, "caption_channels": network.config.caption_channels},
+        },
+        sampling={"steps": steps, "guidance": guidance},
+    )
+    return pipeline, {"source": str(file), "resolution": resolution}
+
+
+def weights_sha256(path: Path) -> str:
+    """Of the file(s) that hold a model's weights, in the order of their names."""
+    if path.suffix == ".safetensors":
+        return sha256_of([path])
+    if is_diffusers_folder(path):
+        return sha256_of(sorted(path.rglob("*.safetensors")))
+    checkpoint = find_checkpoint(path)
+    return sha256_of(sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint])
+
+
+def _pipeline_class(path: Path) -> str | None:
+    index = path / "model_index.json"
+    return json.loads(index.read_text())["_class_name"] if index.is_file() else None
+
+
+def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any]) -> Model:
+    """A text-to-image pipeline of diffusers itself."""
+    from diffusers import DiffusionPipeline
+
+    if weights is not None or "sampler" in settings:
+        raise ValueError(f"{path} is a pipeline of diffusers with weights and a sampler of its own: leave both out.")
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
+    arguments = {names[key]: value for key, value in settings.items()}
+    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(prompts, generator=generators, output_type="pt", **arguments).images * 2 - 1
+
+    def to(device: torch.device, dtype: str) -> None:
+        pipeline.to(device, DTYPES[dtype])
+
+    source = {"source": path.name if path.is_absolute() else str(path), "pipeline": type(pipeline).__name__}
+    source["sha256"] = weights_sha256(path)
+    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to)

@@ -1,0 +1,236 @@
+"""`emmdit evaluate`: a model, a prompt set and a list of metrics to one JSON, a report and numbers in MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from emmdit.data.shapes import ShapesWorld
+from emmdit.evaluation import ledger
+from emmdit.evaluation.base import ImageMetric
+from emmdit.evaluation.bounds import noise, renders
+from emmdit.evaluation.clip_score import CLIPScore
+from emmdit.evaluation.geneval import GenEval, summary, write_results
+from emmdit.evaluation.images import Draw, ImageSet
+from emmdit.evaluation.prompts import PromptSet
+from emmdit.evaluation.report import text_table, write_report
+from emmdit.evaluation.run import comparable, labelled, measure, prepare
+from emmdit.machine import machine
+from emmdit.weights import is_diffusers_folder, run_folder
+from lightning_modules.config_text import mask_secrets
+from lightning_modules.counter import counter
+from lightning_modules.drawing import DTYPES, open_model
+from lightning_modules.mlflow_evaluation import log_evaluation
+from lightning_modules.runs import read_config
+
+LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
+
+
+def evaluate(argv: list[str]) -> None:
+    """Score a model: one set of pictures, any number of metrics, one JSON and a report."""
+    parser = evaluation_parser()
+    args = parser.parse_args(argv)
+    if args.prompts is None or not args.metrics:
+        raise ValueError("Nothing to measure: give an evaluation, e.g. -c experiments/evaluation/shapes.yaml.")
+    if args.batch_size < 1 or args.seed < 0:
+        raise ValueError("--batch_size must be at least 1 and --seed at least 0.")
+    if (args.ledger is None) != (args.experiment is None):
+        raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
+    with processes(args.device) as (device, rank, world):
+        run(args, parser.instantiate(args), device, rank, world)
+
+
+def evaluation_parser() -> ArgumentParser:
+    parser = ArgumentParser("emmdit evaluate", description=evaluate.__doc__, exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="an evaluation's YAML (experiments/evaluation)")
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        help="run folder, checkpoint, export, diffusers pipeline, or released Nitro-E .safetensors file",
+    )
+    parser.add_argument("--prompts", type=PromptSet, help="what to draw")
+    parser.add_argument("--metrics", type=list[ImageMetric], help="what to measure")
+    parser.add_argument("--out", help="folder of pictures and results; by default below the run or evaluations/")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise: another one makes other pictures")
+    parser.add_argument("--weights", choices=["ema", "raw"], help="of a checkpoint; the average by default")
+    parser.add_argument("--steps", type=int, help="sampling steps; the model's own by default, as are the next four")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--sampler", choices=["euler", "heun", "dpm_solver"])
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the network")
+    parser.add_argument(
+        "--bounds", type=bool, default=False, help="shapes world: the same for real renders and for noise"
+    )
+    parser.add_argument("--mlflow", type=bool, default=True, help="log the numbers to the run of the checkpoint")
+    parser.add_argument("--ledger", help="JSON file that gets a row")
+    parser.add_argument("--experiment", help="name of that row, e.g. shapes/emmdit")
+    return parser
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
+    """Device, rank and number of processes: one, or those that torchrun started."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU here; use --device cpu.")
+    if world == 1:
+        yield where, 0, 1
+        return
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield where, dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+def run(args: Namespace, built: Namespace, device: torch.device, rank: int, world: int) -> None:
+    prompts, metrics = built.prompts, built.metrics
+    given = {key: getattr(args, key) for key in ("steps", "guidance", "sampler", "height", "width")}
+    model = open_model(args.ckpt, args.weights, {k: v for k, v in given.items() if v is not None})
+    out = Path(args.out) if args.out is not None else default_folder(args)
+    made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
+    images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
+    prepare(metrics, images, device)
+    images.open()
+    model.to(device, args.dtype)
+    started = time.perf_counter()
+    drawn = images.make(model.draw, args.batch_size, None if rank else counter("pictures drawn"))
+    drawing = time.perf_counter() - started
+    values = measure(metrics, images, device, args.batch_size, None if rank else counter("pictures measured"))
+    rows = gather_rows(metrics, world)
+    if rank:
+        return
+    n = len(images.all)
+    result = {
+        "source": model.source,
+        "prompts": prompts.describe(),
+        "images": n,
+        "sampling": model.sampling,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "metrics": labelled(metrics, values, n),
+        "ledger_metrics": comparable(metrics, values),
+        "settings": {metric.name: metric.settings() for metric in metrics},
+        **circumstances(device),
+    }
+    if drawn == len(images.samples):  # otherwise an earlier call drew a part, at an unknown speed
+        result["seconds_per_image"] = drawing / n
+    if args.bounds:
+        result["columns"] = bounds(prompts, metrics, args.seed, args.batch_size, out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    if rows:
+        write_results(out / "geneval_results.jsonl", rows)
+        (out / "geneval_summary.txt").write_text(f"{summary(rows)}\n")
+    write_report(out, result, rows, images.folder)
+    print(text_table(result))
+    if args.mlflow:
+        source = result["source"]
+        log_evaluation(training_run(args.ckpt), result["metrics"], source.get("step", 0), out / "report.html", source)
+    if args.ledger is not None:
+        ledger.append(args.ledger, ledger_row(args, result))
+    print(f"{out}/report.html", file=sys.stderr)
+
+
+def training_run(ckpt: str) -> Path | None:
+    """The run folder of a training that `ckpt` is or lies in; None for exports and released files."""
+    if is_diffusers_folder(ckpt) or Path(ckpt).suffix == ".safetensors":
+        return None
+    return run_folder(ckpt)
+
+
+def default_folder(args: Namespace) -> Path:
+    """RUN/evaluation/shapes_seed0 for a run; evaluations/NAME/shapes_seed0 for anything else."""
+    name = f"{Path(str(args.config[-1])).stem if args.config else 'evaluation'}_seed{args.seed}"
+    name += f"_{args.weights}" if args.weights else ""
+    run = training_run(args.ckpt)
+    return Path("evaluations", Path(args.ckpt).stem, name) if run is None else run / "evaluation" / name
+
+
+def gather_rows(metrics: Sequence[ImageMetric], world: int) -> list[dict[str, Any]]:
+    """GenEval's verdicts of all processes in the order of the pictures, with their CLIP scores where there are some."""
+    scores = {path: value for m in metrics if isinstance(m, CLIPScore) for path, value in m.scores.items()}
+    rows = [dict(row) for m in metrics if isinstance(m, GenEval) for row in m.rows]
+    for row in rows:
+        if row["filename"] in scores:
+            row["clip_score"] = scores[row["filename"]]
+    if world > 1:
+        parts: list[list] = [[] for _ in range(world)]
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    return sorted(rows, key=lambda row: row["filename"])
+
+
+def bounds(
+    prompts: PromptSet, metrics: Sequence[ImageMetric], seed: int, batch_size: int, out: Path
+) -> dict[str, dict[str, float]]:
+    """The same metrics for ground-truth renders of the prompts (upper bound) and for noise (lower bound)."""
+    world = ShapesWorld()
+    columns = {}
+    sources: dict[str, Draw] = {"real renders": renders(world), "noise": noise(world.image_size)}
+    for name, draw in sources.items():
+        made_with = {"source": {"source": name}}
+        images = ImageSet(out / f"images_{name.replace(' ', '_')}", prompts, seed, made_with)
+        images.open()
+        images.make(draw, batch_size)
+        for metric in metrics:
+            metric.begin(images.all)
+        columns[name] = labelled(metrics, measure(metrics, images, metrics[0].device, batch_size), len(images.all))
+    return columns
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What the numbers came about with: libraries, commit, command, hardware."""
+    found = machine(device)
+    return {
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "commit": found["commit"],
+        "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
+        "hardware": found["gpu"] or f"{found['cpu']}, {found['torch_threads']} threads",
+        "date": found["date"],
+    }
+
+
+def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """What the ledger keeps of an evaluation, and of the training behind it."""
+    row = {
+        "experiment": args.experiment,
+        "seed": 0,
+        "eval_seed": args.seed,
+        "metrics": result["ledger_metrics"],
+        "train_seconds": None,
+        "settings": {
+            "prompts": result["prompts"],
+            "sampling": result["sampling"],
+            "weights": result["source"].get("weights"),
+            "sha256": result["source"]["sha256"],
+        },
+        **{key: result[key] for key in ("command", "commit", "hardware")},
+    }
+    run = training_run(args.ckpt)
+    if run is None:
+        return row
+    row["seed"] = int(read_config(run).get("seed_everything") or 0)
+    if (run / "train.json").is_file():
+        row["train"] = json.loads((run / "train.json").read_text())
+        row["train_seconds"] = row["train"].pop("seconds", None)
+    return row

@@ -1,0 +1,161 @@
+"""`CLIP` and `CLIPVision` against transformers itself, on a tiny random CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emmdit.encoders import CLIPVision, MissingModelError, standin
+from emmdit.evaluation.clip import CLIP, short_name
+
+STANDIN = "standin:clip_model"
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIP:
+    return CLIP(STANDIN)
+
+
+def pictures(n: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("openai/clip-vit-large-patch14", "vitl14"),
+        ("openai/clip-vit-large-patch14-336", "vitl14_336"),
+        ("openai/clip-vit-base-patch32", "vitb32"),
+        ("models/clip-vit-base-patch16/", "vitb16"),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "vit_h_14_laion2b_s32b_b79k"),
+        ("assets/shapes_clip", "shapes"),
+    ],
+)
+def test_names(source: str, name: str) -> None:
+    assert short_name(source) == name
+    assert CLIP(source).name == name
+    assert CLIP(source, name="mine").name == "mine"
+
+
+def test_vectors_are_those_of_transformers(clip: CLIP) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(standin("clip_model")).eval()
+    tokens = AutoTokenizer.from_pretrained(standin("clip_model"))(["a red circle"], return_tensors="pt")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        seen = model.get_image_features(pixel_values=(pictures().float() / 255 - mean) / std).pooler_output
+        said = model.get_text_features(**tokens).pooler_output
+    torch.testing.assert_close(clip.images(pictures()), F.normalize(seen, dim=-1))
+    torch.testing.assert_close(clip.texts(["a red circle"]), F.normalize(said, dim=-1))
+    assert clip.dim == clip.images(pictures()).shape[1] == 32
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80), (100, 41), (20, 24)])
+def test_preprocessing_is_that_of_pillow(clip: CLIP, size: tuple[int, int]) -> None:
+    """To the bit what transformers' Pillow processor makes; its torchvision one is off by a level of 255."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil.from_pretrained(standin("clip_model"))
+    images = pictures(2, *size)
+    expected = processor([image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt").pixel_values
+    torch.testing.assert_close(clip.preprocess(images), expected, atol=2e-6, rtol=0)
+
+
+def test_batches_do_not_change_the_vectors(clip: CLIP) -> None:
+    images, texts = pictures(4, 50, 60), ["a star", "a photo of a red circle and a blue square", ""]
+    torch.testing.assert_close(clip.images(images), torch.cat([clip.images(x[None]) for x in images]))
+    torch.testing.assert_close(clip.texts(texts), torch.cat([clip.texts([x]) for x in texts]))
+
+
+def test_long_texts_stay_distinct(clip: CLIP) -> None:
+    long = [f"{word} and then " * 40 for word in ("circle", "square")]
+    one, two = clip.texts(long)
+    assert one @ two < 0.999
+    # What is beyond the 77 tokens does not matter, what is within does.
+    cut = clip.texts([long[0], long[0] + "never read"])
+    torch.testing.assert_close(cut[0], cut[1])
+
+
+def test_refusals(clip: CLIP, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8 images"):
+        clip.images(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="uint8 images"):
+        clip.images(pictures()[0])
+    with pytest.raises(ValueError, match="not one string"):
+        clip.texts("a circle")
+    with pytest.raises(MissingModelError, match="hf download openai/clip-vit-large-patch14"):
+        CLIP().prepare()
+    with pytest.raises(MissingModelError, match="does not exist"):
+        CLIP(str(tmp_path / "nowhere")).prepare()
+    with pytest.raises(MissingModelError, match="not clip"):
+        CLIP("standin:dinov2").prepare()
+
+
+def test_settings_pin_the_weights(clip: CLIP) -> None:
+    settings = json.loads(json.dumps(clip.settings()))
+    assert len(settings["sha256"]["model.safetensors"]) == 64
+    other = CLIP(f"{STANDIN}?seed=1").settings()
+    assert other["sha256"] != settings["sha256"]
+    assert settings["preprocessing"]["resample"] == "bicubic"
+    assert settings["preprocessing"]["size"] == 32
+    assert settings["max_length"] == 77
+
+
+def test_nothing_is_loaded_by_the_constructor() -> None:
+    assert not CLIP("no/such-clip").loaded
+
+
+# -- patch features ----------------------------------------------------------------------------------
+
+
+def vision(source: str = STANDIN, **changes) -> CLIPVision:
+    return CLIPVision(source, **dict(image_size=32, feature_dim=16, patch_size=8) | changes)
+
+
+def test_patch_features_are_those_of_transformers() -> None:
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(standin("clip_model")).eval()
+    images = pictures(2).float() / 127.5 - 1
+    pixels = CLIP(STANDIN).preprocess(pictures(2))
+    with torch.no_grad():
+        expected = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+    features = vision()(images)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_image_tower_alone_serves_too(tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    CLIPModel.from_pretrained(standin("clip_model")).vision_model.save_pretrained(tmp_path)
+    CLIPImageProcessor.from_pretrained(standin("clip_model")).save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(vision(str(tmp_path))(images), vision()(images))
+
+
+def test_grids_follow_the_aspect_ratio() -> None:
+    encoder = vision(image_size=64)
+    assert encoder.grid(64, 128) == (8, 16)
+    assert not encoder.loaded
+    assert encoder(torch.zeros(1, 3, 64, 128)).shape == (1, 128, 16)
+
+
+def test_patch_feature_errors() -> None:
+    with pytest.raises(ValueError, match="multiple of the 8px patch"):
+        vision(image_size=30)
+    with pytest.raises(ValueError, match="feature_dim is 8"):
+        vision(feature_dim=8).load()
+    with pytest.raises(ValueError, match="patch_size is 4"):
+        vision(patch_size=4).load()
+    with pytest.raises(MissingModelError, match="gated|cache"):
+        CLIPVision().load()
+    with pytest.raises(ValueError, match="reads images"):
+        vision()(torch.zeros(3, 32, 32))

@@ -1,0 +1,219 @@
+"""`emmdit evaluate` and the evaluation callbacks, from a checkpoint to numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from PIL import Image
+
+from emmdit.evaluation.geneval import read_results
+from emmdit.evaluation.images import ImageSet
+from emmdit.evaluation.prompts import GenEvalPrompts, PromptFile, ShapesPrompts
+from tests.test_training import ROOT, emmdit
+
+MODEL = str(ROOT / "assets/shapes_emmdit")
+CLIP = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {ROOT}/assets/shapes_clip}}}}"
+CONFIG = f"""
+prompts: {{class_path: emmdit.evaluation.ShapesPrompts, init_args: {{per_task: 1, images: 3}}}}
+metrics:
+  - class_path: emmdit.evaluation.GenEval
+    init_args: {{detector: {{class_path: emmdit.evaluation.ShapesDetector}}}}
+  - class_path: emmdit.evaluation.CLIPScore
+    init_args: {{clip: {CLIP}}}
+  - class_path: emmdit.evaluation.FID
+    init_args:
+      features: {{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {CLIP}}}}}
+      reference: {ROOT}/assets/shapes_clip/shapes_p200_32_clip_shapes_6000_d32b7483.npz
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    return str(tmp_path / "small.yaml")
+
+
+def evaluate(out: Path, *args: str) -> tuple[int, str]:
+    return emmdit("evaluate", "--ckpt", MODEL, "--out", str(out), "--steps", "4", "--mlflow", "false", *args)
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def pictures(out: Path) -> dict[str, bytes]:
+    folder = out / "images"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_one_command_gives_numbers_report_and_ledger_row(tmp_path: Path, config: str) -> None:
+    ledger = tmp_path / "ledger.json"
+    status, output = evaluate(
+        tmp_path / "out", "-c", config, "--bounds", "true", "--ledger", str(ledger), "--experiment", "shapes/emmdit"
+    )
+    assert status == 0, output
+    found = result(tmp_path / "out")
+    assert found["images"] == 18 and found["prompts"]["prompts"] == 6
+    assert {"geneval_shapes", "geneval_shapes_position", "clip_score_shapes", "fid_clip_shapes_18"} <= set(
+        found["metrics"]
+    )
+    assert found["sampling"]["steps"] == 4 and len(found["source"]["sha256"]) == 64 and found["libraries"]["torch"]
+    upper, own, lower = (
+        columns.get("metrics", columns)
+        for columns in (found["columns"]["real renders"], found, found["columns"]["noise"])
+    )
+    assert upper["geneval_shapes"] >= 0.9 > 0.1 >= lower["geneval_shapes"]
+    assert upper["clip_score_shapes"] > own["clip_score_shapes"] > lower["clip_score_shapes"]
+    assert max(own["fid_clip_shapes_18"], upper["fid_clip_shapes_18"]) < lower["fid_clip_shapes_18"] / 2
+    rows = read_results(tmp_path / "out/geneval_results.jsonl")
+    assert len(rows) == 18 and (tmp_path / "out/images" / rows[0]["filename"]).is_file()
+    tasks = {row["tag"]: row["correct"] for row in rows}
+    assert len(tasks) == 6 and "geneval_shapes" in output and "real renders" in output
+    assert "<html" in (tmp_path / "out/report.html").read_text()
+    (row,) = json.loads(ledger.read_text())
+    assert row["experiment"] == "shapes/emmdit"
+    assert row["metrics"]["geneval_overall"] == found["metrics"]["geneval_shapes"]
+    assert {"geneval_colors", "fid_clip", "clip_score"} <= set(row["metrics"])
+
+
+def test_a_killed_evaluation_makes_what_is_missing_and_no_more(tmp_path: Path, config: str) -> None:
+    out = tmp_path / "out"
+    assert evaluate(out, "-c", config)[0] == 0
+    whole, numbers = pictures(out), result(out)["metrics"]
+    gone = list(whole)[4:9]
+    for name in gone:
+        (out / "images" / name).unlink()
+    stamps = {name: (out / "images" / name).stat().st_mtime_ns for name in whole if name not in gone}
+    (out / "evaluation.json").unlink()
+    assert evaluate(out, "-c", config)[0] == 0
+    assert all((out / "images" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
+    for name in gone:  # drawn in a batch of another size: the same but for rounding
+        a, b = (
+            torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).int()
+            for path in (out / "images" / name, _save(tmp_path / "before.png", whole[name]))
+        )
+        assert (a - b).abs().max() <= 1
+    assert result(out)["metrics"] == pytest.approx(numbers, rel=0.02)
+
+
+def _save(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, config: str) -> None:
+    assert evaluate(tmp_path / "out", "-c", config)[0] == 0
+    status, output = evaluate(tmp_path / "out", "-c", config, "--guidance", "1.5")
+    assert status == 2 and "another sampling" in output and "choose another folder" in output
+    status, output = evaluate(tmp_path / "out", "-c", config, "--seed", "1")
+    assert status == 2 and "another seed" in output
+
+
+def test_broken_pictures_are_named(tmp_path: Path, config: str) -> None:
+    assert evaluate(tmp_path / "out", "-c", config)[0] == 0
+    victim = tmp_path / "out/images/00002/samples/00001.png"
+    victim.write_bytes(victim.read_bytes()[:60])
+    status, output = evaluate(tmp_path / "out", "-c", config)
+    assert status == 2 and str(victim) in output and "remove it" in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (["--ckpt", "no/such/run"], "nothing at no/such/run"),
+        (["--metrics", "[]"], "give an evaluation"),
+        (["--ledger", "x.json"], "belong together"),
+        (["--device", "cuda"], "no GPU"),
+        (["--weights", "ema"], "leave --weights out"),
+        (["--prompts.init_args.per_task", "0"], "per_task >= 1"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(tmp_path: Path, config: str, argument: list[str], words: str) -> None:
+    if "cuda" in argument and torch.cuda.is_available():
+        pytest.skip("there is one")
+    status, output = evaluate(tmp_path / "out", "-c", config, *argument)
+    assert status == 2 and words in output and "Traceback" not in output
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_missing_weights_show_before_a_picture_is_drawn(tmp_path: Path, config: str) -> None:
+    text = Path(config).read_text().replace(f"{ROOT}/assets/shapes_clip}}", "openai/clip-vit-base-patch32}")
+    Path(config).write_text(text)
+    status, output = evaluate(tmp_path / "out", "-c", config)
+    assert status == 2 and "openai/clip-vit-base-patch32" in output
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path, config: str) -> None:
+    assert evaluate(tmp_path / "one", "-c", config)[0] == 0
+    arguments = ["--ckpt", MODEL, "--steps", "4", "--mlflow", "false", "-c", config, "--out", str(tmp_path / "two")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "lightning_modules.cli", "evaluate", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert pictures(tmp_path / "two").keys() == pictures(tmp_path / "one").keys()
+    assert result(tmp_path / "two")["metrics"] == pytest.approx(result(tmp_path / "one")["metrics"], rel=0.02)
+    assert len(read_results(tmp_path / "two/geneval_results.jsonl")) == 18
+
+
+def test_numbers_go_to_a_run_in_mlflow(tmp_path: Path, config: str) -> None:
+    status, output = emmdit("evaluate", "--ckpt", MODEL, "--out", str(tmp_path / "out"), "--steps", "2", "-c", config)
+    assert status == 0, output
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs(["1"])
+    assert run.data.metrics["eval/geneval_shapes"] == result(tmp_path / "out")["metrics"]["geneval_shapes"]
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "evaluation")] == ["evaluation/report.html"]
+
+
+# -- sets ----------------------------------------------------------------------------------------------
+
+
+def test_no_two_pictures_share_a_seed_within_or_between_evaluations() -> None:
+    prompts = ShapesPrompts(per_task=3, images=4)
+    seeds = [sample.seed for seed in range(3) for sample in prompts.samples(seed)]
+    assert len(set(seeds)) == len(seeds) == 3 * 4 * 6 * 3
+    assert len(ShapesPrompts().lines) == 300
+
+
+def test_shares_of_the_ranks_make_the_whole(tmp_path: Path) -> None:
+    prompts = ShapesPrompts(per_task=1, images=3)
+    for world in (1, 2, 4, 5, 23):
+        shares = [ImageSet(tmp_path, prompts, 0, {}, rank, world).samples for rank in range(world)]
+        together = sorted((s.index, s.number) for share in shares for s in share)
+        assert together == [(i, n) for i in range(6) for n in range(3)]
+
+
+def test_ranks_of_a_sharded_network_draw_equally_often(tmp_path: Path) -> None:
+    prompts = ShapesPrompts(per_task=1, images=3)
+    calls = []
+    for rank in range(4):  # shares of 5, 5, 4 and 4
+        images = ImageSet(tmp_path / str(rank), prompts, 0, {}, rank, 4)
+        drawn: list[int] = []
+
+        def draw(asked: list[str], seeds: list[int], drawn: list[int] = drawn) -> torch.Tensor:
+            drawn.append(len(asked))
+            return torch.zeros(len(asked), 3, 4, 4)
+
+        assert images.make(draw, batch_size=4, together=True) == len(images.samples)
+        assert not images.missing()
+        calls.append(len(drawn))
+    assert calls == [2, 2, 2, 2]
+
+
+def test_prompt_sets(tmp_path: Path) -> None:
+    assert len(GenEvalPrompts().lines) == 553 and len(GenEvalPrompts(first=2).lines) == 12
+    assert GenEvalPrompts().sha256 != GenEvalPrompts(first=2).sha256
+    (tmp_path / "mine.txt").write_text("a cat\na dog on a mat\n")
+    mine = PromptFile(str(tmp_path / "mine.txt"))
+    assert [line["prompt"] for line in mine.lines] == ["a cat", "a dog on a mat"] and mine.name == "mine"
+    with pytest.raises(ValueError, match="2 prompts, fewer than the 3"):
+        _ = PromptFile(str(tmp_path / "mine.txt"), count=3).lines

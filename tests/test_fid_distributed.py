@@ -1,0 +1,74 @@
+"""FID, KID and CMMD on two processes with unequal shares, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emmdit.evaluation.cmmd import CMMD
+from emmdit.evaluation.fid import FID
+from emmdit.evaluation.kid import KID
+from tests.test_fid import reference_of, scored
+from tests.tiny_features import TinyFeatures, pictures
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+from emmdit.evaluation.cmmd import CMMD
+from emmdit.evaluation.fid import FID
+from emmdit.evaluation.kid import KID
+from tests.tiny_features import TinyFeatures, pictures, samples
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+images, all_samples, values = pictures(21, seed=2), samples(21), {}
+reference = str(folder / "reference.npz")
+metrics = FID(TinyFeatures(), reference), KID(TinyFeatures(), reference, 5, 9), CMMD(TinyFeatures(), reference)
+for metric in metrics:
+    metric.prepare()
+shares = {
+    "every second": (slice(0, None, 2), slice(1, None, 2)),
+    "17 and 4": (slice(0, 17), slice(17, None)),
+    "all and none": (slice(0, None), slice(21, None)),
+}
+for name, both in shares.items():
+    share = both[rank]
+    for metric in metrics:
+        metric.reset()
+        mine = all_samples[share]
+        for first in range(0, len(mine), 6):
+            metric.update(images[share][first : first + 6], mine[first : first + 6])
+        values[f"{name}: {metric.name}"] = metric.compute()[""]
+(folder / f"values_{rank}.json").write_text(json.dumps(values))
+"""
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    reference, images = reference_of(pictures(30, seed=1), tmp_path / "reference.npz"), pictures(21, seed=2)
+    root = str(Path(__file__).resolve().parents[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    metrics = FID(TinyFeatures(), reference), KID(TinyFeatures(), reference, 5, 9), CMMD(TinyFeatures(), reference)
+    expected = {metric.name: scored(metric, images) for metric in metrics}
+    for process in ranks:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+    first, second = (json.loads((tmp_path / f"values_{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first) == 9
+    for name, value in first.items():
+        assert value == pytest.approx(expected[name.partition(": ")[2]], rel=1e-9), name

@@ -1,0 +1,203 @@
+"""GenEval as a metric, its results file, its summary, and the folders the official tool reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from emmdit.evaluation.base import Sample
+from emmdit.evaluation.geneval import (
+    Detection,
+    Detector,
+    GenEval,
+    ShapesDetector,
+    official_prompts,
+    read_results,
+    summary,
+    write_results,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+class Pixels(Detector):
+    """A stand-in: the first pixel's red is the number of cats, its green that of dogs, its blue the cats' colour."""
+
+    name, classes, color_names = "pixels", ("cat", "dog"), ("red", "green", "blue")
+
+    def __call__(self, images: Tensor) -> list[list[Detection]]:
+        counts = images[:, :2, 0, 0].tolist()
+        return [
+            [
+                Detection(name, 0.95, (10 * i, 0, 10 * i + 8, 8))
+                for name, n in zip(self.classes, c, strict=True)
+                for i in range(n)
+            ]
+            for c in counts
+        ]
+
+    def colors(self, image: Tensor, detections: list[Detection], class_name: str) -> list[str]:
+        return [self.color_names[int(image[2, 0, 0])]] * len(detections)
+
+    def settings(self) -> dict:
+        return {"detector": "pixels"}
+
+
+def line(tag: str, *include: tuple[str, int], prompt: str, **more) -> dict:
+    return {"tag": tag, "include": [{"class": n, "count": c, **more} for n, c in include], "prompt": prompt}
+
+
+LINES = [
+    line("single_object", ("cat", 1), prompt="a photo of a cat"),
+    line("two_object", ("cat", 1), ("dog", 1), prompt="a photo of a cat and a dog"),
+    line("colors", ("cat", 1), prompt="a photo of a green cat", color="green"),
+    line("single_object", ("dog", 1), prompt="a photo of a dog"),
+]
+# For each prompt two pictures: cats, dogs, colour.
+SEEN = [[(1, 0, 0), (0, 0, 0)], [(1, 0, 0), (2, 1, 0)], [(1, 0, 1), (1, 0, 1)], [(0, 0, 0), (0, 0, 0)]]
+SAMPLES = [Sample(i, k, row, 0) for i, row in enumerate(LINES) for k in range(2)]
+
+
+def images(samples: list[Sample]) -> Tensor:
+    batch = torch.zeros(len(samples), 3, 4, 4, dtype=torch.uint8)
+    for image, sample in zip(batch, samples, strict=True):
+        image[:, 0, 0] = torch.tensor(SEEN[sample.index][sample.number])
+    return batch
+
+
+def judged(samples: list[Sample]) -> GenEval:
+    metric = GenEval(Pixels())
+    metric.begin(SAMPLES)
+    for part in (samples[:3], samples[3:]):
+        if part:
+            metric.update(images(part), part)
+    return metric
+
+
+# -------------------------------------------------------------------------------- the metric
+
+
+def test_scores():
+    metric = judged(SAMPLES)
+    assert metric.name == "geneval_pixels" and metric.label(8, "colors") == "geneval_pixels_colors"
+    # single_object 1 of 4, two_object 1 of 2, colors 2 of 2: not the mean over images, which is 4 of 8
+    assert metric.compute() == {"": (0.25 + 0.5 + 1) / 3, "single_object": 0.25, "two_object": 0.5, "colors": 1.0}
+    assert [row["correct"] for row in metric.rows] == [True, False, False, True, True, True, False, False]
+    assert metric.settings()["counting_threshold"] == 0.9 and not metric.state_dict()
+
+
+def test_order_and_repeats_do_not_matter():
+    again = judged([*SAMPLES[::-1], SAMPLES[0], SAMPLES[1]])
+    assert again.compute() == judged(SAMPLES).compute()
+
+
+def test_a_part_of_the_set_has_no_score():
+    first = "00000/samples/00001.png .'a photo of a cat'., 00001/samples/00000.png"
+    with pytest.raises(ValueError, match=f"misses 3 of 8 images, of 2 prompts: {first}"):
+        judged([SAMPLES[0], *SAMPLES[4:]]).compute()
+    with pytest.raises(ValueError, match="call begin"):
+        GenEval(Pixels()).compute()
+    with pytest.raises(ValueError, match="00009/samples/00000.png is no image of the set"):
+        judged([]).update(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [Sample(9, 0, LINES[0], 0)])
+
+
+def test_reset_keeps_what_is_to_come():
+    metric = judged(SAMPLES)
+    metric.reset()
+    assert metric.rows == []
+    with pytest.raises(ValueError, match="misses 8 of 8"):
+        metric.compute()
+    metric.update(images(SAMPLES), SAMPLES)
+    assert metric.compute()["colors"] == 1.0
+
+
+def test_prompts_that_can_not_be_judged_are_named_before_any_image():
+    metric = GenEval(ShapesDetector())
+    with pytest.raises(ValueError, match="can not judge prompt 0 .*detector 'shapes' does not know 'bench'"):
+        metric.begin([Sample(0, 0, official_prompts()[0], 0)])
+    pink = line("colors", ("star", 1), prompt="a photo of a pink star", color="pink")
+    with pytest.raises(ValueError, match="does not know 'pink'"):
+        metric.begin([Sample(0, 0, pink, 0)])
+    with pytest.raises(ValueError, match="prompt 7 .'a cat'.: it has no \"tag\""):
+        metric.begin([Sample(7, 0, {"prompt": "a cat"}, 0)])
+
+
+# Which pictures each of two processes judges, and whether these are all.
+SHARES = [([0, 1, 2, 3, 4, 5, 6, 7], [], True), ([0, 2, 4, 6, 7], [1, 3, 5], True), ([0], [5], False)]
+SCRIPT = """
+import json, sys
+import torch
+from tests.test_geneval_results import SAMPLES, SHARES, judged
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+results = []
+for *shares, complete in SHARES:
+    try:
+        results.append(judged([SAMPLES[i] for i in shares[rank]]).compute())
+    except ValueError as error:
+        results.append(str(error))
+open(f"{folder}/{rank}.json", "w").write(json.dumps(results))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path: Path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], cwd=ROOT) for rank in range(2)
+    ]
+    assert [process.wait(timeout=250) for process in processes] == [0, 0]
+    for rank in range(2):
+        results = json.loads((tmp_path / f"{rank}.json").read_text())
+        for result, (*_, complete) in zip(results, SHARES, strict=True):
+            if complete:
+                assert result == judged(SAMPLES).compute()
+            else:
+                assert "misses 6 of 8 images, of 4 prompts" in result
+
+
+# -------------------------------------------------------------------------------- the results file
+
+
+def test_rows_have_the_official_columns(tmp_path: Path):
+    rows = judged(SAMPLES).rows
+    write_results(tmp_path / "results.jsonl", rows[::-1])
+    written = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [list(row) for row in written] == [
+        ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    ] * len(rows)
+    assert [row["filename"] for row in written] == sorted(sample.path for sample in SAMPLES)
+    assert json.loads(written[3]["metadata"]) == LINES[1]
+    assert json.loads(written[3]["details"]) == {
+        "cat": [[0, 0, 8, 8, 0.95], [10, 0, 18, 8, 0.95]],
+        "dog": [[0, 0, 8, 8, 0.95]],
+    }
+    assert written[2]["reason"] == "expected dog>=1, found 0" and written[2]["correct"] is False
+    assert read_results(tmp_path / "results.jsonl") == sorted(rows, key=lambda row: row["filename"])
+
+
+def test_a_broken_results_file_is_named(tmp_path: Path):
+    file = tmp_path / "results.jsonl"
+    write_results(file, judged(SAMPLES).rows)
+    file.write_text(file.read_text() + '{"filename": "x"}\n')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 9: this is no row"):
+        read_results(file)
+
+
+def test_summary():
+    found = summary(judged(SAMPLES).rows)
+    assert (found.images, found.prompts, found.correct_images, found.correct_prompts) == (8, 4, 4, 3)
+    assert found.overall == judged(SAMPLES).compute()[""]
+    assert str(found) == (
+        "Summary\n=======\nTotal images: 8\nTotal prompts: 4\n% correct images: 50.00%\n% correct prompts: 75.00%\n\n"
+        "Task breakdown\n==============\nsingle_object    = 25.00% (1 / 4)\ntwo_object       = 50.00% (1 / 2)\n"
+        "colors           = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.58333"
+    )
+    with pytest.raises(ValueError, match="no GenEval results"):
+        summary([])
