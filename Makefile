@@ -35,8 +35,10 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-quickstart: $(STAMP)  ## Train E-MMDiT from scratch on rendered shapes and show the pictures
-	$(BIN)/emmdit fit -c experiments/quickstart.yaml
+quickstart: $(STAMP)  ## Train E-MMDiT from scratch on rendered shapes, show the pictures and score them
+	$(BIN)/emmdit fit -c experiments/quickstart.yaml $(ARGS)
+	rm -rf runs/quickstart/evaluation/shapes_short_seed0
+	$(BIN)/emmdit evaluate --ckpt runs/quickstart -c experiments/evaluation/shapes_short.yaml --bounds true
 
 test: $(STAMP)  ## Run the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)

@@ -53,6 +53,7 @@ ROWS = {
 }
 SEEDS = (0, 1, 2)
 EVALUATION = "experiments/evaluation/shapes_short.yaml"
+IMAGES = 2  # of each prompt: more of them would sharpen a score less than a further training seed does
 LEDGER = "benchmarks/results/shapes.json"
 COLUMNS = {"experiment": "row", "seed": "seed", "state": "state"}
 
@@ -94,6 +95,7 @@ class Task:
 
     def evaluate(self, evaluation: str, eval_seed: int, path: str | Path) -> list[str]:
         command = ["evaluate", "--ckpt", self.folder, "-c", evaluation, "--seed", eval_seed]
+        command += ["--prompts.init_args.images", IMAGES]
         command += ["--out", self.folder / "evaluation", "--ledger", path, "--experiment", self.experiment]
         return [str(part) for part in command]
 
