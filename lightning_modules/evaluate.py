@@ -45,7 +45,7 @@ def evaluate(argv: list[str]) -> None:
     if args.prompts is None or not args.metrics:
         raise ValueError("Nothing to measure: give an evaluation, e.g. -c experiments/evaluation/shapes.yaml.")
     if args.batch_size < 1 or args.seed < 0:
-        raise ValueError("--batch_size must be at least 1 and --seed at least 0.")
+        raise ValueError("--batch-size must be at least 1 and --seed at least 0.")
     if (args.ledger is None) != (args.experiment is None):
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
     with processes(args.device) as (device, rank, world):
@@ -70,12 +70,10 @@ def evaluation_parser() -> ArgumentParser:
     parser.add_argument("--sampler", choices=["euler", "heun", "dpm_solver"])
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the network")
-    parser.add_argument(
-        "--bounds", type=bool, default=False, help="shapes world: the same for real renders and for noise"
-    )
+    parser.add_argument("--bounds", action="store_true", help="shapes world: the same for real renders and for noise")
     parser.add_argument("--mlflow", type=bool, default=True, help="log the numbers to the run of the checkpoint")
     parser.add_argument("--ledger", help="JSON file that gets a row")
     parser.add_argument("--experiment", help="name of that row, e.g. shapes/emmdit")
@@ -106,7 +104,7 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     prompts, metrics = built.prompts, built.metrics
     given = {key: getattr(args, key) for key in ("steps", "guidance", "sampler", "height", "width")}
     model = open_model(args.ckpt, args.weights, {k: v for k, v in given.items() if v is not None})
-    out = Path(args.out) if args.out is not None else default_folder(args)
+    out = Path(args.out) if args.out is not None else default_folder(args, model.source.get("step"))
     made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
     images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
     prepare(metrics, images, device)
@@ -158,9 +156,10 @@ def training_run(ckpt: str) -> Path | None:
     return run_folder(ckpt)
 
 
-def default_folder(args: Namespace) -> Path:
-    """RUN/evaluation/shapes_seed0 for a run; evaluations/NAME/shapes_seed0 for anything else."""
+def default_folder(args: Namespace, step: int | None) -> Path:
+    """RUN/evaluation/shapes_seed0_step1100 for a run; evaluations/NAME/shapes_seed0 for anything else."""
     name = f"{Path(str(args.config[-1])).stem if args.config else 'evaluation'}_seed{args.seed}"
+    name += "" if step is None else f"_step{step}"
     name += f"_{args.weights}" if args.weights else ""
     run = training_run(args.ckpt)
     return Path("evaluations", Path(args.ckpt).stem, name) if run is None else run / "evaluation" / name

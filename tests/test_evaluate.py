@@ -56,7 +56,7 @@ def pictures(out: Path) -> dict[str, bytes]:
 def test_one_command_gives_numbers_report_and_ledger_row(tmp_path: Path, config: str) -> None:
     ledger = tmp_path / "ledger.json"
     status, output = evaluate(
-        tmp_path / "out", "-c", config, "--bounds", "true", "--ledger", str(ledger), "--experiment", "shapes/emmdit"
+        tmp_path / "out", "-c", config, "--bounds", "--ledger", str(ledger), "--experiment", "shapes/emmdit"
     )
     assert status == 0, output
     found = result(tmp_path / "out")
