@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from mlflow.exceptions import MlflowException
 
 from emmdit.data.shapes import ShapesWorld
 from emmdit.evaluation import ledger
@@ -32,7 +33,7 @@ from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.config_text import mask_secrets
 from lightning_modules.counter import counter
 from lightning_modules.drawing import DTYPES, open_model
-from lightning_modules.mlflow_evaluation import log_evaluation
+from lightning_modules.mlflow_evaluation import history, log_evaluation
 from lightning_modules.runs import read_config
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
@@ -229,7 +230,17 @@ def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
     if run is None:
         return row
     row["seed"] = int(read_config(run).get("seed_everything") or 0)
-    if (run / "train.json").is_file():
-        row["train"] = json.loads((run / "train.json").read_text())
-        row["train_seconds"] = row["train"].pop("seconds", None)
+    row["train"] = {"steps": result["source"]["step"], **trained(run)}
+    row["train_seconds"] = row["train"].pop("seconds", None)
     return row
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """Time and losses of a training: its `train.json` (`benchmarks/shapes_ablation.py`), else from MLflow."""
+    if (run / "train.json").is_file():
+        return json.loads((run / "train.json").read_text())
+    try:
+        return history(run)
+    except (OSError, MlflowException) as error:
+        print(f"The tracker does not tell how the run was trained: {error}", file=sys.stderr)
+        return {}
