@@ -142,7 +142,7 @@ def test_a_killed_ablation_goes_on_where_it_was(suite: Suite, capsys):
         ("evaluate", "adamw"),
     ]
     printed = capsys.readouterr()
-    assert "it broke" in printed.err and "| shapes/adamw | 0 | step 450 of 450 |" in printed.out
+    assert "it broke" in printed.err and "| shapes/adamw | 0 | step 600 of 600 |" in printed.out
     suite.calls, suite.fails = [], set()
     assert shapes_ablation.main(rows) == 0
     assert suite.calls == [("fit", "one_path"), ("evaluate", "one_path"), ("evaluate", "adamw")]
@@ -169,7 +169,7 @@ def test_runs_of_another_budget_are_not_mixed_in(suite: Suite, capsys):
     for steps in ("300", "4000"):
         suite.calls = []
         assert shapes_ablation.main([*options, "--steps", steps]) == 1 and suite.calls == []
-        assert "450 steps" in capsys.readouterr().err
+        assert "600 steps" in capsys.readouterr().err
 
 
 def test_missing_files_are_named_before_the_first_run(suite: Suite, capsys):
