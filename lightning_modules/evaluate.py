@@ -61,6 +61,11 @@ def evaluation_parser() -> ArgumentParser:
         required=True,
         help="run folder, checkpoint, export, diffusers pipeline, or released Nitro-E .safetensors file",
     )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="of a released Nitro-E file; 512 by default"
+    )
+    parser.add_argument("--text-encoder", help="of a released file: folder or hub id in place of the published one")
+    parser.add_argument("--autoencoder", help="likewise")
     parser.add_argument("--prompts", type=PromptSet, help="what to draw")
     parser.add_argument("--metrics", type=list[ImageMetric], help="what to measure")
     parser.add_argument("--out", help="folder of pictures and results; by default below the run or evaluations/")
@@ -103,8 +108,11 @@ def processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
 
 def run(args: Namespace, built: Namespace, device: torch.device, rank: int, world: int) -> None:
     prompts, metrics = built.prompts, built.metrics
-    given = {key: getattr(args, key) for key in ("steps", "guidance", "sampler", "height", "width")}
-    model = open_model(args.ckpt, args.weights, {k: v for k, v in given.items() if v is not None})
+    sampling, released = (
+        {key: value for key in keys if (value := getattr(args, key)) is not None}
+        for keys in (("steps", "guidance", "sampler", "height", "width"), ("resolution", "text_encoder", "autoencoder"))
+    )
+    model = open_model(args.ckpt, args.weights, sampling, **released)
     out = Path(args.out) if args.out is not None else default_folder(args, model.source.get("step"))
     made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
     images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
