@@ -269,7 +269,6 @@ def main(argv: list[str] | None = None) -> int:
         if missing := [file for file in needed if not (ROOT / file).is_file()]:
             progress(f"There is no {missing[0]}: restore it, or leave out its row (--rows).")
             return 2
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training ends with us
         for i, task in enumerate(chosen, 1):
             progress(f"{i}/{len(chosen)} {task.experiment}, seed {task.seed}")
             try:
@@ -290,4 +289,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training ends with us
     sys.exit(main())
