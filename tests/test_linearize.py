@@ -260,13 +260,14 @@ def test_mix_feed_forward_under_checkpointing():
 
 
 @each
-def test_compiled_blocks_give_the_same(name: str):
+def test_a_compiled_block_gives_the_same(name: str):
     """Graphs are captured and run eagerly: nothing in a student keeps a block from being one graph."""
     student = awake(linearize(TEACHERS[name]()))
     expected = [run(student, **inputs(name, *size)) for size in ((8, 12), (12, 8))]
     torch._dynamo.reset()
-    for block in student.blocks if name == "emmdit" else student.transformer_blocks:
-        block.compile(backend="eager", fullgraph=True)
+    # One with two grids, one with two attentions: graphs cost seconds each.
+    block = student.blocks[1] if name == "emmdit" else student.transformer_blocks[0]
+    block.compile(backend="eager", fullgraph=True)
     for size, want in zip(((8, 12), (12, 8)), expected, strict=True):
         torch.testing.assert_close(run(student, **inputs(name, *size)), want)
     torch._dynamo.reset()
