@@ -22,19 +22,18 @@ from emmdit.data.shapes import ShapesWorld
 from emmdit.evaluation import ledger
 from emmdit.evaluation.base import ImageMetric
 from emmdit.evaluation.bounds import noise, renders
-from emmdit.evaluation.clip_score import CLIPScore
-from emmdit.evaluation.geneval import GenEval, summary, write_results
+from emmdit.evaluation.geneval import summary, write_results
 from emmdit.evaluation.images import Draw, ImageSet
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
-from emmdit.evaluation.run import comparable, labelled, measure, prepare
+from emmdit.evaluation.run import comparable, gather_rows, labelled, measure, prepare
 from emmdit.machine import machine
 from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.config_text import mask_secrets
 from lightning_modules.counter import counter
 from lightning_modules.drawing import DTYPES, open_model
 from lightning_modules.mlflow_evaluation import history, log_evaluation
-from lightning_modules.runs import read_config
+from lightning_modules.runs import instantiate, read_config
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
 
@@ -50,7 +49,7 @@ def evaluate(argv: list[str]) -> None:
     if (args.ledger is None) != (args.experiment is None):
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
     with processes(args.device) as (device, rank, world):
-        run(args, parser.instantiate(args), device, rank, world)
+        run(args, instantiate(parser, args), device, rank, world)
 
 
 def evaluation_parser() -> ArgumentParser:
@@ -123,7 +122,7 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     drawn = images.make(model.draw, args.batch_size, None if rank else counter("pictures drawn"))
     drawing = time.perf_counter() - started
     values = measure(metrics, images, device, args.batch_size, None if rank else counter("pictures measured"))
-    rows = gather_rows(metrics, world)
+    rows = gather_rows(metrics)
     if rank:
         return
     n = len(images.all)
@@ -143,7 +142,6 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
         result["seconds_per_image"] = drawing / n
     if args.bounds:
         result["columns"] = bounds(prompts, metrics, args.seed, args.batch_size, out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     if rows:
         write_results(out / "geneval_results.jsonl", rows)
@@ -172,20 +170,6 @@ def default_folder(args: Namespace, step: int | None) -> Path:
     name += f"_{args.weights}" if args.weights else ""
     run = training_run(args.ckpt)
     return Path("evaluations", Path(args.ckpt).stem, name) if run is None else run / "evaluation" / name
-
-
-def gather_rows(metrics: Sequence[ImageMetric], world: int) -> list[dict[str, Any]]:
-    """GenEval's verdicts of all processes in the order of the pictures, with their CLIP scores where there are some."""
-    scores = {path: value for m in metrics if isinstance(m, CLIPScore) for path, value in m.scores.items()}
-    rows = [dict(row) for m in metrics if isinstance(m, GenEval) for row in m.rows]
-    for row in rows:
-        if row["filename"] in scores:
-            row["clip_score"] = scores[row["filename"]]
-    if world > 1:
-        parts: list[list] = [[] for _ in range(world)]
-        dist.all_gather_object(parts, rows)
-        rows = [row for part in parts for row in part]
-    return sorted(rows, key=lambda row: row["filename"])
 
 
 def bounds(
