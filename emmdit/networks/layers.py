@@ -150,10 +150,6 @@ class HeadNorm(nn.RMSNorm):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, (B, heads, N, d) -> the same."""
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Under bf16 autocast the CPU kernel's backward is several times slower than in float32 (torch 2.14).
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
