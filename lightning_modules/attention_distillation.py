@@ -76,7 +76,8 @@ class AttentionDistillation(TextToImage):
             **kwargs,
         )
         self.teacher_factory, self.attention = denoiser, choices
-        self.teacher_source, self.teacher_weights, self.teacher_dtype = teacher, teacher_weights, as_dtype(teacher_dtype)
+        self.teacher_source, self.teacher_weights = teacher, teacher_weights
+        self.teacher_dtype = as_dtype(teacher_dtype)
         self.part, self.task_weight = train, task_weight
         self.teacher: Teacher | None = None
         with torch.device("meta"):

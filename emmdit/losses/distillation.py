@@ -1,5 +1,5 @@
-"""Distillation of attention (EDiT / MM-EDiT, arXiv 2503.16726; papers.md A7): match the teacher's prediction, and what its
-attention layers give out."""
+"""Distillation of attention (EDiT / MM-EDiT, arXiv 2503.16726; papers.md A7): match the teacher's prediction, and what
+its attention layers give out."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ class FeatureDistillation(LossComponent):
 
     Args:
         weight: 0.5 in LinFusion's recipe, the nearest one that is documented.
-        relative: each layer's squared distance is divided by the teacher's mean square there, so that layers of any
-            scale count alike and one weight fits any network [ours: the paper's form is not known; LinFusion's is plain].
+        relative: a layer's squared distance is divided by the teacher's mean square in the sample, so that layers of any
+            scale count alike and one weight fits any network [ours: the paper's form is not known, LinFusion's is
+            plain].
     """
 
     name = "features"
@@ -83,9 +84,10 @@ class FeatureDistillation(LossComponent):
         return torch.stack([self.distance(own, wanted) for own, wanted in pairs]).mean()
 
     def distance(self, own: Tensor, wanted: Tensor) -> Tensor:
+        """Mean over samples, each by itself, so that it is the same however a batch is split over ranks."""
         wanted = wanted.float()
-        distance = (own.float() - wanted).square().mean()
-        return distance / wanted.square().mean().clamp_min(1e-12) if self.relative else distance
+        distance = (own.float() - wanted).square().mean(dim=(1, 2))
+        return (distance / wanted.square().mean(dim=(1, 2)).clamp_min(1e-12) if self.relative else distance).mean()
 
     def check(self, denoiser: nn.Module) -> None:
         attention_layers(denoiser)
