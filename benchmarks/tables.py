@@ -181,11 +181,12 @@ def _to_teacher(
     rows: list[Row], teacher: list[Row], metric: str, compare: Callable[[float, float], float]
 ) -> tuple[float, float | None] | None:
     """Mean and standard deviation over training seeds of student against teacher, evaluation seed by seed."""
-    against = {row.get("eval_seed", 0): row["metrics"][metric] for row in teacher}
+    against = {row.get("eval_seed", 0): row["metrics"].get(metric) for row in teacher}
     found: dict[int, list[float]] = {}
     for row in rows:
-        if row.get("eval_seed", 0) in against:
-            found.setdefault(row["seed"], []).append(compare(row["metrics"][metric], against[row.get("eval_seed", 0)]))
+        own, other = row["metrics"].get(metric), against.get(row.get("eval_seed", 0))
+        if own is not None and other is not None:
+            found.setdefault(row["seed"], []).append(compare(own, other))
     return spread(found)
 
 

@@ -22,9 +22,8 @@ def attention_outputs(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, ..
     def keeper(name: str):
         def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor | None, ...]) -> None:
             found = output if isinstance(output, tuple) else (output,)
-            if getattr(
-                module, "context_pre_only", False
-            ):  # diffusers gives the prompt's rows of the last block, unused
+            # diffusers gives the prompt's rows of the last block, too, which nothing uses
+            if getattr(module, "context_pre_only", False):
                 found = found[:1]
             outputs[name] = tuple(part for part in found if part is not None)
 
