@@ -136,55 +136,75 @@ def reference(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> st
 
 
 def students(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
-    """Each teacher, and below it what was distilled from it; differences at the same prompts and noise."""
-    found = by_experiment(rows)
-    table, used = [], []
-    for base, teacher in TEACHER_OF.items():
-        names = [base, *(name for name in ABLATIONS if base_of(name) == base)]
-        if not any(f"shapes/{name}" in found for name in names):
+    """Each teacher, and below it its student; differences at the same prompts and noise."""
+    found, table, used = by_experiment(rows), [], []
+    for name, teacher in TEACHER_OF.items():
+        of_student, of_teacher = found.get(f"shapes/{name}", []), found.get(f"shapes/{teacher}", [])
+        if not of_student:
             continue
-        of_teacher = found.get(f"shapes/{teacher}", [])
-        for name in (teacher, *names):
-            of_row = found.get(f"shapes/{name}", [])
-            if not of_row:
-                continue
-            used += of_row
-            seeds = {row["seed"] for row in of_row}
-            own = {
-                "row": {**STUDENTS, **ABLATIONS, **{t: f"**{w}, teacher**" for t, w in TEACHERS.items()}}.get(
-                    name, "**E-MMDiT, teacher**"
-                ),
-                "yaml": f"`shapes/{name}`",
-                **{metric: shown(spread(values(of_row, metric))) for metric in METRICS if metric != "asked_color"},
-                "steps": f"{of_row[0]['train']['steps']:,}" if of_row[0].get("train") else "",
-                "minutes": f"{mean(row['train_seconds'] for row in of_row) / 60:.0f}" if _timed(of_row) else "",
-                "seeds": f"{len(seeds)} x {len({row.get('eval_seed', 0) for row in of_row})}",
+        if of_teacher:
+            table.append(_student_row(f"shapes/{teacher}", TEACHERS.get(teacher, "E-MMDiT") + " (teacher)", of_teacher))
+        table.append(
+            _student_row(f"shapes/{name}", STUDENTS[name], of_student)
+            | {
+                "difference": shown(_against(of_student, of_teacher, "geneval_overall", lambda a, b: a - b), True),
+                "ratio": shown(_against(of_student, of_teacher, "fid_clip", lambda a, b: a / b)),
             }
-            if name != teacher and of_teacher:
-                own["difference"] = shown(_to_teacher(of_row, of_teacher, "geneval_overall", lambda a, b: a - b), True)
-                own["ratio"] = shown(_to_teacher(of_row, of_teacher, "fid_clip", lambda a, b: a / b))
-            table.append({"difference": "", "ratio": ""} | own)
+        )
+        used += of_teacher + of_student
     if not table:
         return "No rows yet."
-    columns = {"row": "model", "yaml": "experiment", "geneval_overall": "GenEval", "difference": "to its teacher"}
-    columns |= {"clip_score": "CLIP score", "fid_clip": METRICS["fid_clip"], "ratio": "times its teacher's"}
-    columns |= {"val_loss": "validation loss", "steps": "steps", "minutes": "minutes of training"}
-    text = _right(markdown_table(table, columns | {"seeds": "seeds of training x evaluation"}), 2)
-    return f"{text}\n\n{_notes(used)}"
+    columns = STUDENT_COLUMNS | {"difference": "to its teacher", "ratio": "FID-CLIP, times its teacher's"}
+    return f"{_right(markdown_table(table, columns), 2)}\n\n{_notes(used)}"
 
 
-def _timed(rows: list[Row]) -> bool:
-    return all(row.get("train_seconds") for row in rows)
+def student_ablation(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
+    """Ablations of the students, each below its base on the same short budget."""
+    found, table, used = by_experiment(rows), [], []
+    for name, words in ABLATIONS.items():
+        of_row, base = found.get(f"shapes/{name}", []), found.get(f"shapes/{base_of(name)}_short", [])
+        if not of_row:
+            continue
+        used += of_row
+        difference = (
+            "" if of_row == base else shown(_against(of_row, base, "geneval_overall", lambda a, b: a - b), True)
+        )
+        table.append(_student_row(f"shapes/{name}", words, of_row) | {"difference": difference})
+    if not table:
+        return "No rows yet."
+    columns = STUDENT_COLUMNS | {"difference": "to its base"}
+    return f"{_right(markdown_table(table, columns), 2)}\n\n{_notes(used)}"
 
 
-def _to_teacher(
-    rows: list[Row], teacher: list[Row], metric: str, compare: Callable[[float, float], float]
+STUDENT_COLUMNS = {"row": "model", "yaml": "experiment"} | {k: v for k, v in METRICS.items() if k != "asked_color"}
+STUDENT_COLUMNS |= {"steps": "steps", "minutes": "minutes of training", "seeds": "seeds of training x evaluation"}
+
+
+def _student_row(name: str, words: str, rows: list[Row]) -> dict[str, Any]:
+    timed = all(row.get("train_seconds") for row in rows)
+    return {
+        "row": words,
+        "yaml": f"`{name}`",
+        **{metric: shown(spread(values(rows, metric))) for metric in METRICS},
+        "steps": f"{rows[0]['train']['steps']:,}" if rows[0].get("train") else "",
+        "minutes": f"{mean(row['train_seconds'] for row in rows) / 60:.0f}" if timed else "",
+        "seeds": f"{len({row['seed'] for row in rows})} x {len({row.get('eval_seed', 0) for row in rows})}",
+        "difference": "",
+        "ratio": "",
+    }
+
+
+def _against(
+    rows: list[Row], others: list[Row], metric: str, compare: Callable[[float, float], float]
 ) -> tuple[float, float | None] | None:
-    """Mean and standard deviation over training seeds of student against teacher, evaluation seed by seed."""
-    against = {row.get("eval_seed", 0): row["metrics"].get(metric) for row in teacher}
+    """Mean and standard deviation of rows against others, at the same evaluation seed, and the same training seed where
+    the others have it (a teacher has one for all)."""
+    by_seeds = {(row["seed"], row.get("eval_seed", 0)): row["metrics"].get(metric) for row in others}
+    single = len({row["seed"] for row in others}) == 1
     found: dict[int, list[float]] = {}
     for row in rows:
-        own, other = row["metrics"].get(metric), against.get(row.get("eval_seed", 0))
+        seed = others[0]["seed"] if single else row["seed"]
+        own, other = row["metrics"].get(metric), by_seeds.get((seed, row.get("eval_seed", 0)))
         if own is not None and other is not None:
             found.setdefault(row["seed"], []).append(compare(own, other))
     return spread(found)
@@ -195,6 +215,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "ablation_tasks": ablation_tasks,
     "reference": reference,
     "students": students,
+    "student_ablation": student_ablation,
 }
 
 
