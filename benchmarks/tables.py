@@ -127,7 +127,7 @@ def ablation_tasks(rows: list[Row], step_time: Mapping[str, Any] | None = None) 
 
 def reference(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
     """All models that stand in no other table, with every task."""
-    elsewhere = {f"shapes/{name}" for name in (*ROWS, *STUDENTS, *ABLATIONS)}
+    elsewhere = {f"shapes/{name}" for name in (*ROWS, *TEACHERS, *STUDENTS, *ABLATIONS)}
     found = by_experiment(row for row in rows if row["experiment"] not in elsewhere)
     if not found:
         return "No rows yet."
