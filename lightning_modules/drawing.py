@@ -118,6 +118,8 @@ def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], e
     """A text-to-image pipeline of diffusers itself."""
     from diffusers import DiffusionPipeline
 
+    import emmdit.networks  # noqa: F401  a student in it: diffusers looks its class up in modules that are imported
+
     if weights is not None or "sampler" in settings:
         raise ValueError(f"{path} is a pipeline of diffusers with weights and a sampler of its own: leave both out.")
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}

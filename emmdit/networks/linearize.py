@@ -14,7 +14,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+# ModelMixin: where a pipeline's folder names a class of this module, diffusers looks for the class's kind in it too.
+from diffusers import ModelMixin, PixArtTransformer2DModel, SD3Transformer2DModel  # noqa: F401
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
