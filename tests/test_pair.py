@@ -19,7 +19,9 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoTokenizer, T5EncoderModel
 
+from emmdit.encoders import SD3TextEncoders
 from emmdit.encoders.standins import standin
 from emmdit.evaluation.pair import Call, check_pair, compared, feature_errors, latency, recorded_calls, spread_over
 from emmdit.evaluation.report import write_report
@@ -230,7 +232,7 @@ def test_bad_input_ends_in_one_sentence(student: Path, tmp_path: Path, arguments
 
 
 def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(CONFIG.replace("images: 3", "images: 2"))
+    (tmp_path / "small.yaml").write_text(CONFIG.replace("images: 3", "images: 1"))
     common = ["evaluate", "-c", str(tmp_path / "small.yaml"), "--mlflow", "false", "--steps", "4"]
     ledger, out, alone = tmp_path / "ledger.json", tmp_path / "out", tmp_path / "alone"
     shared = ["--teacher", MODEL, "--teacher-images", str(tmp_path / "teacher")]
@@ -246,7 +248,7 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
     expected = json.loads((alone / "evaluation.json").read_text())
     assert pair["metrics"] == expected["metrics"] and pair["teacher"] == expected["source"]
     drawn = {path.relative_to(alone / "images"): path.read_bytes() for path in (alone / "images").rglob("*.png")}
-    assert len(drawn) == 12
+    assert len(drawn) == 6
     assert all((tmp_path / "teacher" / path).read_bytes() == content for path, content in drawn.items())
     assert any((out / "images" / path).read_bytes() != content for path, content in drawn.items())
     for name, value in result["metrics"].items():
@@ -288,27 +290,20 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
 
 def stock(name: str, folder: Path) -> None:
     """Teacher and student as pipelines of diffusers itself, alike but for the network."""
-    vae = AutoencoderKL.from_pretrained(standin("sdxl_vae" if name == "pixart" else "sd3_vae"))
-    teacher = TEACHERS[name](**(dict(caption_channels=32) if name == "pixart" else {}))
+    if name == "pixart":
+        text = standin("t5?caption_channels=12")
+        encoders = dict(
+            tokenizer=AutoTokenizer.from_pretrained(text), text_encoder=T5EncoderModel.from_pretrained(text)
+        )
+        teacher, vae, pipeline, scheduler = pixart(), "sdxl_vae", PixArtSigmaPipeline, DPMSolverMultistepScheduler()
+    else:
+        text = standin("sd3_text", clip_l=16, clip_g=24, caption_channels=64)
+        text = SD3TextEncoders(str(text), caption_channels=64, clip_channels=(16, 24), dtype="float32")
+        encoders, teacher = text.components(), sd3(joint_attention_dim=64, pooled_projection_dim=40)
+        vae, pipeline, scheduler = "sd3_vae", StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler()
+    parts = dict(**encoders, vae=AutoencoderKL.from_pretrained(standin(vae)), scheduler=scheduler)
     for what, network in (("teacher", teacher), ("student", awake(linearize(copy.deepcopy(teacher))))):
-        if name == "pixart":
-            from transformers import AutoTokenizer, T5EncoderModel
-
-            text = standin("t5?caption_channels=32")
-            parts = dict(
-                tokenizer=AutoTokenizer.from_pretrained(text), text_encoder=T5EncoderModel.from_pretrained(text)
-            )
-            pipeline = PixArtSigmaPipeline(
-                **parts, vae=vae, transformer=network, scheduler=DPMSolverMultistepScheduler()
-            )
-        else:
-            parts = dict.fromkeys(
-                f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")
-            )
-            pipeline = StableDiffusion3Pipeline(
-                **parts, vae=vae, transformer=network, scheduler=FlowMatchEulerDiscreteScheduler()
-            )
-        pipeline.save_pretrained(folder / what)
+        pipeline(transformer=network, **parts).save_pretrained(folder / what)
 
 
 def test_a_pair_of_stock_pipelines(tmp_path: Path) -> None:
@@ -335,32 +330,20 @@ def test_a_pair_of_stock_pipelines(tmp_path: Path) -> None:
 
 
 def test_both_start_from_the_same_noise_and_text(tmp_path: Path) -> None:
-    """Stock SD3, whose text comes as embeddings: the first calls of both networks carry the same tensors."""
+    """The first calls of both networks carry the same tensors, the second ones follow from other predictions."""
     stock("sd3", tmp_path)
     model = open_model(tmp_path / "student", settings={"steps": 2, "height": 64, "width": 64, "guidance": 3.0})
     teacher = open_teacher(model, tmp_path / "teacher")
-    g = torch.Generator().manual_seed(0)
-    words = dict(
-        prompt_embeds=torch.randn(2, 5, 12, generator=g), negative_prompt_embeds=torch.randn(2, 5, 12, generator=g)
-    )
-    words |= dict(pooled_prompt_embeds=torch.randn(2, 10, generator=g))
-    words |= dict(negative_pooled_prompt_embeds=torch.randn(2, 10, generator=g))
-    own = model.pipeline
-    call = type(own).__call__
-
-    class Embedded(type(own)):
-        def __call__(self, prompts, **kwargs):
-            return call(self, **words, **kwargs)
-
-    own.__class__ = Embedded
-    seen = []
+    own, seen = model.network, []
     for one in (model, teacher):
         with recorded_calls(one.network) as found:
-            one.draw(["a", "b"], [3, 4])
+            one.draw(["a photo", "a cat"], [3, 4])
         seen.append(found)
-    assert len(seen[0]) == len(seen[1]) == 2 and model.network is own.transformer is not teacher.network
+    assert len(seen[0]) == len(seen[1]) == 2 and model.network is own is not teacher.network
     for key in ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"):
         assert torch.equal(seen[0][0].kwargs[key], seen[1][0].kwargs[key])
+    noise = seen[0][0].kwargs["hidden_states"]
+    assert noise.shape[0] == 4 and torch.equal(noise[:2], noise[2:]) and not torch.equal(noise[0], noise[1])
     assert not torch.equal(seen[0][1].kwargs["hidden_states"], seen[1][1].kwargs["hidden_states"])
 
 

@@ -41,5 +41,5 @@ def _latency(times: Mapping[str, Any]) -> tuple[str, str, list[str], Table]:
     for name in ("student", "teacher"):
         own = times[name]
         cells = [f"{own[key]:.4g}" for key in ("ms", "ms_low", "ms_high")] + [f"{own['parameters']:,}"]
-        rows.append((name, False, cells + [f"{own['peak_memory_mib']:.4g}"] * memory))
+        rows.append((name, False, cells + ([f"{own['peak_memory_mib']:.4g}"] if memory else [])))
     return "Latency", note, headings + ["peak MiB beyond the weights"] * memory, rows
