@@ -120,8 +120,8 @@ def test_pictures_are_pooled_and_both_networks_see_the_same() -> None:
 
 
 def test_timesteps_lie_in_the_middles_of_equal_parts() -> None:
-    assert spread_over(range(20), 5) == [2, 6, 10, 14, 18]
-    assert spread_over(range(3), 5) == [0, 1, 2] and spread_over(range(4), 1) == [2]
+    assert spread_over(range(20), 5) == [1, 5, 9, 13, 17] and spread_over(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread_over(range(3), 5) == [0, 1, 2] and spread_over(range(5), 1) == [2]
 
 
 class Slow(nn.Module):

@@ -99,9 +99,9 @@ def recorded_calls(network: nn.Module) -> Iterator[list[Call]]:
 
 
 def spread_over(calls: Sequence[Call], n: int) -> list[Call]:
-    """`n` of a trajectory's calls, the middles of n equal parts: neither pure noise nor the last, idle step."""
+    """`n` of a trajectory's calls, in the middles of n equal parts; not the last, which is nearly idle (t = 1)."""
     n = min(n, len(calls))
-    return [calls[int((i + 0.5) * len(calls) / n)] for i in range(n)]
+    return [calls[math.ceil((i + 0.5) * len(calls) / n) - 1] for i in range(n)]
 
 
 def feature_errors(student: nn.Module, teacher: nn.Module, trajectories: Iterable[Sequence[Call]]) -> dict[str, Any]:

@@ -248,7 +248,8 @@ def _title(result: Mapping[str, Any]) -> str:
     source = result.get("source") or ""
     if isinstance(source, Mapping):
         source = next((source[key] for key in ("source", "checkpoint", "ckpt") if source.get(key)), "")
-    return f"Evaluation of {source}" if source else "Evaluation"
+    beside = f" beside {result['pair']['teacher']['source']}" if "pair" in result else ""
+    return f"Evaluation of {source}{beside}" if source else "Evaluation"
 
 
 def _settings(result: Mapping[str, Any]) -> dict[str, str]:
