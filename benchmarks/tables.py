@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.shapes_ablation import FULL, LEDGER, ROWS
+from benchmarks.shapes_students import ABLATIONS, STUDENTS, TEACHER_OF, TEACHERS, base_of
 from emmdit.evaluation import ledger
 from emmdit.evaluation.report import flatten
 from emmdit.machine import machine, machine_line
@@ -125,19 +126,74 @@ def ablation_tasks(rows: list[Row], step_time: Mapping[str, Any] | None = None) 
 
 
 def reference(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
-    """All models that are no row of the ablation, with every task."""
-    ablations = {f"shapes/{name}" for name in ROWS}
-    found = by_experiment(row for row in rows if row["experiment"] not in ablations)
+    """All models that stand in no other table, with every task."""
+    elsewhere = {f"shapes/{name}" for name in (*ROWS, *STUDENTS, *ABLATIONS)}
+    found = by_experiment(row for row in rows if row["experiment"] not in elsewhere)
     if not found:
         return "No rows yet."
     found = dict(sorted(found.items(), key=lambda item: _rank(item[1])))
     return f"{_task_table(found, runs=True)}\n\n{_notes([row for of_row in found.values() for row in of_row])}"
 
 
+def students(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
+    """Each teacher, and below it what was distilled from it; differences at the same prompts and noise."""
+    found = by_experiment(rows)
+    table, used = [], []
+    for base, teacher in TEACHER_OF.items():
+        names = [base, *(name for name in ABLATIONS if base_of(name) == base)]
+        if not any(f"shapes/{name}" in found for name in names):
+            continue
+        of_teacher = found.get(f"shapes/{teacher}", [])
+        for name in (teacher, *names):
+            of_row = found.get(f"shapes/{name}", [])
+            if not of_row:
+                continue
+            used += of_row
+            seeds = {row["seed"] for row in of_row}
+            own = {
+                "row": {**STUDENTS, **ABLATIONS, **{t: f"**{w}, teacher**" for t, w in TEACHERS.items()}}.get(
+                    name, "**E-MMDiT, teacher**"
+                ),
+                "yaml": f"`shapes/{name}`",
+                **{metric: shown(spread(values(of_row, metric))) for metric in METRICS if metric != "asked_color"},
+                "steps": f"{of_row[0]['train']['steps']:,}" if of_row[0].get("train") else "",
+                "minutes": f"{mean(row['train_seconds'] for row in of_row) / 60:.0f}" if _timed(of_row) else "",
+                "seeds": f"{len(seeds)} x {len({row.get('eval_seed', 0) for row in of_row})}",
+            }
+            if name != teacher and of_teacher:
+                own["difference"] = shown(_to_teacher(of_row, of_teacher, "geneval_overall", lambda a, b: a - b), True)
+                own["ratio"] = shown(_to_teacher(of_row, of_teacher, "fid_clip", lambda a, b: a / b))
+            table.append({"difference": "", "ratio": ""} | own)
+    if not table:
+        return "No rows yet."
+    columns = {"row": "model", "yaml": "experiment", "geneval_overall": "GenEval", "difference": "to its teacher"}
+    columns |= {"clip_score": "CLIP score", "fid_clip": METRICS["fid_clip"], "ratio": "times its teacher's"}
+    columns |= {"val_loss": "validation loss", "steps": "steps", "minutes": "minutes of training"}
+    text = _right(markdown_table(table, columns | {"seeds": "seeds of training x evaluation"}), 2)
+    return f"{text}\n\n{_notes(used)}"
+
+
+def _timed(rows: list[Row]) -> bool:
+    return all(row.get("train_seconds") for row in rows)
+
+
+def _to_teacher(
+    rows: list[Row], teacher: list[Row], metric: str, compare: Callable[[float, float], float]
+) -> tuple[float, float | None] | None:
+    """Mean and standard deviation over training seeds of student against teacher, evaluation seed by seed."""
+    against = {row.get("eval_seed", 0): row["metrics"][metric] for row in teacher}
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row.get("eval_seed", 0) in against:
+            found.setdefault(row["seed"], []).append(compare(row["metrics"][metric], against[row.get("eval_seed", 0)]))
+    return spread(found)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "ablation": ablation,
     "ablation_tasks": ablation_tasks,
     "reference": reference,
+    "students": students,
 }
 
 

@@ -64,8 +64,8 @@ class FeatureDistillation(LossComponent):
 
     Args:
         weight: 0.5 in LinFusion's recipe, the nearest one that is documented.
-        relative: a layer's squared distance is divided by the teacher's mean square in the sample, so that layers of any
-            scale count alike and one weight fits any network [ours: the paper's form is not known, LinFusion's is
+        relative: a layer's squared distance is divided by the teacher's mean square in the sample, so that layers of
+            any scale count alike and one weight fits any network [ours: the paper's form is not known, LinFusion's is
             plain].
     """
 
