@@ -6,6 +6,7 @@ Only the network differs between the two: prompts, noise, text, guidance, sample
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,12 +81,13 @@ def _refusal(what: str, told: str) -> str:
 def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
     """Class and arguments, defaults included, of what decides about a network's inputs."""
     kind = type(getattr(pipeline, name))
-    arguments = {key: p.default for key, p in inspect.signature(kind).parameters.items()}
+    parameters = inspect.signature(kind).parameters.items()
+    arguments = {key: p.default for key, p in parameters if p.default is not p.empty}
     arguments |= pipeline.config[name].get("init_args") or {}
     arguments = {key: value for key, value in arguments.items() if key not in MAY_DIFFER}
     if arguments.get("source") is not None:  # a hub id and its copy in some folder
         arguments["source"] = Path(str(arguments["source"])).name
-    return kind, arguments
+    return kind, json.loads(json.dumps(arguments, default=str))  # tuples of defaults as the lists of a YAML
 
 
 def _prediction(pipeline: Any) -> str:

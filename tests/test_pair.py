@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from emmdit.images import read_settings
 from emmdit.networks import attention_layers, linearize
 from emmdit.pipeline import EMMDiTPipeline
 from lightning_modules.drawing import open_model
-from lightning_modules.pair import open_teacher
+from lightning_modules.pair import _part, open_teacher
 from tests.test_evaluate import CLIP, CONFIG, MODEL
 from tests.test_linearize import TEACHERS, awake, each, inputs, pixart, sd3
 from tests.test_training import emmdit as command
@@ -201,6 +202,15 @@ def test_pipelines_that_differ_in_more_than_their_network(
         return
     with pytest.raises(ValueError, match=f"differ in their {words}"):
         open_teacher(open_model(student), copied)
+
+
+def test_defaults_and_what_a_yaml_says_are_the_same() -> None:
+    said = {"source": "some/where/stable-diffusion-3.5-medium", "clip_channels": [768, 1280], "dtype": "float32"}
+    told = []
+    for given in ({}, said):
+        pipeline = SimpleNamespace(text=SD3TextEncoders(), config={"text": {"init_args": given}})
+        told.append(_part(pipeline, "text"))
+    assert told[0] == told[1] and told[0][1]["t5_length"] == 256
 
 
 def _copy(source: Path, target: Path) -> Path:
