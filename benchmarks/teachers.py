@@ -1,0 +1,104 @@
+"""The teachers of linear attention students: true sizes, random weights, any resolution (papers.md A4, A5, B1, B2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+from emmdit.networks import EMMDiTTransformer2DModel
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network, what it is called with, and where its attention is.
+
+    Args:
+        network, config: its class, and the arguments that are the same at all resolutions.
+        resized: arguments for pictures of `px` pixels a side, whose positions must be covered.
+        one_block: arguments that leave one block of the usual kind, as the first.
+        pixels: side of the picture for each of the latents' side.
+        text: number of text tokens and their width.
+        blocks, attention: the list of blocks, and the attention in each that a student replaces.
+        image_attention: the one of image tokens alone; None: there is only the joint one.
+    """
+
+    network: type[nn.Module]
+    config: Mapping[str, Any]
+    resized: Callable[[int], dict[str, Any]]
+    one_block: Mapping[str, Any]
+    pixels: int
+    text: tuple[int, int]
+    blocks: str = "transformer_blocks"
+    attention: str = "attn"
+    image_attention: str | None = None
+
+    def build(self, px: int, **config: Any) -> nn.Module:
+        """On torch's default device. `config` changes the arguments: `one_block`, or the sizes of a test."""
+        return self.network(**{**self.config, **self.resized(px), **config})
+
+    def inputs(self, network: nn.Module, px: int, batch: int = 1) -> dict[str, Any]:
+        """Arguments of a forward pass, random and in float32, on torch's default device."""
+        side, config = px // self.pixels, network.config
+        given: dict[str, Any] = dict(
+            hidden_states=torch.randn(batch, config.in_channels, side, side),
+            timestep=torch.full((batch,), 500.0),
+            encoder_hidden_states=torch.randn(batch, *self.text),
+        )
+        if "pooled_projection_dim" in config:
+            given["pooled_projections"] = torch.randn(batch, config.pooled_projection_dim)
+        return given
+
+    def tokens(self, network: nn.Module, px: int) -> int:
+        return (px // self.pixels // network.config.patch_size) ** 2
+
+
+TEACHERS: dict[str, Teacher] = {
+    "PixArt-Sigma": Teacher(
+        PixArtTransformer2DModel,
+        dict(caption_channels=4096, use_additional_conditions=False),  # diffusers' other defaults are its sizes
+        lambda px: dict(sample_size=px // 8, interpolation_scale=max(1, px // 512)),
+        dict(num_layers=1),
+        pixels=8,
+        text=(300, 4096),
+        attention="attn1",
+        image_attention="attn1",
+    ),
+    "SD3.5-Medium": Teacher(
+        SD3Transformer2DModel,
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            caption_projection_dim=1536,
+            joint_attention_dim=4096,
+            pooled_projection_dim=2048,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        lambda px: dict(sample_size=px // 8, pos_embed_max_size=max(384, px // 16)),
+        # The last block has no text output; the first stands for the thirteen with two attentions.
+        dict(num_layers=2, dual_attention_layers=(0,)),
+        pixels=8,
+        text=(77 + 256, 4096),
+        image_attention="attn2",
+    ),
+    "E-MMDiT": Teacher(
+        EMMDiTTransformer2DModel,
+        {},
+        # Subregions at 512 px only, as released.
+        lambda px: dict(
+            sample_size=px // 32,
+            pos_embed_max_size=max(96, px // 32),
+            **({} if px <= 512 else dict(subregion_pattern=("full",))),
+        ),
+        dict(block_groups=(1, 0, 1), compression_ratios=(), subregion_pattern=("full",)),
+        pixels=32,
+        text=(128, 2048),
+        blocks="blocks",
+    ),
+}
