@@ -3,15 +3,16 @@
     python -m benchmarks.attention_scaling --json benchmarks/results/attention_scaling_h200.json
     python -m benchmarks.attention_scaling --quick --device cpu     # one thread, about 10 minutes
 
-Networks have their true sizes (`benchmarks/teachers.py`) and random weights. A part is "image" (attention of image tokens
-among themselves, with its projections), "joint" (attention with the prompt), "block" (a whole one; of SD3.5-Medium one
-with two attentions) or "network" (a call of the denoiser). Teacher and student take turns: read the ratios.
+Networks have their true sizes (`benchmarks/teachers.py`) and random weights. A part is "image" (attention of image
+tokens among themselves, with its projections), "joint" (attention with the prompt), "block" (a whole one; of
+SD3.5-Medium one with two attentions) or "network" (a call of the denoiser). Teacher and student take turns: read the
+ratios.
 
 FLOPs are of a forward pass, counted on the meta device and exact on any machine: 2 x multiply-add of matrix products,
-convolutions and attention. Memory is the peak above what the process held before the call: activations, temporary copies
-and, with a backward pass, gradients. One CPU thread is timed by the seconds in which it ran, so that neighbours on the
-machine do not count as work; anything else by the wall clock. A call that is foretold to take longer than `--limit` (or,
-on a CPU, more memory than there is) is left out, with a note.
+convolutions and attention. Memory is the peak above what the process held before the call: activations, temporary
+copies and, with a backward pass, gradients. One CPU thread is timed by the seconds in which it ran, so that neighbours
+on the machine do not count as work; anything else by the wall clock. A call that is foretold to take longer than
+`--limit` (or, on a CPU, more memory than there is) is left out, with a note.
 """
 
 from __future__ import annotations

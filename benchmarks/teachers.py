@@ -19,10 +19,10 @@ class Teacher:
 
     Args:
         network, config: its class, and the arguments that are the same at all resolutions.
-        resized: arguments for pictures of `px` pixels a side, whose positions must be covered.
+        resized: other arguments for pictures of `px` pixels a side: positions for as many tokens.
         one_block: arguments that leave one block of the usual kind, as the first.
         pixels: side of the picture for each of the latents' side.
-        text: number of text tokens and their width.
+        text_tokens: of the prompt.
         blocks, attention: the list of blocks, and the attention in each that a student replaces.
         image_attention: the one of image tokens alone; None: there is only the joint one.
     """
@@ -32,7 +32,7 @@ class Teacher:
     resized: Callable[[int], dict[str, Any]]
     one_block: Mapping[str, Any]
     pixels: int
-    text: tuple[int, int]
+    text_tokens: int
     blocks: str = "transformer_blocks"
     attention: str = "attn"
     image_attention: str | None = None
@@ -44,10 +44,11 @@ class Teacher:
     def inputs(self, network: nn.Module, px: int, batch: int = 1) -> dict[str, Any]:
         """Arguments of a forward pass, random and in float32, on torch's default device."""
         side, config = px // self.pixels, network.config
+        width = config["joint_attention_dim" if "joint_attention_dim" in config else "caption_channels"]
         given: dict[str, Any] = dict(
             hidden_states=torch.randn(batch, config.in_channels, side, side),
             timestep=torch.full((batch,), 500.0),
-            encoder_hidden_states=torch.randn(batch, *self.text),
+            encoder_hidden_states=torch.randn(batch, self.text_tokens, width),
         )
         if "pooled_projection_dim" in config:
             given["pooled_projections"] = torch.randn(batch, config.pooled_projection_dim)
@@ -64,7 +65,7 @@ TEACHERS: dict[str, Teacher] = {
         lambda px: dict(sample_size=px // 8, interpolation_scale=max(1, px // 512)),
         dict(num_layers=1),
         pixels=8,
-        text=(300, 4096),
+        text_tokens=300,
         attention="attn1",
         image_attention="attn1",
     ),
@@ -77,14 +78,15 @@ TEACHERS: dict[str, Teacher] = {
             caption_projection_dim=1536,
             joint_attention_dim=4096,
             pooled_projection_dim=2048,
+            pos_embed_max_size=384,
             dual_attention_layers=tuple(range(13)),
             qk_norm="rms_norm",
         ),
-        lambda px: dict(sample_size=px // 8, pos_embed_max_size=max(384, px // 16)),
+        lambda px: dict(sample_size=px // 8, pos_embed_max_size=px // 16),
         # The last block has no text output; the first stands for the thirteen with two attentions.
         dict(num_layers=2, dual_attention_layers=(0,)),
         pixels=8,
-        text=(77 + 256, 4096),
+        text_tokens=77 + 256,
         image_attention="attn2",
     ),
     "E-MMDiT": Teacher(
@@ -98,7 +100,7 @@ TEACHERS: dict[str, Teacher] = {
         ),
         dict(block_groups=(1, 0, 1), compression_ratios=(), subregion_pattern=("full",)),
         pixels=32,
-        text=(128, 2048),
+        text_tokens=128,
         blocks="blocks",
     ),
 }

@@ -26,8 +26,8 @@ def check_grids(tokens: int, grids: Grids) -> None:
 def on_grids(function: Callable[[Tensor], Tensor], x: Tensor, grids: Grids) -> Tensor:
     """Apply a map (B, D, h, w) -> (B, D', h', w') to each grid of tokens (B, N, D) -> (B, N', D')."""
     check_grids(x.shape[1], grids)
-    # Views in channels-last layout: nothing is copied on either side. (Made by transpose and then unflatten, a batch of one
-    # gets strides that convolutions take for channels first and copy; a split of one part costs a copy in the backward.)
+    # Views in channels-last layout: nothing is copied on either side. By transpose and then unflatten, a batch of one
+    # would get strides that convolutions take for channels first; a split of one part costs a copy in the backward.
     sizes = [height * width for height, width in grids]
     parts = x.split(sizes, dim=1) if len(grids) > 1 else [x]
     images = [part.unflatten(1, grid).permute(0, 3, 1, 2) for part, grid in zip(parts, grids, strict=True)]
