@@ -23,7 +23,11 @@ from tests.command_line import elsewhere as elsewhere
 FILES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
 EVALUATIONS = [name for name in FILES if name.startswith("evaluation/")]
 ALL = [name for name in FILES if name not in EVALUATIONS]
-ABLATIONS = [name for name in ALL if name.startswith("shapes/") and name not in (SHAPES, "shapes/evaluated.yaml")]
+WHOLE = [name for name in ALL if name.startswith("shapes/") and len(stack(name)) == 2]  # no diff over another
+ABLATIONS = [
+    name for name in ALL if name.startswith("shapes/") and name not in WHOLE and name != "shapes/evaluated.yaml"
+]
+STUDENT_ABLATIONS = [name for name in ABLATIONS if name.startswith(("shapes/edit_", "shapes/mm_edit_"))]
 
 
 @functools.cache
@@ -101,7 +105,7 @@ def listed(value: object) -> object:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("name", [SHAPES, *ABLATIONS])
+@pytest.mark.parametrize("name", [*WHOLE, *ABLATIONS])
 def test_shapes_networks_run_forward(name: str) -> None:
     run = instantiated(name)
     network = run.model.build_denoiser()
@@ -115,7 +119,7 @@ def test_shapes_networks_run_forward(name: str) -> None:
 
 def test_each_ablation_changes_what_its_name_says() -> None:
     plain = flat(model_args(instantiated(SHAPES)).as_dict())
-    for name in ABLATIONS:
+    for name in sorted(set(ABLATIONS) - set(STUDENT_ABLATIONS)):
         changed = flat(model_args(instantiated(name)).as_dict())
         keys = {key for key in plain.keys() | changed.keys() if plain.get(key, "-") != changed.get(key, "-")}
         word = {
@@ -138,6 +142,15 @@ def test_each_ablation_changes_what_its_name_says() -> None:
         assert keys, name
         assert all(any(word in key for word in words) for key in keys), (name, keys)
         assert all(any(word in key for key in keys) for word in words), (name, keys)
+
+
+@pytest.mark.parametrize("name", STUDENT_ABLATIONS)
+def test_an_ablation_of_a_student_changes_its_attention_alone(name: str) -> None:
+    plain, changed = (
+        model_args(instantiated(which)).as_dict() for which in (str(stack(name)[1]).split("experiments/")[1], name)
+    )
+    assert changed.pop("attention") and not plain.pop("attention")
+    assert flat(changed) == flat(plain)
 
 
 def flat(tree, prefix: str = "") -> dict[str, object]:

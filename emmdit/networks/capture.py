@@ -22,6 +22,10 @@ def attention_outputs(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, ..
     def keeper(name: str):
         def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor | None, ...]) -> None:
             found = output if isinstance(output, tuple) else (output,)
+            if getattr(
+                module, "context_pre_only", False
+            ):  # diffusers gives the prompt's rows of the last block, unused
+                found = found[:1]
             outputs[name] = tuple(part for part in found if part is not None)
 
         return keep

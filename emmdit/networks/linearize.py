@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import ModelMixin, PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from .linear_attention import ConvFusion, LinearAttention, SpatialCompressor
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
 PROMPT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
+ModelMixin = ModelMixin  # a saved pipeline finds how to load a student by this name, in the student's own module
 NEW = (ConvFusion, SpatialCompressor, TokenMLP, MixFeedForward)
 
 
