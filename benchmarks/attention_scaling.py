@@ -41,9 +41,8 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.teachers import TEACHERS, Teacher
+from benchmarks.teachers import TEACHERS, Teacher, build
 from emmdit.machine import machine
-from emmdit.networks import linearize
 from emmdit.networks.linear_attention import LinearAttention
 
 PARTS = ("image", "joint", "block", "network")
@@ -61,11 +60,6 @@ PUBLISHED = {
 
 
 # -- what is called ----------------------------------------------------------------------------------
-
-
-def build(teacher: Teacher, who: str, px: int, **config: Any) -> nn.Module:
-    network = teacher.build(px, **config)
-    return linearize(network) if who == "student" else network
 
 
 @dataclass(frozen=True)
@@ -195,19 +189,18 @@ def measure(runs: dict[str, Run], device: torch.device, rounds: int, min_seconds
     return results
 
 
-def benchmark(name: str, args: Any, guard: Guard, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def benchmark(name: str, teacher: Teacher, args: Any, guard: Guard) -> Iterator[dict[str, Any]]:
     """Rows of one teacher and its student: parts and modes at each resolution, the smallest first."""
-    teacher, device, dtype = TEACHERS[name], torch.device(args.device), getattr(torch, args.dtype)
-    one_block = {**config, **teacher.one_block}
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     with device:
-        blocks = {who: build(teacher, who, 512, **one_block).to(dtype) for who in WHO}
+        blocks = {who: build(teacher, who, 512, dtype, **teacher.one_block) for who in WHO}
     for px in sorted(args.resolutions):
         parts: dict[str, dict[str, Part]] = {}
         flops: dict[str, dict[str, int]] = {}
         weights = 0
         with torch.device("meta"):
             for who in WHO:
-                small, whole = build(teacher, who, px, **one_block), build(teacher, who, px, **config)
+                small, whole = build(teacher, who, px, **teacher.one_block), build(teacher, who, px)
                 parts[who] = parts_of(teacher, small, teacher.inputs(small, px, args.batch))
                 flops[who] = {key: part.flops(small) for key, part in parts[who].items() if key != "network"}
                 flops[who]["network"] = parts[who]["network"].flops(whole)
@@ -228,7 +221,7 @@ def benchmark(name: str, args: Any, guard: Guard, config: dict[str, Any]) -> Ite
                         continue
                     if who not in networks:
                         with device:
-                            networks[who] = build(teacher, who, px, **config).to(dtype)
+                            networks[who] = build(teacher, who, px, dtype)
                     runs[who] = parts[who][part].runner(networks[who], mode, device, dtype)
                 progress(f"{name} {part} {px} px {mode}: {', '.join(runs) or 'not run'}")
                 for who, result in measure(runs, device, args.rounds, args.min_seconds).items():
@@ -328,8 +321,9 @@ def main(argv: list[str] | None = None, config: dict[str, dict[str, Any]] | None
         torch.set_num_threads(threads)
 
     torch.manual_seed(0)
+    teachers = {name: TEACHERS[name].changed((config or {}).get(name, {})) for name in args.networks}
     found, guard = machine(device), Guard(device, limit)
-    rows = [row for name in args.networks for row in benchmark(name, args, guard, (config or {}).get(name, {}))]
+    rows = [row for name in args.networks for row in benchmark(name, teachers[name], args, guard)]
     fits = exponents(rows, args.fit_from)
     timed = "seconds in which the thread ran" if clock_of(device) is not seconds_of else "wall clock"
     settings = {"dtype": args.dtype, "batch": args.batch, "rounds": args.rounds, "limit_s": limit, "time": timed}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from emmdit.networks import EMMDiTTransformer2DModel
+from emmdit.networks import EMMDiTTransformer2DModel, linearize
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Teacher:
     attention: str = "attn"
     image_attention: str | None = None
 
-    def build(self, px: int, **config: Any) -> nn.Module:
-        """On torch's default device. `config` changes the arguments: `one_block`, or the sizes of a test."""
-        return self.network(**{**self.config, **self.resized(px), **config})
+    def changed(self, config: Mapping[str, Any]) -> Teacher:
+        """Of other sizes: for a test."""
+        return replace(self, config={**self.config, **config})
 
     def inputs(self, network: nn.Module, px: int, batch: int = 1) -> dict[str, Any]:
         """Arguments of a forward pass, random and in float32, on torch's default device."""
@@ -56,6 +56,20 @@ class Teacher:
 
     def tokens(self, network: nn.Module, px: int) -> int:
         return (px // self.pixels // network.config.patch_size) ** 2
+
+
+def build(
+    teacher: Teacher, who: str, px: int | None = None, dtype: torch.dtype = torch.float32, **config: Any
+) -> nn.Module:
+    """The "teacher" or its "student", random, on torch's default device; without `px` as released.
+
+    `config` changes arguments, `one_block` for instance.
+    """
+    resized = {} if px is None else teacher.resized(px)
+    network = teacher.network(**{**teacher.config, **resized, **config})
+    if dtype != torch.float32:
+        network = network.to(dtype)
+    return linearize(network) if who == "student" else network
 
 
 TEACHERS: dict[str, Teacher] = {
