@@ -1,7 +1,7 @@
 """Time, peak memory and FLOPs of teachers and their linear attention students against the size of the picture.
 
     python -m benchmarks.attention_scaling --json benchmarks/results/attention_scaling_h200.json
-    python -m benchmarks.attention_scaling --quick --device cpu     # one thread, about 10 minutes
+    python -m benchmarks.attention_scaling --quick --device cpu     # one thread, about 10 minutes of it
 
 Networks have their true sizes (`benchmarks/teachers.py`) and random weights. A part is "image" (attention of image
 tokens among themselves, with its projections), "joint" (attention with the prompt), "block" (a whole one; of
@@ -173,12 +173,11 @@ class Guard:
 
 
 def measure(runs: dict[str, Run], device: torch.device, rounds: int, min_seconds: float) -> dict[str, dict[str, Any]]:
-    """For each: `seconds` and `memory`, or the `note` that it did not fit."""
+    """For each: `memory` of a first call and `seconds` of later ones, or the `note` that it did not fit."""
     results: dict[str, dict[str, Any]] = {}
     for who, run in runs.items():
         try:
-            run()
-            peak, before = peak_memory(run, device), peak_memory(lambda: None, device)
+            before, peak = peak_memory(lambda: None, device), peak_memory(run, device)
             results[who] = {"memory": None if peak is None or before is None else peak - before}
         except torch.OutOfMemoryError:
             results[who] = {"note": "out of memory"}
@@ -310,30 +309,33 @@ def main(argv: list[str] | None = None, config: dict[str, dict[str, Any]] | None
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--threads", type=int, help="of the CPU; --quick: 1")
-    parser.add_argument("--rounds", type=int, help="turns of each call; default 10, --quick 3")
-    parser.add_argument("--limit", type=float, help="longest call, in seconds; default 60, --quick 4")
+    parser.add_argument("--rounds", type=int, help="turns of each call; default 10, --quick 2")
+    parser.add_argument("--limit", type=float, help="longest call, in seconds; default 60, --quick 6")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.rounds, args.min_seconds = args.rounds or (3 if args.quick else 10), 0.0 if args.quick else 0.2
-    limit = args.limit or (4.0 if args.quick else 60.0)
+    args.rounds, args.min_seconds = args.rounds or (2 if args.quick else 10), 0.0 if args.quick else 0.2
+    limit = args.limit or (6.0 if args.quick else 60.0)
     if threads := args.threads or (1 if args.quick else None):
         torch.set_num_threads(threads)
 
     torch.manual_seed(0)
     teachers = {name: TEACHERS[name].changed((config or {}).get(name, {})) for name in args.networks}
     found, guard = machine(device), Guard(device, limit)
-    rows = [row for name in args.networks for row in benchmark(name, teachers[name], args, guard)]
-    fits = exponents(rows, args.fit_from)
     timed = "seconds in which the thread ran" if clock_of(device) is not seconds_of else "wall clock"
     settings = {"dtype": args.dtype, "batch": args.batch, "rounds": args.rounds, "limit_s": limit, "time": timed}
+    content = {"benchmark": "attention_scaling", "machine": found, "settings": settings}
+    rows: list[dict[str, Any]] = []
+    for name, teacher in teachers.items():
+        rows += benchmark(name, teacher, args, guard)
+        content |= {"rows": rows, "exponents": exponents(rows, args.fit_from)}
+        if args.json is not None:  # after each network, as a whole run may take long
+            write_json(args.json, content)
     line = (
         f"{args.dtype}, batch {args.batch}; median of {args.rounds} rounds in turns, {timed}; published: papers.md A8d."
     )
-    show("Attention against the size of the picture", found, [line, *tables(rows, fits, args.fit_from)])
-    if args.json is not None:
-        content = {"benchmark": "attention_scaling", "machine": found, "settings": settings}
-        write_json(args.json, {**content, "rows": rows, "exponents": fits})
+    shown = [line, *tables(rows, content["exponents"], args.fit_from)]
+    show("Attention against the size of the picture", found, shown)
 
 
 if __name__ == "__main__":
