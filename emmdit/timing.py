@@ -52,10 +52,12 @@ def interleaved(
     """Time warmed-up `cases` in turn, round by round, every other round backwards.
 
     What drifts (heat, a neighbour on the machine) then falls on all cases alike, and ratios between them stay
-    true where times do not. Calls shorter than `min_seconds` are repeated within a round.
+    true where times do not. Calls shorter than `min_seconds` are repeated within a round; 0: none is.
     """
     device = torch.device(device)
-    calls = {name: max(1, math.ceil(min_seconds / clock(run, device, 1))) for name, run in cases.items()}
+    calls = dict.fromkeys(cases, 1)
+    if min_seconds:
+        calls = {name: max(1, math.ceil(min_seconds / clock(run, device, 1))) for name, run in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         names = list(cases) if i % 2 == 0 else list(reversed(cases))
