@@ -28,8 +28,7 @@ from emmdit.machine import machine
 # name in experiments/shapes: what the row is
 TEACHERS = {"pixart_teacher": "PixArt", "mmdit_teacher": "SD3.5 kind"}
 STUDENTS = {"edit": "EDiT", "mm_edit": "MM-EDiT", "emmdit_hybrid": "E-MMDiT, hybrid attention"}
-ABLATIONS = {  # on the short budget, each beside its base on the same budget
-    "edit_short": "EDiT (CF, SC, SC)",
+ABLATIONS = {
     "edit_no_conv_fusion": "no ConvFusion (-, SC, SC)",
     "edit_no_compressor": "no compressor (CF, -, -)",
     "edit_keys_conv_fusion": "ConvFusion on keys, too (CF, CF, -)",
@@ -37,7 +36,6 @@ ABLATIONS = {  # on the short budget, each beside its base on the same budget
     "edit_sana": "SANA-style",
     "edit_linfusion": "LinFusion-style",
     "edit_kv_compression": "KV compression (softmax)",
-    "mm_edit_short": "MM-EDiT",
     "mm_edit_no_conv_fusion": "MM-EDiT, no ConvFusion",
     "mm_edit_linear": "MM-DiT, fully linear",
     "mm_edit_exact": "MM-EDiT, exact mixture",
@@ -46,7 +44,6 @@ ABLATIONS = {  # on the short budget, each beside its base on the same budget
 ROWS = TEACHERS | STUDENTS | ABLATIONS
 TEACHER_OF = {"edit": "pixart_teacher", "mm_edit": "mmdit_teacher", "emmdit_hybrid": "emmdit"}
 EVALUATION = "experiments/evaluation/shapes.yaml"
-EVALUATION_OF_ABLATIONS = "experiments/evaluation/shapes_short.yaml"
 
 
 def base_of(name: str) -> str:
@@ -67,9 +64,7 @@ class Student(Task):
 
     @property
     def files(self) -> list[str]:
-        base = base_of(self.name)
-        names = dict.fromkeys([base, self.name] if self.name not in ABLATIONS else [base, f"{base}_short", self.name])
-        names = [f"experiments/shapes/{name}.yaml" for name in names]
+        names = dict.fromkeys(f"experiments/shapes/{name}.yaml" for name in (base_of(self.name), self.name))
         return [*names, *([f"experiments/trainer/{self.trainer}.yaml"] if self.trainer else [])]
 
     def fit(self) -> list[str]:
@@ -80,8 +75,6 @@ class Student(Task):
         return command
 
     def evaluate(self, evaluation: str, eval_seed: int, path: str | Path) -> list[str]:
-        if self.name in ABLATIONS:
-            evaluation = EVALUATION_OF_ABLATIONS
         command = ["evaluate", "--ckpt", self.folder, "-c", evaluation, "--seed", eval_seed]
         command += ["--out", self.folder / "evaluation", "--ledger", path, "--experiment", self.experiment]
         return [str(part) for part in command]
@@ -108,7 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="file of experiments/trainer to lay over; none: the base's own precision on what Lightning finds",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes"), help="folder of the runs")
-    parser.add_argument("--evaluation", default=EVALUATION, help=f"of all but ablations; default: {EVALUATION}")
+    parser.add_argument("--evaluation", default=EVALUATION, help=f"default: {EVALUATION}")
     parser.add_argument("--eval-seed", type=whole(0), default=0)
     parser.add_argument("--ledger", default=LEDGER, help=f"default: {LEDGER}")
     parser.add_argument("--list", action="store_true", help="print how far each run is")

@@ -159,20 +159,24 @@ def students(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str
 
 
 def student_ablation(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
-    """Ablations of the students, each below its base on the same short budget."""
+    """The students again, and below each its ablations; differences to it, seed by seed."""
     found, table, used = by_experiment(rows), [], []
-    for name, words in ABLATIONS.items():
-        of_row, base = found.get(f"shapes/{name}", []), found.get(f"shapes/{base_of(name)}_short", [])
-        if not of_row:
+    for name, words in STUDENTS.items():
+        base = found.get(f"shapes/{name}", [])
+        ablations = [a for a in ABLATIONS if base_of(a) == name and f"shapes/{a}" in found]
+        if not base or not ablations:
             continue
-        used += of_row
-        difference = (
-            "" if of_row == base else shown(_against(of_row, base, "geneval_overall", lambda a, b: a - b), True)
-        )
-        table.append(_student_row(f"shapes/{name}", words, of_row) | {"difference": difference})
+        table.append(_student_row(f"shapes/{name}", words, base))
+        used += base
+        for ablation in ablations:
+            of_row = found[f"shapes/{ablation}"]
+            difference = _against(of_row, base, "geneval_overall", lambda a, b: a - b)
+            row = _student_row(f"shapes/{ablation}", ABLATIONS[ablation], of_row)
+            table.append(row | {"difference": shown(difference, True)})
+            used += of_row
     if not table:
         return "No rows yet."
-    columns = STUDENT_COLUMNS | {"difference": "to its base"}
+    columns = STUDENT_COLUMNS | {"difference": "to the student"}
     return f"{_right(markdown_table(table, columns), 2)}\n\n{_notes(used)}"
 
 
@@ -200,7 +204,7 @@ def _against(
     """Mean and standard deviation of rows against others, at the same evaluation seed, and the same training seed where
     the others have it (a teacher has one for all)."""
     by_seeds = {(row["seed"], row.get("eval_seed", 0)): row["metrics"].get(metric) for row in others}
-    single = len({row["seed"] for row in others}) == 1
+    single = len({row["seed"] for row in others}) == 1 < len({row["seed"] for row in rows})
     found: dict[int, list[float]] = {}
     for row in rows:
         seed = others[0]["seed"] if single else row["seed"]

@@ -193,7 +193,8 @@ def tiny(name: str = "mm_edit", width: str = "caption_projection_dim") -> list[s
 )
 def test_teacher_to_student_to_export(teacher: str, student: str, width: str, capsys) -> None:
     main(["fit", *tiny(teacher, width)])
-    main(["fit", *tiny(student, width)])  # finds runs/shapes/TEACHER by itself
+    attention = "--model.init_args.train=attention"
+    main(["fit", *tiny(student, width), attention])  # finds runs/shapes/TEACHER by itself
     state = checkpoint_state(find_checkpoint(f"runs/shapes/{student}"))
     assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser"}
     source = checkpoint_state(find_checkpoint(f"runs/shapes/{teacher}"))

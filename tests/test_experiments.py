@@ -144,7 +144,7 @@ def test_each_ablation_changes_what_its_name_says() -> None:
         assert all(any(word in key for key in keys) for word in words), (name, keys)
 
 
-@pytest.mark.parametrize("name", [name for name in OF_STUDENTS if "short" not in name])
+@pytest.mark.parametrize("name", OF_STUDENTS)
 def test_an_ablation_of_a_student_changes_its_attention_alone(name: str) -> None:
     plain, changed = (
         model_args(instantiated(which)).as_dict() for which in (str(stack(name)[1]).split("experiments/")[1], name)

@@ -132,7 +132,7 @@ class SpatialCompressor(nn.Module):
             return self.conv(image)
         # In bfloat16 the backward of a depthwise convolution costs ten times that in float32 on a CPU (torch 2.14).
         with _no_autocast(image):
-            return self.conv(image.to(self.conv.weight.dtype))
+            return self.conv(image.to(self.conv.weight.dtype)).to(image.dtype)
 
 
 def input_map(kind: str, dim: int, choices: AttentionChoices) -> nn.Module | None:
