@@ -1,6 +1,8 @@
-"""DINOv2 patch features, the target of REPA."""
+"""Patch features of pretrained vision encoders, the targets of REPA: what they share, and DINOv2."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +10,82 @@ from torch import nn
 
 from emmdit.encoders.base import FrozenModel, VisionFeatures, frozen
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for images in [0,1]
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of images in [0,1]
 
 
-class DINOv2(FrozenModel, VisionFeatures):
-    """Patch tokens after the final LayerNorm, without CLS (DINOv2's `x_norm_patchtokens`).
+class PatchFeatures(FrozenModel, VisionFeatures):
+    """A vision transformer with square patches.
 
     The short side is resized to `image_size` and the long one to the nearest multiple of the patch that keeps
-    the aspect ratio, so a square 512px image gives 16x16 features at 224: one per DC-AE latent, as in
-    Nitro-E.
+    the aspect ratio.
 
     Args:
-        source: local folder or hub id of a DINOv2 model, with or without registers.
+        source: local folder or hub id.
         image_size: short side the encoder sees, in pixels; a multiple of `patch_size`.
         feature_dim, patch_size: known before loading, checked after.
         antialias: low-pass filter when the bicubic resize shrinks.
+    """
+
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]] = _IMAGENET
+
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        feature_dim: int,
+        patch_size: int,
+        antialias: bool,
+        dtype: str | torch.dtype,
+        subfolder: str | None,
+        revision: str | None,
+    ) -> None:
+        super().__init__(source, dtype, subfolder, revision)
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of the {patch_size}px patch.")
+        self.image_size, self.feature_dim, self.patch_size = image_size, feature_dim, patch_size
+        self.antialias = antialias
+
+    @abstractmethod
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Preprocessed (B,3,h,w) -> patch tokens (B,rows*columns,feature_dim), without CLS and registers."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the features of a height x width image."""
+        patches, short = self.image_size // self.patch_size, min(height, width)
+        return round(patches * height / short), round(patches * width / short)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [-1,1] -> resized bicubically and normalised as the model was trained, float32."""
+        self.load()  # it may bring its own mean and standard deviation
+        rows, columns = self.grid(*images.shape[-2:])
+        size = (rows * self.patch_size, columns * self.patch_size)
+        images = images.float()
+        if size != tuple(images.shape[-2:]):
+            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=self.antialias)
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in self.mean_std)
+        return ((images + 1) / 2 - mean) / std
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [-1,1] -> (B,rows*columns,feature_dim) float32, row-major."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{type(self).__name__} reads images (B,3,H,W), not {tuple(images.shape)}.")
+        with frozen(self.device):
+            return self.tokens(self.preprocess(images.to(self.device)).to(self.dtype)).float()
+
+    def _check_sizes(self, model: nn.Module) -> nn.Module:
+        self._agree("feature_dim", self.feature_dim, model.config.hidden_size)
+        self._agree("patch_size", self.patch_size, model.config.patch_size)
+        return model
+
+
+class DINOv2(PatchFeatures):
+    """Patch tokens after the final LayerNorm, without CLS (DINOv2's `x_norm_patchtokens`).
+
+    A square 512px image gives 16x16 features at 224: one per DC-AE latent, as in Nitro-E.
+
+    Args:
+        source: local folder or hub id of a DINOv2 model, with or without registers.
+        image_size, feature_dim, patch_size, antialias: see `PatchFeatures`.
     """
 
     def __init__(
@@ -36,41 +99,13 @@ class DINOv2(FrozenModel, VisionFeatures):
         subfolder: str | None = None,
         revision: str | None = None,
     ) -> None:
-        super().__init__(source, dtype, subfolder, revision)
-        if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of the {patch_size}px patch.")
-        self.image_size, self.feature_dim, self.patch_size = image_size, feature_dim, patch_size
-        self.antialias = antialias
+        super().__init__(source, image_size, feature_dim, patch_size, antialias, dtype, subfolder, revision)
 
     def _build(self) -> nn.Module:
         from transformers import AutoModel
 
-        kinds = ("dinov2", "dinov2_with_registers")
-        model = self._load(AutoModel, kinds)
-        self._agree("feature_dim", self.feature_dim, model.config.hidden_size)
-        self._agree("patch_size", self.patch_size, model.config.patch_size)
-        return model
+        return self._check_sizes(self._load(AutoModel, ("dinov2", "dinov2_with_registers")))
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the features of a height x width image."""
-        patches, short = self.image_size // self.patch_size, min(height, width)
-        return round(patches * height / short), round(patches * width / short)
-
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [-1,1] -> resized bicubically and normalised with ImageNet's mean and standard
-        deviation, float32."""
-        rows, columns = self.grid(*images.shape[-2:])
-        size = (rows * self.patch_size, columns * self.patch_size)
-        images = F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=self.antialias)
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-        return ((images + 1) / 2 - mean) / std
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [-1,1] -> (B,rows*columns,feature_dim) float32, row-major."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"DINOv2 reads images (B,3,H,W), not {tuple(images.shape)}.")
-        rows, columns = self.grid(*images.shape[-2:])
-        with frozen(self.device):
-            pixels = self.preprocess(images.to(self.device)).to(self.dtype)
-            tokens = self.model(pixel_values=pixels).last_hidden_state
-        return tokens[:, -rows * columns :].float()  # CLS and registers come first
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = pixels.shape[-2] * pixels.shape[-1] // self.patch_size**2
+        return self.model(pixel_values=pixels).last_hidden_state[:, -patches:]  # CLS and registers come first
