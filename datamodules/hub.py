@@ -1,19 +1,21 @@
-"""Captioned images or latents through Hugging Face `datasets`: hub, Arrow, parquet, image folders."""
+"""Captioned images or latents from the hub, Arrow, parquet, webdataset tars, MDS shards, folders of pictures."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from datamodules.base import TextImageDataModule
-from emmdit.data.rows import CaptionedRows, open_source, select_columns
+from emmdit.data.rows import CaptionedRows
+from emmdit.data.sources import fingerprint, open_source, select_columns
 
 
 class HubDataModule(TextImageDataModule):
     """One source of rows, the first `validation_samples` held out; training sample i is the i-th after them.
 
     Args:
-        source: hub id, folder made by `save_to_disk`, parquet file, glob (`data/*.parquet`) or folder, or
-            image folder with `metadata.csv` or `metadata.jsonl`.
+        source: hub id; folder made by `save_to_disk` or `emmdit precompute`; file, glob or folder of parquet,
+            webdataset tars (`data/*.tar`) or Arrow; folder of MDS shards; folder of pictures with `metadata.csv`,
+            `metadata.jsonl`, or a .txt or .json beside each.
         image_column: images (`datasets.Image`, or encoded bytes); null where there are latents alone.
         caption_column: text; `json.prompt` reads `prompt` inside a column `json`.
         latents_column: precomputed latents, which then are not encoded from the image (REPA still sees it):
@@ -61,7 +63,7 @@ class HubDataModule(TextImageDataModule):
         self._rows: Any = None
 
     def rows(self) -> Any:
-        """The `datasets.Dataset`, opened at first use, with the columns that are read."""
+        """The table of rows, opened at first use, with the columns that are read."""
         if self._rows is None:
             rows = open_source(self.source, self.split, self.data_files, self.revision)
             self._rows = select_columns(rows, self.columns, self.source)
@@ -114,5 +116,5 @@ class HubDataModule(TextImageDataModule):
     def provenance(self) -> dict[str, str]:
         rows = self.rows()
         source = self.source if self.revision is None else f"{self.source}@{self.revision}"
-        about = {"source": f"{source} {self.split}", "digest": f"{rows._fingerprint} {len(rows)} rows"}
+        about = {"source": f"{source} {self.split}", "digest": f"{fingerprint(rows)} {len(rows)} rows"}
         return super().provenance() | {"name": self.source} | about
