@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from datamodules.base import TextImageDataModule
+from emmdit.data.manifest import check, read_manifest
 from emmdit.data.rows import CaptionedRows
 from emmdit.data.sources import fingerprint, open_source, select_columns
 
@@ -65,9 +67,12 @@ class HubDataModule(TextImageDataModule):
     def rows(self) -> Any:
         """The table of rows, opened at first use, with the columns that are read."""
         if self._rows is None:
-            rows = open_source(self.source, self.split, self.data_files, self.revision)
-            self._rows = select_columns(rows, self.columns, self.source)
+            self._rows = select_columns(self.source_rows(), self.columns, self.source)
         return self._rows
+
+    def source_rows(self) -> Any:
+        """The table with all its columns."""
+        return open_source(self.source, self.split, self.data_files, self.revision)
 
     def prepare_data(self) -> None:
         self.rows()  # one process of a node downloads; the others find it in the cache
@@ -87,6 +92,8 @@ class HubDataModule(TextImageDataModule):
                 f"Images of resolution {self.resolution} do not fit {type(codec).__name__}, whose sides "
                 f"divide by {codec.downsample}: change the data's resolution."
             )
+        if "latents" in self.columns and (Path(self.source).expanduser() / "manifest.json").is_file():
+            check(read_manifest(self.source), self.source, codec, self.resolution)
         if "latents" in self.columns:
             channels = len(self.validation_dataset()[0]["latents"])
             if channels != codec.latent_channels:

@@ -1,0 +1,83 @@
+"""A folder made by `emmdit precompute` as training samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from emmdit.data.images import first_line, load_image
+from emmdit.data.manifest import read_manifest
+from emmdit.encoders.base import as_dtype
+
+
+class LatentsRows(Dataset):
+    """Samples with `caption`, `sample_id`, `latents` (C, h, w) float32, and `features` (N, D) or `image` where they are kept.
+
+    `sample_id` is the index here; `manifest["source"]` and the column of the same name on disk lead back to the source.
+
+    Args:
+        folder: made by `emmdit precompute`.
+        first, last: these rows of it.
+        images: read the kept pictures, too.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is unfinished, or a file is missing or truncated.
+    """
+
+    def __init__(self, folder: str | Path, first: int = 0, last: int | None = None, images: bool = True) -> None:
+        import datasets
+
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder)
+        if not self.manifest["shards"]:
+            raise ValueError(f"'{folder}' has no samples: all rows were rejected, see its rejects.jsonl.")
+        rows = datasets.load_from_disk(str(self.folder))
+        names = [name for name in ("caption", "latents", "features", "width", "height") if name in rows.column_names]
+        if images and "image" in rows.column_names:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+            names.append("image")
+        self.rows = rows.select_columns(names)
+        self.first, self.last = first, len(self.rows) if last is None else last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Reads a batch at once: four times as fast as one by one."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
+        numbers = [self.first + int(index) for index in indices]
+        columns = self.rows[numbers]
+        samples = []
+        for place, (index, number) in enumerate(zip(indices, numbers, strict=True)):
+            row = {name: column[place] for name, column in columns.items()}
+            try:
+                samples.append(self._sample(index, row))
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"Row {number} of '{self.folder}' can not be read ({first_line(error)}).") from error
+        return samples
+
+    def _sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
+        codec = self.manifest["codec"]
+        grid = (row["height"] // codec["downsample"], row["width"] // codec["downsample"])
+        sample = {
+            "sample_id": torch.tensor(index, dtype=torch.int64),
+            "caption": row["caption"],
+            "latents": self._tensor("latents", row, (codec["latent_channels"], *grid)).float(),
+        }
+        if "features" in row:
+            sample["features"] = self._tensor("features", row, self.manifest["columns"]["features"]["shape"]).float()
+        if "image" in row:
+            sample["image"] = load_image(row["image"], self.manifest["resolution"])
+        return sample
+
+    def _tensor(self, name: str, row: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+        dtype = as_dtype(self.manifest["columns"][name]["dtype"])
+        return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(tuple(shape))
