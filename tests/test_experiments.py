@@ -11,18 +11,22 @@ import torch
 import yaml
 from PIL import Image
 
+from datamodules import LatentsDataModule
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
 from lightning_modules import TextToImage
 from lightning_modules.cli import SuiteCLI, default_run_dir, main
 from lightning_modules.evaluate import evaluation_parser
+from lightning_modules.precompute import precompute_parser
 from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, STAGES, change, cli, files, model_args, stack
 from tests.command_line import elsewhere as elsewhere
 
 FILES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
 EVALUATIONS = [name for name in FILES if name.startswith("evaluation/")]
-ALL = [name for name in FILES if name not in EVALUATIONS]
+PRECOMPUTED = [name for name in FILES if name.startswith("precompute/")]
+DATA = [name for name in FILES if name.startswith("data/")]
+ALL = [name for name in FILES if name not in EVALUATIONS and name not in PRECOMPUTED]
 ABLATIONS = [name for name in ALL if name.startswith("shapes/") and name not in (SHAPES, "shapes/evaluated.yaml")]
 
 
@@ -52,6 +56,32 @@ def test_an_evaluation_is_parsed_and_built(name: str) -> None:
     built = parser.instantiate(args)
     assert isinstance(built.prompts, PromptSet) and all(isinstance(metric, ImageMetric) for metric in built.metrics)
     assert len({metric.kind for metric in built.metrics}) == len(built.metrics)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_files_hold_data_alone_and_say_where_they_come_from(name: str) -> None:
+    assert set(yaml.safe_load((EXPERIMENTS / name).read_text())) == {"data"}
+    run = instantiated(name)
+    base = instantiated(STAGES[1])
+    data = run.datamodule
+    for key in ("batch_size", "num_workers", "resolution", "validation_samples"):  # the experiment's own
+        assert getattr(data, key) == getattr(base.datamodule, key)
+    if name == "data/latents.yaml":
+        assert isinstance(data, LatentsDataModule)
+        return
+    assert data.source and data.licence and data.card.startswith("https://")
+    parser = precompute_parser()  # and the same file is a source to precompute
+    args = parser.parse_args([*files(name, PRECOMPUTED[0]), "--out", "unused"])
+    assert parser.instantiate(args).data.columns == data.columns
+
+
+@pytest.mark.parametrize("name", PRECOMPUTED)
+def test_a_precompute_file_is_parsed_and_built(name: str) -> None:
+    parser = precompute_parser()
+    args = parser.parse_args([*files("data/pd12m.yaml", name, "trainer/ddp_8gpu.yaml"), "--out", "unused"])
+    codec = parser.instantiate(args).codec
+    assert args.resolution % codec.downsample == 0 and args.trainer["devices"] == 8
+    assert not codec.loaded
 
 
 @pytest.mark.parametrize("name", FILES)
