@@ -27,7 +27,9 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--revision", type=str | None, help="of a hub id")
     parser.add_argument("--prompts", type=Prompts, required=True, help="what to draw: --prompts.source prompts.txt")
     parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
-    parser.add_argument("--steps", type=int | None, help="sampling steps; the model's own by default, as the next three")
+    parser.add_argument(
+        "--steps", type=int | None, help="sampling steps; the model's own by default, as the next three"
+    )
     parser.add_argument("--guidance", type=float | None)
     parser.add_argument("--height", type=int | None)
     parser.add_argument("--width", type=int | None)

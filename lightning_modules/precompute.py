@@ -20,9 +20,14 @@ from lightning_modules.ranks import add_trainer_arguments, on_all_ranks
 def precompute_parser() -> ArgumentParser:
     parser = ArgumentParser("emmdit precompute", description=precompute.__doc__, exit_on_error=False)
     parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="experiments/data, then experiments/precompute and a trainer's file"
+        "-c",
+        "--config",
+        action=ActionConfigFile,
+        help="experiments/data, then experiments/precompute and a trainer's file",
     )
-    parser.add_subclass_arguments(HubDataModule, "data", required=True, help="the source, as a file of experiments/data")
+    parser.add_subclass_arguments(
+        HubDataModule, "data", required=True, help="the source, as a file of experiments/data"
+    )
     parser.add_argument("--codec", type=ImageCodec, help="what encodes the images")
     parser.add_argument("--text", type=TextConditioner | None, help="store text features, too: 512 KiB a sample")
     parser.add_argument("--vision", type=VisionFeatures | None, help="store vision features, too: 384 KiB a sample")
@@ -48,7 +53,9 @@ def precompute(argv: list[str]) -> None:
     built = parser.instantiate(args)
     data, codec = built.data, built.codec
     if codec is None:
-        raise ValueError("No codec is named: give one of experiments/precompute, e.g. -c experiments/precompute/dcae_512.yaml.")
+        raise ValueError(
+            "No codec is named: give one of experiments/precompute, e.g. -c experiments/precompute/dcae_512.yaml."
+        )
     if "image" not in data.columns:
         raise ValueError("The data section names no image_column, and latents are made of images.")
     settings = Settings(
@@ -84,6 +91,11 @@ def report(manifest: dict, out: Path) -> None:
     """Said by the rank that ended last; by several, if they ended together."""
     counts = manifest["counts"]
     left_out = sum(counts["rejected"].values())
-    print(f"{counts['samples']:,} samples of {counts['rows']:,} rows in {len(manifest['shards'])} shards: {out}", flush=True)
+    print(
+        f"{counts['samples']:,} samples of {counts['rows']:,} rows in {len(manifest['shards'])} shards: {out}",
+        flush=True,
+    )
     if left_out:
-        print(f"{left_out:,} rows left out, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True)
+        print(
+            f"{left_out:,} rows left out, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
+        )

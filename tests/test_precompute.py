@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -21,6 +19,7 @@ from emmdit.data.images import load_image
 from emmdit.data.latents import LatentsRows
 from emmdit.data.manifest import check, read_manifest, verify
 from emmdit.data.precompute import Settings, precompute
+from emmdit.data.shards import ShardedJob
 from emmdit.data.sources import open_source
 from emmdit.encoders import DCAE, SD3VAE, DCTCodec
 
@@ -86,7 +85,9 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     with pytest.raises(IndexError):
         LatentsRows(out, 3)[COUNT - 3]
 
-    plain = HubDataModule(str(out), image_column=None, latents_column="latents", latents_shape=(32, 8, 8), resolution=32)
+    plain = HubDataModule(
+        str(out), image_column=None, latents_column="latents", latents_shape=(32, 8, 8), resolution=32
+    )
     assert torch.equal(plain._part(0, None)[4]["latents"], samples[4]["latents"])  # and HubDataModule reads it, too
 
 
@@ -127,42 +128,39 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
 
 # -- kill and go on ----------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-import torch
-from emmdit.data.shards import ShardedJob
-from tests.test_precompute import DCTCodec, Path, run
-
-source, out, rank, world, left, where = sys.argv[1:]
-left = int(left)
-
-def dies(original):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left < 0:
-            if where == "write":  # in the middle of a file
-                args[2](args[0].folder / ".rank-00000-data-junk.arrow")
-            if where == "journal":  # in the middle of a line
-                original(*args, **kwargs)
-                file = args[0]._journal_file()
-                os.truncate(file, file.stat().st_size - 9)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return call
-
-if where == "encode":
-    DCTCodec.encode = dies(DCTCodec.encode)
-else:
-    ShardedJob.commit = dies(ShardedJob.commit)
-run(Path(source), Path(out), rank=int(rank), world=int(world))
-"""
-
 
 def killed(source: Path, out: Path, rank: int, world: int, after: int, where: str) -> None:
-    command = [sys.executable, "-c", KILLED, str(source), str(out), str(rank), str(world), str(after), where]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """A process that dies of SIGKILL at its call number `after`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            calls = iter(range(after + 1))
+            encode, commit = DCTCodec.encode, ShardedJob.commit
+
+            def dying_encode(codec, images):
+                if next(calls) == after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return encode(codec, images)
+
+            def dying_commit(job, unit, write, *arguments, **more):
+                last = next(calls) == after
+                if last and where == "write":
+                    (job.folder / f".rank-{rank:05d}-data-{unit:06d}.arrow").write_bytes(b"half a file")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                commit(job, unit, write, *arguments, **more)
+                if last:  # in the middle of the journal's line
+                    os.truncate(job._journal_file(), job._journal_file().stat().st_size - 9)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            if where == "encode":
+                DCTCodec.encode = dying_encode
+            else:
+                ShardedJob.commit = dying_commit
+            run(source, out, rank=rank, world=world)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(

@@ -14,7 +14,7 @@ from emmdit.encoders.base import as_dtype
 
 
 class LatentsRows(Dataset):
-    """Samples with `caption`, `sample_id`, `latents` (C, h, w) float32, and `features` (N, D) or `image` where they are kept.
+    """Samples with `caption`, `sample_id`, `latents` (C, h, w) float32, and `features` (N, D) or `image` where kept.
 
     `sample_id` is the index here; `manifest["source"]` and the column of the same name on disk lead back to the source.
 

@@ -96,8 +96,8 @@ def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: 
     """
     if resolution is not None and resolution != manifest["resolution"]:
         raise ValueError(
-            f"The latents in '{folder}' are of {manifest['resolution']} px, the data section asks for {resolution}: change "
-            "its resolution, or precompute again."
+            f"The latents in '{folder}' are of {manifest['resolution']} px, the data section asks for {resolution}: "
+            "change its resolution, or precompute again."
         )
     made = manifest["codec"]
     cls = f"{type(codec).__module__}.{type(codec).__qualname__}"
@@ -109,13 +109,13 @@ def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: 
     for name, wanted in pairs:
         if made[name] != wanted:
             raise ValueError(
-                f"The latents in '{folder}' were made with {name} {made[name]} of the codec, this experiment has {wanted}: "
-                "name the codec that made them, or precompute again."
+                f"The latents in '{folder}' were made with {name} {made[name]} of the codec, this experiment has "
+                f"{wanted}: name the codec that made them, or precompute again."
             )
     found = describe(codec)["weights_sha256"]
     if found != made["weights_sha256"]:
         raise ValueError(
-            f"The latents in '{folder}' were made with other weights of {type(codec).__name__} ({made.get('source', '')}, "
-            f"{made['weights_sha256'][:12]}) than this experiment's ({getattr(codec, 'source', '')}, {found[:12]}): name the "
-            "codec that made them, or precompute again."
+            f"The latents in '{folder}' were made with other weights of {type(codec).__name__} "
+            f"({made.get('source', '')}, {made['weights_sha256'][:12]}) than this experiment's "
+            f"({getattr(codec, 'source', '')}, {found[:12]}): name the codec that made them, or precompute again."
         )

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset
 
 from emmdit.data.images import BadRow, first_line
 
-_SCALARS = {name: np.dtype(name) for name in ("uint8 uint16 uint32 uint64 int8 int16 int32 int64".split())}
-_SCALARS |= {name: np.dtype(name) for name in ("float16", "float32", "float64")}
-# The dtype byte of an array: bits in the tens place of a code of their own; 0, 1, 2 = unsigned, signed, float.
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+_SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}
+# The byte that stands for the type of an array: its bits, plus 0, 1 or 2 for unsigned, signed and float.
 _ARRAY_DTYPES = {8 * dtype.itemsize + "uif".index(dtype.kind): dtype for dtype in _SCALARS.values()}
 # Extension of a packed shard -> what Arrow calls its compression.
 _PACKED = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
@@ -37,8 +37,8 @@ _PACKED = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
 class MDSDataset(Dataset):
     """Map-style: `ds[i]` is a dict of the columns, decoded as the original reader does.
 
-    str, int, numpy scalars and arrays, dicts (json), bytes, and for `jpeg`, `png` and `pil` a PIL image, whose pixels are
-    decoded when they are touched. `raw(i)` gives the bytes of each column. Rows of a truncated shard that are
+    str, int, numpy scalars and arrays, dicts (json), bytes, and for `jpeg`, `png` and `pil` a PIL image, whose pixels
+    are decoded when they are touched. `raw(i)` gives the bytes of each column. Rows of a truncated shard that are
     whole can be read, the others raise a `BadRow` that names file and row.
 
     Args:
@@ -65,8 +65,8 @@ class MDSDataset(Dataset):
         for shard in self.shards:
             if shard.encodings != first.encodings:
                 raise ValueError(
-                    f"{shard.path} has other columns ({_listed(shard)}) than {first.path.name} ({_listed(first)}): read "
-                    "their folders one by one."
+                    f"{shard.path} has other columns ({_listed(shard)}) than {first.path.name} ({_listed(first)}): "
+                    "read their folders one by one."
                 )
         self.column_names = list(first.encodings)
         if columns is not None:
@@ -216,7 +216,7 @@ def _decoder(name: str, encoding: str) -> Callable[[bytes], Any]:
     kind, _, detail = encoding.partition(":")
     if kind == "pkl":
         raise ValueError(
-            f"its column '{name}' is pickled (pkl), and unpickling runs code from the file: write it as bytes, str or json"
+            f"its column '{name}' is pickled (pkl), and unpickling runs code from the file: write it as bytes or json"
         )
     if kind == "ndarray":
         return _array_decoder(detail)

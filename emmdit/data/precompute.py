@@ -1,7 +1,7 @@
 """A source of captioned images to latents on disk, once, so that training need not encode the same images every epoch.
 
-The result is a folder that `datasets.load_from_disk` opens: Arrow files, `manifest.json` (see `emmdit.data.manifest`) and
-`rejects.jsonl`, one line for each row that was left out. Columns:
+The result is a folder that `datasets.load_from_disk` opens: Arrow files, `manifest.json` (see `emmdit.data.manifest`)
+and `rejects.jsonl`, one line for each row that was left out. Columns:
 
 - `sample_id` int64: the row's number in the source; `key`: its place there, as far as the source has names
 - `caption` str: the first that is not empty; `captions` list of str: all, where there are several, else []

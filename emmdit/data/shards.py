@@ -2,8 +2,8 @@
 
 Resuming rests on three rules:
 
-- What a unit is depends on the source and `rows_per_shard` alone, not on who works on it; unit u of n ranks' work belongs
-  to rank u modulo n. So any number of ranks can go on.
+- What a unit is depends on the source and `rows_per_shard` alone, not on who works on it; among n ranks unit u
+  belongs to rank u modulo n. So any number of ranks can go on.
 - A unit's file is written under another name, synced, and renamed: it is whole or not there.
 - Then a line in the rank's own journal says so, with the unit's rejects. A kill between the two makes the unit be
   done again, into the same name. A line cut in the middle does not count.
@@ -76,7 +76,7 @@ class ShardedJob:
         self._lock.release()
 
     def _agree(self) -> None:
-        """Write plan.json, or find the same one. A hard link appears with its content or not at all, for one process."""
+        """Write plan.json, or find the same one. A hard link appears with its content, and for one process alone."""
         file = self.folder / "plan.json"
         if not file.is_file():
             strangers = [path.name for path in self.folder.iterdir() if path != self.journal and path.name[0] != "."]
@@ -96,8 +96,8 @@ class ShardedJob:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{self.folder} was begun with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose another "
-                    "folder, or go on with the same settings."
+                    f"{self.folder} was begun with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
+                    "another folder, or go on with the same settings."
                 )
 
     # -- the journals --------------------------------------------------------------------------------

@@ -10,8 +10,8 @@
 | pictures | folder with captions in a.txt or a.json beside a.jpg | `emmdit.data.folders`, in place |
 | pictures | folder with `metadata.csv` or `metadata.jsonl` | `datasets`' imagefolder, in place |
 
-Local tars are not given to `datasets` because it would copy all of them into its cache, and stop at the first one that is
-damaged.
+Local tars are not given to `datasets` because it would copy all of them into its cache, and stop at the first one that
+is damaged.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ def open_source(
         FileNotFoundError, OSError, ValueError: one sentence that says what to do.
     """
     path = Path(source).expanduser()
+    if path.is_file() and not source.endswith((".parquet", ".arrow", ".tar")):
+        raise ValueError(
+            f"'{source}' is no parquet, Arrow or tar file: unpack it if it is packed, give its folder, or convert it."
+        )
     if not path.is_dir() and not source.endswith((".parquet", ".arrow", ".tar")):
         local = path.is_absolute() or path.exists() or source.startswith((".", "~")) or source.count("/") != 1
         if local:

@@ -70,7 +70,9 @@ class TarRows(Dataset):
             raise BadRow(*fault)
         first = tar["rows"][row]
         last = tar["rows"][row + 1] if row + 1 < len(tar["rows"]) else len(tar["members"])
-        members = {tar["extensions"][kind]: (offset, size) for kind, offset, size in tar["members"][first:last].tolist()}
+        members = {
+            tar["extensions"][kind]: (offset, size) for kind, offset, size in tar["members"][first:last].tolist()
+        }
         return {name: self._column(number, row, name, members) for name in self.column_names}
 
     def _column(self, number: int, row: int, name: str, members: dict[str, tuple[int, int]]) -> Any:
@@ -129,6 +131,8 @@ class TarRows(Dataset):
 
 def _key(name: str) -> str:
     path = PurePosixPath(name)
+    if not path.name:
+        return name
     return str(path.with_name(path.name.partition(".")[0] or path.name))
 
 
@@ -176,8 +180,8 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
                 if member.isdir():
                     continue
                 path = PurePosixPath(member.name)
-                unsafe = path.is_absolute() or ".." in path.parts or "\\" in member.name
-                if _key(member.name) != key or unsafe:
+                unsafe = path.is_absolute() or ".." in path.parts or "\\" in member.name or not path.name
+                if unsafe or _key(member.name) != key:
                     key = None if unsafe else _key(member.name)
                     rows.append(len(members))
                     headers.append(member.offset)
@@ -191,6 +195,9 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
                 else:
                     extension = path.name.partition(".")[2].lower()
                     members.append((extensions.setdefault(extension, len(extensions)), member.offset_data, member.size))
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError("bad header")
     except (tarfile.TarError, EOFError, OSError) as error:
         if not rows and not isinstance(error, tarfile.TarError):
             raise ValueError(f"'{file}' can not be read as a tar: {first_line(error)}.") from error
@@ -199,7 +206,7 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
             rows.append(len(members))
             headers.append(min(position, size))
             faults[last + 1] = (
-                f"the tar is damaged or truncated behind byte {position:,}, and what follows is lost ({first_line(error)})",
+                f"the tar is damaged behind byte {position:,}, and what follows is lost ({first_line(error)})",
                 "corrupt",
             )
     return {
