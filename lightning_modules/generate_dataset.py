@@ -25,7 +25,7 @@ def generate_parser() -> ArgumentParser:
         "--model", required=True, help="run folder, export, folder of a diffusers pipeline, or hub id of one"
     )
     parser.add_argument("--revision", type=str | None, help="of a hub id")
-    parser.add_argument("--prompts", type=Prompts, required=True, help="what to draw: --prompts.source prompts.txt")
+    parser.add_class_arguments(Prompts, "prompts", help="what to draw")
     parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
     parser.add_argument(
         "--steps", type=int | None, help="sampling steps; the model's own by default, as the next three"

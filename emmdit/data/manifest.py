@@ -18,7 +18,8 @@ def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names and values of parameters and buffers, rounded to bfloat16 first: weights that were loaded in
     float32 and in bfloat16 are the same weights (in float16 they may not be)."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # those that no file keeps decide, too
+    for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu()
         if tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)

@@ -101,7 +101,7 @@ def _load(source: str, split: str, **table: Any) -> Any:
             f"'{source}' is no data set of the Hugging Face hub that you may read: check the spelling, or "
             f"accept its terms at https://huggingface.co/datasets/{source} and run `hf auth login`."
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         broken = _broken(table.get("data_files")) if table["path"] == "parquet" else None
         raise ValueError(f"'{source}' can not be opened as a data set: {broken or first_line(error)}.") from error
 
