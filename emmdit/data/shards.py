@@ -194,6 +194,7 @@ class ShardedJob:
         }
         hashes = "".join(shard["sha256"] for shard in shards)
         manifest["sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
+        manifest = json.loads(json.dumps(manifest))  # what is given back is what is read back: no tuples
         text = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
         replace(self.folder / "rejects.jsonl", text)
         replace(self.folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
