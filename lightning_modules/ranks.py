@@ -55,5 +55,6 @@ class _OneCall(LightningModule):
         super().__init__()
         self.work = work
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: Any, batch_idx: int) -> bool:
         self.work(self.device, self.global_rank, self.trainer.world_size)
+        return True  # Lightning warns of None
