@@ -37,8 +37,8 @@ $(STAMP): requirements.txt pyproject.toml
 
 quickstart: $(STAMP)  ## Train E-MMDiT from scratch on rendered shapes, show the pictures and score them
 	$(BIN)/emmdit fit -c experiments/quickstart.yaml $(ARGS)
-	rm -rf runs/quickstart/evaluation/shapes_short_seed0
-	$(BIN)/emmdit evaluate --ckpt runs/quickstart -c experiments/evaluation/shapes_short.yaml --bounds true
+	rm -rf runs/quickstart/evaluation
+	$(BIN)/emmdit evaluate --ckpt runs/quickstart -c experiments/evaluation/shapes_short.yaml --bounds
 
 test: $(STAMP)  ## Run the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from benchmarks.common import ROOT, markdown_table, progress, write_json
 from emmdit.evaluation import ledger
 from emmdit.machine import machine
 from emmdit.weights import checkpoint_progress, find_checkpoint
+from lightning_modules.mlflow_evaluation import history
 
 BASE, FULL = "emmdit", "short"  # of experiments/shapes: the base, and the budget, which alone is the full model's row
 # name of the diff in experiments/shapes: what the row is
@@ -135,34 +135,9 @@ def train(task: Task, threads: int | None) -> None:
         found = machine("cuda" if task.trainer == "gpu" else "cpu")
         hardware = found["gpu"] or f"{found['cpu']}, {threads or found['torch_threads']} threads"
         command = shlex.join(["emmdit", *task.fit()])
-        content = {"steps": steps, **history(folder), "hardware": hardware, "command": command}
+        with chdir(ROOT):  # where the run was made, and its sqlite file may be named from there
+            content = {"steps": steps, **history(folder), "hardware": hardware, "command": command}
         record.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def history(folder: Path) -> dict[str, float | None]:
-    """Time and losses of a finished run, from its tracker.
-
-    `seconds_per_step` is the mean over the windows of the Throughput callback: without validation, pictures and
-    checkpoints, but with whatever else slowed the machine down. `seconds` is all steps at that speed, so that a resume
-    does not change it.
-    """
-    from mlflow import MlflowClient
-
-    record = json.loads((folder / "mlflow_run.json").read_text())
-
-    def curve(name: str) -> list[float]:
-        points = sorted(client.get_metric_history(record["run_id"], name), key=lambda point: point.timestamp)
-        return [value for _, value in sorted({point.step: point.value for point in points}.items())]  # the later try's
-
-    with chdir(ROOT):  # where the run was made, and its sqlite file may be named from there
-        client = MlflowClient(record["tracking_uri"])
-        times, losses = curve("throughput/seconds_per_step"), {k: curve(f"val/loss_{k}") for k in ("ema", "raw")}
-    per_step = mean(times) if times else None
-    return {
-        "seconds": None if per_step is None else per_step * position(folder),
-        "seconds_per_step": per_step,
-        **{f"val_loss_{name}": values[-1] for name, values in losses.items() if values},
-    }
 
 
 def call(command: Sequence[str], log: Path, threads: int | None) -> None:
@@ -294,7 +269,6 @@ def main(argv: list[str] | None = None) -> int:
         if missing := [file for file in needed if not (ROOT / file).is_file()]:
             progress(f"There is no {missing[0]}: restore it, or leave out its row (--rows).")
             return 2
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training ends with us
         for i, task in enumerate(chosen, 1):
             progress(f"{i}/{len(chosen)} {task.experiment}, seed {task.seed}")
             try:
@@ -315,4 +289,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training ends with us
     sys.exit(main())

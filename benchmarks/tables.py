@@ -26,6 +26,7 @@ METRICS = {
     "geneval_overall": "GenEval",
     "clip_score": "CLIP score",
     "fid_clip": "FID-CLIP (lower is better)",
+    "asked_color": "asked colour",
     "val_loss": "validation loss",
 }
 STEP_TIME = "benchmarks/results/shapes_step_time.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,16 +29,25 @@ class Model:
     to: Callable[[torch.device, str], None]
 
 
-def open_model(ckpt: str | Path, weights: str | None, settings: dict[str, Any]) -> Model:
+def open_model(
+    ckpt: str | Path, weights: str | None = None, settings: dict[str, Any] | None = None, **released: Any
+) -> Model:
     """A run folder, a checkpoint, an export, a diffusers pipeline's folder, or a released Nitro-E file.
 
     Args:
         settings: of `Sampling`, in place of the model's own.
+        released: arguments of `nitro_e_pipeline`, of which a released file tells nothing.
     """
+    settings = settings or {}
     path = Path(ckpt)
     if _pipeline_class(path) not in (None, EMMDiTPipeline.__name__):
         return _stock_pipeline(path, weights, settings)
-    pipeline, source = nitro_e_pipeline(path) if path.suffix == ".safetensors" else load_pipeline(path, weights)
+    if path.suffix == ".safetensors":
+        if weights not in (None, "raw"):
+            raise ValueError(f"{path} is a released file and has one set of weights: leave --weights out.")
+        pipeline, source = nitro_e_pipeline(path, **released)
+    else:
+        pipeline, source = load_pipeline(path, weights)
     pipeline.sampling = pipeline.sampling.replace(**settings)
     # Given by an absolute path, a model is named without it: results are published.
     source = {**source, "source": path.name if path.is_absolute() else str(path), "sha256": weights_sha256(path)}
@@ -103,6 +113,8 @@ def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any]) -
     arguments = {names[key]: value for key, value in settings.items()}
     pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    if "height" in settings and "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
+        arguments["use_resolution_binning"] = False  # the size that was asked for, not the nearest of the training's
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

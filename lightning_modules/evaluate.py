@@ -16,24 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from mlflow.exceptions import MlflowException
 
 from emmdit.data.shapes import ShapesWorld
 from emmdit.evaluation import ledger
 from emmdit.evaluation.base import ImageMetric
 from emmdit.evaluation.bounds import noise, renders
-from emmdit.evaluation.clip_score import CLIPScore
-from emmdit.evaluation.geneval import GenEval, summary, write_results
+from emmdit.evaluation.geneval import summary, write_results
 from emmdit.evaluation.images import Draw, ImageSet
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
-from emmdit.evaluation.run import comparable, labelled, measure, prepare
+from emmdit.evaluation.run import comparable, gather_rows, labelled, measure, prepare
 from emmdit.machine import machine
 from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.config_text import mask_secrets
 from lightning_modules.counter import counter
 from lightning_modules.drawing import DTYPES, open_model
-from lightning_modules.mlflow_evaluation import log_evaluation
-from lightning_modules.runs import read_config
+from lightning_modules.mlflow_evaluation import history, log_evaluation
+from lightning_modules.runs import instantiate, read_config
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
 
@@ -45,11 +45,11 @@ def evaluate(argv: list[str]) -> None:
     if args.prompts is None or not args.metrics:
         raise ValueError("Nothing to measure: give an evaluation, e.g. -c experiments/evaluation/shapes.yaml.")
     if args.batch_size < 1 or args.seed < 0:
-        raise ValueError("--batch_size must be at least 1 and --seed at least 0.")
+        raise ValueError("--batch-size must be at least 1 and --seed at least 0.")
     if (args.ledger is None) != (args.experiment is None):
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
     with processes(args.device) as (device, rank, world):
-        run(args, parser.instantiate(args), device, rank, world)
+        run(args, instantiate(parser, args), device, rank, world)
 
 
 def evaluation_parser() -> ArgumentParser:
@@ -60,6 +60,11 @@ def evaluation_parser() -> ArgumentParser:
         required=True,
         help="run folder, checkpoint, export, diffusers pipeline, or released Nitro-E .safetensors file",
     )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="of a released Nitro-E file; 512 by default"
+    )
+    parser.add_argument("--text-encoder", help="of a released file: folder or hub id in place of the published one")
+    parser.add_argument("--autoencoder", help="likewise")
     parser.add_argument("--prompts", type=PromptSet, help="what to draw")
     parser.add_argument("--metrics", type=list[ImageMetric], help="what to measure")
     parser.add_argument("--out", help="folder of pictures and results; by default below the run or evaluations/")
@@ -70,12 +75,10 @@ def evaluation_parser() -> ArgumentParser:
     parser.add_argument("--sampler", choices=["euler", "heun", "dpm_solver"])
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the network")
-    parser.add_argument(
-        "--bounds", type=bool, default=False, help="shapes world: the same for real renders and for noise"
-    )
+    parser.add_argument("--bounds", action="store_true", help="shapes world: the same for real renders and for noise")
     parser.add_argument("--mlflow", type=bool, default=True, help="log the numbers to the run of the checkpoint")
     parser.add_argument("--ledger", help="JSON file that gets a row")
     parser.add_argument("--experiment", help="name of that row, e.g. shapes/emmdit")
@@ -104,9 +107,12 @@ def processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
 
 def run(args: Namespace, built: Namespace, device: torch.device, rank: int, world: int) -> None:
     prompts, metrics = built.prompts, built.metrics
-    given = {key: getattr(args, key) for key in ("steps", "guidance", "sampler", "height", "width")}
-    model = open_model(args.ckpt, args.weights, {k: v for k, v in given.items() if v is not None})
-    out = Path(args.out) if args.out is not None else default_folder(args)
+    sampling, released = (
+        {key: value for key in keys if (value := getattr(args, key)) is not None}
+        for keys in (("steps", "guidance", "sampler", "height", "width"), ("resolution", "text_encoder", "autoencoder"))
+    )
+    model = open_model(args.ckpt, args.weights, sampling, **released)
+    out = Path(args.out) if args.out is not None else default_folder(args, model.source.get("step"))
     made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
     images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
     prepare(metrics, images, device)
@@ -116,7 +122,7 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     drawn = images.make(model.draw, args.batch_size, None if rank else counter("pictures drawn"))
     drawing = time.perf_counter() - started
     values = measure(metrics, images, device, args.batch_size, None if rank else counter("pictures measured"))
-    rows = gather_rows(metrics, world)
+    rows = gather_rows(metrics)
     if rank:
         return
     n = len(images.all)
@@ -136,7 +142,6 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
         result["seconds_per_image"] = drawing / n
     if args.bounds:
         result["columns"] = bounds(prompts, metrics, args.seed, args.batch_size, out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     if rows:
         write_results(out / "geneval_results.jsonl", rows)
@@ -158,26 +163,13 @@ def training_run(ckpt: str) -> Path | None:
     return run_folder(ckpt)
 
 
-def default_folder(args: Namespace) -> Path:
-    """RUN/evaluation/shapes_seed0 for a run; evaluations/NAME/shapes_seed0 for anything else."""
+def default_folder(args: Namespace, step: int | None) -> Path:
+    """RUN/evaluation/shapes_seed0_step1100 for a run; evaluations/NAME/shapes_seed0 for anything else."""
     name = f"{Path(str(args.config[-1])).stem if args.config else 'evaluation'}_seed{args.seed}"
+    name += "" if step is None else f"_step{step}"
     name += f"_{args.weights}" if args.weights else ""
     run = training_run(args.ckpt)
     return Path("evaluations", Path(args.ckpt).stem, name) if run is None else run / "evaluation" / name
-
-
-def gather_rows(metrics: Sequence[ImageMetric], world: int) -> list[dict[str, Any]]:
-    """GenEval's verdicts of all processes in the order of the pictures, with their CLIP scores where there are some."""
-    scores = {path: value for m in metrics if isinstance(m, CLIPScore) for path, value in m.scores.items()}
-    rows = [dict(row) for m in metrics if isinstance(m, GenEval) for row in m.rows]
-    for row in rows:
-        if row["filename"] in scores:
-            row["clip_score"] = scores[row["filename"]]
-    if world > 1:
-        parts: list[list] = [[] for _ in range(world)]
-        dist.all_gather_object(parts, rows)
-        rows = [row for part in parts for row in part]
-    return sorted(rows, key=lambda row: row["filename"])
 
 
 def bounds(
@@ -230,7 +222,17 @@ def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
     if run is None:
         return row
     row["seed"] = int(read_config(run).get("seed_everything") or 0)
-    if (run / "train.json").is_file():
-        row["train"] = json.loads((run / "train.json").read_text())
-        row["train_seconds"] = row["train"].pop("seconds", None)
+    row["train"] = {"steps": result["source"]["step"], **trained(run)}
+    row["train_seconds"] = row["train"].pop("seconds", None)
     return row
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """Time and losses of a training: its `train.json` (`benchmarks/shapes_ablation.py`), else from MLflow."""
+    if (run / "train.json").is_file():
+        return json.loads((run / "train.json").read_text())
+    try:
+        return history(run)
+    except (OSError, MlflowException) as error:
+        print(f"The tracker does not tell how the run was trained: {error}", file=sys.stderr)
+        return {}

@@ -1,4 +1,4 @@
-"""Numbers of an evaluation in MLflow, beside the curves of the training they belong to."""
+"""What goes from a training's MLflow run to its evaluation, and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
+from emmdit.weights import checkpoint_progress, find_checkpoint
 from lightning_modules.mlflow_logger import RUN_FILE, MLflowLogger, git_tags
 
 
@@ -49,6 +52,29 @@ def log_evaluation(
         client.log_artifact(run_id, str(report), artifact_path="evaluation")
     except (MlflowException, OSError) as error:
         rank_zero_warn(f"MLflow did not take the evaluation: {error}")
+
+
+def history(run: Path) -> dict[str, float | None]:
+    """Time and losses of a finished run, from its tracker.
+
+    `seconds_per_step` is the mean over the windows of the Throughput callback: without validation, pictures and
+    checkpoints, but with whatever else slowed the machine down. `seconds` is all steps at that speed, so that a resume
+    does not change it.
+    """
+    record = json.loads((run / RUN_FILE).read_text())
+    client = MlflowClient(record["tracking_uri"])
+
+    def curve(name: str) -> list[float]:
+        points = sorted(client.get_metric_history(record["run_id"], name), key=lambda point: point.timestamp)
+        return [value for _, value in sorted({point.step: point.value for point in points}.items())]  # the later try's
+
+    times, losses = curve("throughput/seconds_per_step"), {k: curve(f"val/loss_{k}") for k in ("ema", "raw")}
+    per_step = mean(times) if times else None
+    return {
+        "seconds": None if per_step is None else per_step * checkpoint_progress(find_checkpoint(run))["step"],
+        "seconds_per_step": per_step,
+        **{f"val_loss_{name}": values[-1] for name, values in losses.items() if values},
+    }
 
 
 def _existing(client: Any, run_id: str | None) -> str | None:

@@ -1,8 +1,12 @@
-"""Compile and shard a network from outside; the network itself knows nothing of either."""
+"""What is applied to a network from outside, while it knows nothing of it: compilation, sharding, attention kernels."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,6 +28,13 @@ def parallelise(network: nn.Module, compile: bool, mesh: DeviceMesh | None, trai
         for block in blocks_of(network):
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(network, mesh=mesh["data_parallel"], reshard_after_forward=None if trained else True)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """Which kernels attention takes in training: torch's choice, but on a CPU under autocast the plain formula, since
+    the backward of the fused bfloat16 kernel costs more there than all the rest of a step (torch 2.14)."""
+    slow = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -6,9 +6,7 @@ import argparse
 import hashlib
 import json
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,6 +29,8 @@ from emmdit.evaluation.prompts import ShapesPrompts
 from emmdit.evaluation.reference import write_reference
 from emmdit.evaluation.statistics import FeatureStatistics
 from emmdit.images import to_uint8
+from lightning_modules.counter import counter
+from lightning_modules.runs import instantiate
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 THREADS = 8
@@ -100,11 +100,12 @@ def make_reference(
     device: str = "cpu",
 ) -> list[Path]:
     """Extract, sum and write. The files' name ends in a hash of the pixels and of what made the features of them."""
-    statistics = FeatureStatistics.zeros(features.dim, device)
+    statistics, progress = FeatureStatistics.zeros(features.dim, device), counter("images")
     digest, vectors = hashlib.sha256(), []
     with ThreadPoolExecutor(THREADS) as pool:
-        for first in counted(range(0, images.count, batch_size), images.count, batch_size):
-            batch = list(pool.map(images.image, range(first, min(first + batch_size, images.count))))
+        for first in range(0, images.count, batch_size):
+            last = min(first + batch_size, images.count)
+            batch = list(pool.map(images.image, range(first, last)))
             for shape, group in groupby(batch, key=lambda image: tuple(image.shape)):
                 same = torch.stack(list(group))
                 digest.update(repr(shape).encode() + same.numpy().tobytes())
@@ -112,6 +113,7 @@ def make_reference(
                 statistics.add(made)
                 if feats:
                     vectors.append(made.cpu())
+            progress(last, images.count)
     mu, sigma = statistics.moments()
     identity = features.identity()
     about = images.about | {"n": images.count, "sha256": digest.hexdigest()}
@@ -140,9 +142,7 @@ def build_features(text: str) -> FeatureExtractor:
     parser.add_argument("features", type=FeatureExtractor)
     try:
         parsed = parser.parse_object({"features": yaml.safe_load(Path(text).read_text())})
-        # jsonargparse 4.49 renamed it
-        built = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-        return built.features
+        return instantiate(parser, parsed).features
     except (ArgumentError, yaml.YAMLError) as error:
         raise ValueError(f"'{text}' does not name a FeatureExtractor by class_path and init_args: {error}") from error
 
@@ -218,17 +218,6 @@ def choose(count: int, num: int | None, seed: int, source: str) -> list[int]:
     if not 1 <= num <= count:
         raise ValueError(f"'{source}' has {count} images, and --num asks for {num} of them.")
     return sorted(np.random.default_rng(seed).choice(count, num, replace=False).tolist())
-
-
-def counted(batches: Iterable[int], total: int, batch_size: int) -> Iterable[int]:
-    """Progress on stderr, at most every two seconds."""
-    latest = time.monotonic()
-    for first in batches:
-        yield first
-        done = min(first + batch_size, total)
-        if time.monotonic() - latest > 2 or done == total:
-            latest = time.monotonic()
-            print(f"{done:,}/{total:,} images", file=sys.stderr)
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
 
 from emmdit.encoders.base import FrozenModel
@@ -28,9 +28,12 @@ def build_module(config: dict[str, Any]) -> LightningModule:
         parsed = parser.parse_object({"model": config["model"]})
     except Exception as error:
         raise ValueError(f"The run's configuration does not fit this version of the suite: {error}") from error
-    return (
-        parser.instantiate(parsed).model if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed).model
-    )
+    return instantiate(parser, parsed).model
+
+
+def instantiate(parser: ArgumentParser, parsed: Namespace) -> Namespace:
+    """What a parsed configuration names, built; jsonargparse 4.49 renamed the call."""
+    return parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
 
 
 def load_pipeline(

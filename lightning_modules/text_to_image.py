@@ -27,7 +27,7 @@ from emmdit.losses import LossComponent, TrainingStep
 from emmdit.networks.flops import forward_flops
 from emmdit.optim import parameter_groups
 from emmdit.weights import check_source, load_weights
-from lightning_modules.parallel import parallelise
+from lightning_modules.parallel import attention_kernels, parallelise
 
 DenoiserFactory = Callable[[], ModelMixin]
 VALIDATION_TIMESTEPS = tuple(1000 * (k + 0.5) / 8 for k in range(8))
@@ -222,7 +222,8 @@ class TextToImage(LightningModule):
 
         x_t = self.path.interpolate(x0, noise, t)
         extra = {key: value for component in self.components for key, value in component.network_kwargs.items()}
-        output = self.denoiser(x_t, timestep=t, **condition, **extra)
+        with attention_kernels(x0.device):
+            output = self.denoiser(x_t, timestep=t, **condition, **extra)
         # Networks that also predict a variance (PixArt) put it behind the prediction.
         prediction = output.sample[:, : x0.shape[1]].float()
         target = self.path.target(x0, noise, t)

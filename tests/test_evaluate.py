@@ -11,8 +11,11 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
+from transformers import AutoTokenizer, T5EncoderModel
 
+from emmdit.encoders.standins import standin
 from emmdit.evaluation.geneval import read_results
 from emmdit.evaluation.images import ImageSet
 from emmdit.evaluation.prompts import GenEvalPrompts, PromptFile, ShapesPrompts
@@ -56,7 +59,7 @@ def pictures(out: Path) -> dict[str, bytes]:
 def test_one_command_gives_numbers_report_and_ledger_row(tmp_path: Path, config: str) -> None:
     ledger = tmp_path / "ledger.json"
     status, output = evaluate(
-        tmp_path / "out", "-c", config, "--bounds", "true", "--ledger", str(ledger), "--experiment", "shapes/emmdit"
+        tmp_path / "out", "-c", config, "--bounds", "--ledger", str(ledger), "--experiment", "shapes/emmdit"
     )
     assert status == 0, output
     found = result(tmp_path / "out")
@@ -172,6 +175,43 @@ def test_numbers_go_to_a_run_in_mlflow(tmp_path: Path, config: str) -> None:
     (run,) = client.search_runs(["1"])
     assert run.data.metrics["eval/geneval_shapes"] == result(tmp_path / "out")["metrics"]["geneval_shapes"]
     assert [f.path for f in client.list_artifacts(run.info.run_id, "evaluation")] == ["evaluation/report.html"]
+
+
+def test_a_released_file_and_a_stock_pipeline_of_diffusers(tmp_path: Path) -> None:
+    """Whatever draws can be measured: with tiny random models, only that it goes through."""
+    (tmp_path / "two.txt").write_text("a photo of a red circle\na photo of a cross\n")
+    (tmp_path / "clip.yaml").write_text(
+        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {tmp_path}/two.txt}}}}\n"
+        f"metrics: [{{class_path: emmdit.evaluation.CLIPScore, init_args: {{clip: {CLIP}}}}}]\n"
+    )
+    common = ["-c", str(tmp_path / "clip.yaml"), "--mlflow", "false", "--steps", "2"]
+    released = str(ROOT / "tests/data/emmdit/emmdit_512_small.weights.safetensors")
+    encoders = ["--text-encoder", "standin:llama?caption_channels=24", "--autoencoder", "standin:dc_ae"]
+    out = tmp_path / "released"
+    status, output = emmdit("evaluate", "--ckpt", released, *encoders, *common, "--out", str(out))
+    assert status == 0, output
+    assert result(out)["source"]["resolution"] == 512 and "clip_score_shapes" in result(out)["metrics"]
+    status, output = emmdit("evaluate", "--ckpt", released, *common, "--out", str(tmp_path / "without"))
+    assert status == 2 and "meta-llama/Llama-3.2-1B" in output  # gated, and there is no network
+
+    text, vae = standin("t5?caption_channels=32"), standin("sdxl_vae")
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(text),
+        text_encoder=T5EncoderModel.from_pretrained(text),
+        vae=AutoencoderKL.from_pretrained(vae),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=4, cross_attention_dim=16,
+            caption_channels=32, norm_type="ada_norm_single",
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "pixart")
+    out = tmp_path / "stock"
+    status, output = emmdit(
+        *("evaluate", "--ckpt", str(tmp_path / "pixart"), "--out", str(out), "--height", "32", "--width", "32"), *common
+    )
+    assert status == 0, output
+    assert result(out)["source"]["pipeline"] == "PixArtSigmaPipeline" and result(out)["images"] == 2
 
 
 # -- sets ----------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def test_each_ablation_changes_what_its_name_says() -> None:
             "faithful_init": "init_args.init",
             "masked_text": "with_mask",
             "epsilon": ("path", "timesteps", "sampling"),
-            "short": "scheduler",
+            "short": ("scheduler", "num_attention_heads", "block_groups"),
+            "repa_clip": ("components", "repa_feature_dim", "repa_projector_dim"),
         }.get(Path(name).stem)
         if word is None:  # written by a later piece of work
             continue

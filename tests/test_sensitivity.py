@@ -27,7 +27,7 @@ N = 210
 DISTANCES = ("fid", "kid", "cmmd")
 STRENGTHS = {
     "blur": (0.0, 0.8, 1.4, 2.5),  # standard deviation in pixels
-    "noise": (0.0, 30.0, 50.0, 80.0),  # standard deviation in levels of 255
+    "noise": (0.0, 40.0, 55.0, 80.0),  # standard deviation in levels of 255
     "collapse": (0.0, 0.8, 0.95, 0.99),  # share of the pictures that repeat others, with their captions
     "shuffle": (0.0, 0.25, 0.5, 1.0),  # share of the captions that belong to other pictures
 }

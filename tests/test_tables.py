@@ -7,13 +7,13 @@ from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
-import mlflow
 import pytest
 from filelock import FileLock
 
 from benchmarks import shapes_ablation, tables
 from benchmarks.shapes_ablation import FULL, ROWS, Task
 from emmdit.evaluation import ledger
+from lightning_modules import mlflow_evaluation
 from tests.command_line import cli
 from tests.command_line import elsewhere as elsewhere
 from tests.test_ledger import row
@@ -142,7 +142,7 @@ def test_a_killed_ablation_goes_on_where_it_was(suite: Suite, capsys):
         ("evaluate", "adamw"),
     ]
     printed = capsys.readouterr()
-    assert "it broke" in printed.err and "| shapes/adamw | 0 | step 2,000 of 2,000 |" in printed.out
+    assert "it broke" in printed.err and "| shapes/adamw | 0 | step 600 of 600 |" in printed.out
     suite.calls, suite.fails = [], set()
     assert shapes_ablation.main(rows) == 0
     assert suite.calls == [("fit", "one_path"), ("evaluate", "one_path"), ("evaluate", "adamw")]
@@ -166,10 +166,10 @@ def test_runs_of_another_budget_are_not_mixed_in(suite: Suite, capsys):
     options = ["--rows", "short", "--seeds", "0", "--trainer", "none", "--ledger", "other.json"]
     shapes_ablation.main(options)
     (suite.root / "other.json").unlink()
-    for steps in ("500", "4000"):
+    for steps in ("300", "4000"):
         suite.calls = []
         assert shapes_ablation.main([*options, "--steps", steps]) == 1 and suite.calls == []
-        assert "2,000 steps" in capsys.readouterr().err
+        assert "600 steps" in capsys.readouterr().err
 
 
 def test_missing_files_are_named_before_the_first_run(suite: Suite, capsys):
@@ -187,15 +187,16 @@ def test_time_and_loss_come_from_the_tracker(tmp_path: Path, monkeypatch: pytest
 
     class Client:
         def __init__(self, uri: str) -> None:
-            assert uri == "sqlite:///mlflow.db" and Path.cwd() == shapes_ablation.ROOT
+            assert uri == "sqlite:///mlflow.db"
 
         def get_metric_history(self, run_id: str, name: str):
             return [SimpleNamespace(step=s, timestamp=t, value=v) for s, t, v in points.get(name, [])]
 
-    monkeypatch.setattr(mlflow, "MlflowClient", Client)
-    monkeypatch.setattr(shapes_ablation, "position", lambda folder: 150)
+    monkeypatch.setattr(mlflow_evaluation, "MlflowClient", Client)
+    monkeypatch.setattr(mlflow_evaluation, "find_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(mlflow_evaluation, "checkpoint_progress", lambda folder: {"step": 150})
     (tmp_path / "mlflow_run.json").write_text('{"run_id": "1", "tracking_uri": "sqlite:///mlflow.db"}')
-    found = shapes_ablation.history(tmp_path)
+    found = mlflow_evaluation.history(tmp_path)
     assert found == {"seconds_per_step": pytest.approx(0.3), "seconds": pytest.approx(45.0), "val_loss_ema": 0.11}
 
 

@@ -159,6 +159,7 @@ class ShapesText(TextConditioner):
         world: its vocabulary makes the tokenizer.
         pretrained: weights from which what a caption asks for can be read linearly; false: random ones.
         with_mask: give the denoiser `encoder_attention_mask` (B, T) bool, True = a word or `<bos>`.
+        pooled: give the denoiser `pooled_projections` (B, 64), the last word's features, as CLIP's for SD3.
         model, tokenizer: ready-made ones (both or neither) in place of those of `world` and `seed`.
     """
 
@@ -174,6 +175,7 @@ class ShapesText(TextConditioner):
         cache_size: int = 4096,
         model: LlamaModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        pooled: bool = False,
     ) -> None:
         if (model is None) != (tokenizer is None):
             raise ValueError("ShapesText wants both a model and its tokenizer, or neither.")
@@ -182,7 +184,7 @@ class ShapesText(TextConditioner):
             tokenizer = shapes_tokenizer(world, max_length)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.caption_channels, self.max_length = model.config.hidden_size, max_length
-        self.with_mask, self.cache_size = with_mask, cache_size
+        self.with_mask, self.pooled, self.cache_size = with_mask, pooled, cache_size
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     @classmethod
@@ -230,6 +232,8 @@ class ShapesText(TextConditioner):
         condition = {"encoder_hidden_states": torch.stack([hidden for hidden, _ in rows])}
         if self.with_mask:
             condition["encoder_attention_mask"] = torch.stack([mask for _, mask in rows])
+        if self.pooled:
+            condition["pooled_projections"] = torch.stack([hidden[mask.sum() - 1] for hidden, mask in rows])
         return condition
 
     def null(self, batch_size: int) -> Condition:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from emmdit.evaluation.base import ImageMetric
+from emmdit.evaluation.clip_score import CLIPScore
+from emmdit.evaluation.geneval import GenEval
 from emmdit.evaluation.images import ImageSet, Progress
 
 
@@ -57,3 +60,20 @@ def comparable(metrics: Sequence[ImageMetric], values: dict[str, dict[str, float
             part = part or ("overall" if metric.kind == "geneval" else "")
             flat[f"{metric.kind}_{part}" if part else metric.kind] = value
     return flat
+
+
+def gather_rows(metrics: Sequence[ImageMetric]) -> list[dict[str, Any]]:
+    """GenEval's verdicts of all processes in the order of the pictures, with their CLIP scores where there are some.
+
+    Every process must call it.
+    """
+    scores = {path: value for m in metrics if isinstance(m, CLIPScore) for path, value in m.scores.items()}
+    rows = [dict(row) for m in metrics if isinstance(m, GenEval) for row in m.rows]
+    for row in rows:
+        if row["filename"] in scores:
+            row["clip_score"] = scores[row["filename"]]
+    if dist.is_available() and dist.is_initialized():
+        parts: list[list] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    return sorted(rows, key=lambda row: row["filename"])

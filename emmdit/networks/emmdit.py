@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -203,10 +203,11 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     x = self.reconstructor(x, skip, height, width)
                 if self.config.position_reinforcement:
                     x = x + position
+            extra = self.attention_kwargs(i, height, width)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, c = self._gradient_checkpointing_func(block, x, c, time, mask)
+                x, c = self._gradient_checkpointing_func(block, x, c, time, mask, extra)
             else:
-                x, c = block(x, c, time, mask)
+                x, c = block(x, c, time, mask, extra)
             if return_repa and i + 1 == self.repa_depth:
                 repa = self.repa_projector(x)
 
@@ -216,6 +217,10 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if not return_dict:
             return (sample, repa) if return_repa else (sample,)
         return EMMDiTOutput(sample=sample, repa=repa)
+
+    def attention_kwargs(self, index: int, height: int, width: int) -> dict[str, Any] | None:
+        """What block `index` tells its attention beside tokens and mask; a linearized network needs the grid."""
+        return None
 
     def position(self, height: int, width: int) -> Tensor:
         """The centre of the position table, (1, height * width, D)."""

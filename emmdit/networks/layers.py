@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -150,10 +150,6 @@ class HeadNorm(nn.RMSNorm):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, (B, heads, N, d) -> the same."""
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Under bf16 autocast the CPU kernel's backward is several times slower than in float32 (torch 2.14).
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -269,16 +265,24 @@ class EMMDiTBlock(nn.Module):
         self.ff_context = None if context_pre_only else FeedForward(dim, ff_ratio)
 
     def forward(
-        self, x: Tensor, c: Tensor, time: Tensor, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        time: Tensor,
+        context_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, N, D), c (B, T, D), time (B, 6, D) or, for `zero` modulation, (B, D)."""
+        """x (B, N, D), c (B, T, D), time (B, 6, D) or, for `zero` modulation, (B, D).
+
+        `attention_kwargs` goes to the attention: none for `JointAttention`, the grids for a linearized one."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation(time)
         c_normed = self.norm1_context(c)
         if self.modulation_context is not None:
             c_shift, c_scale, c_gate, c_ff_shift, c_ff_scale, c_ff_gate = self.modulation_context(time)
             c_normed = modulate(c_normed, c_shift, c_scale)
 
-        attended, c_attended = self.attn(modulate(self.norm1(x), shift, scale), c_normed, context_mask)
+        x_normed = modulate(self.norm1(x), shift, scale)
+        attended, c_attended = self.attn(x_normed, c_normed, context_mask, **attention_kwargs or {})
         x = x + gate * attended
         x = x + ff_gate * self.ff(modulate(self.norm2(x), ff_shift, ff_scale))
         if self.modulation_context is None:

@@ -119,6 +119,8 @@ def save_nitro_e(network: EMMDiTTransformer2DModel, path: str | Path) -> None:
             "Only networks of the released kind (compression ratios 2 and 4, affine modulation, patch size 1) have a "
             "Nitro-E file; save others with save_pretrained."
         )
+    if type(network) is not EMMDiTTransformer2DModel:
+        raise ValueError(f"{type(network).__name__} has no Nitro-E file: save it with save_pretrained.")
     if network.blocks[0].attn.to_qkv is not None:
         raise ValueError("A Nitro-E file has no fused projections: call unfuse_qkv_projections() before saving.")
     released = to_released(network.state_dict(), config)

@@ -9,7 +9,6 @@ from abc import ABC
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,7 +21,7 @@ from emmdit.evaluation.geneval import GenEval, summary, write_results
 from emmdit.evaluation.geneval.detectors import Detector
 from emmdit.evaluation.images import ImageSet
 from emmdit.evaluation.prompts import PromptSet
-from emmdit.evaluation.run import labelled, measure, prepare
+from emmdit.evaluation.run import gather_rows, labelled, measure, prepare
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.counter import counter
 
@@ -89,7 +88,7 @@ class EvaluationCallback(Callback, ABC):
         prepare([self.metric], images, device)
         values = measure([self.metric], images, device, self.batch_size)
         self.latest = labelled([self.metric], values, len(images.all))
-        rows = self._rows(trainer)
+        rows = gather_rows([self.metric])
         if trainer.is_global_zero:
             self._write(trainer, images, rows)
         if device.type != "cpu":  # the training needs the memory
@@ -138,17 +137,6 @@ class EvaluationCallback(Callback, ABC):
             if folder != "step" and not keep and trainer.is_global_zero:
                 for pictures in Path(folder).glob("*/samples"):
                     shutil.rmtree(pictures, ignore_errors=True)
-
-    def _rows(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """GenEval's verdicts of all ranks; every rank must call it."""
-        if not isinstance(self.metric, GenEval):
-            return []
-        rows = [dict(row) for row in self.metric.rows]
-        if trainer.world_size > 1:
-            parts: list[list] = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
-        return rows
 
     def _write(self, trainer: Trainer, images: ImageSet, rows: list[dict[str, Any]]) -> None:
         step = trainer.global_step
