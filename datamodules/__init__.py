@@ -3,6 +3,7 @@
 from datamodules.base import TextImageDataModule
 from datamodules.hub import HubDataModule
 from datamodules.latents import LatentsDataModule
+from datamodules.mixture import MixtureDataModule
 from datamodules.shapes import ShapesDataModule
 
-__all__ = ["HubDataModule", "LatentsDataModule", "ShapesDataModule", "TextImageDataModule"]
+__all__ = ["HubDataModule", "LatentsDataModule", "MixtureDataModule", "ShapesDataModule", "TextImageDataModule"]

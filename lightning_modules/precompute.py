@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from datamodules import HubDataModule
+from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
 from emmdit.data.precompute import Settings
 from emmdit.data.precompute import precompute as precompute_rows
@@ -33,7 +34,8 @@ def precompute_parser() -> ArgumentParser:
     parser.add_argument("--vision", type=VisionFeatures | None, help="store vision features, too: 384 KiB a sample")
     parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
     parser.add_argument("--resolution", type=int, default=512, help="in pixels")
-    parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's one")
+    parser.add_argument("--buckets", type=Buckets | None, help="several sizes in place of the square: {step: 128}")
+    parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
     parser.add_argument("--dtype", default="float16", help="latents are stored in")
     parser.add_argument("--min_side", type=int | None, help="smaller images are left out; by default the resolution")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
@@ -61,7 +63,8 @@ def precompute(argv: list[str]) -> None:
     settings = Settings(
         resolution=args.resolution,
         image_column=data.columns["image"],
-        caption_columns=tuple(args.caption_columns or [data.columns["caption"]]),
+        caption_columns=tuple(args.caption_columns or data.caption_columns),
+        buckets=built.buckets,
         **{
             name: getattr(args, name)
             for name in ("dtype", "min_side", "max_pixels", "keep_images", "batch_size", "seed", "rows_per_shard")

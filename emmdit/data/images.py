@@ -79,13 +79,36 @@ def open_image(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadRow(first_line(error), "corrupt") from error
 
 
+def image_size(value: Any) -> tuple[int, int]:
+    """(height, width) of an encoded image (see `open_image`) once it is upright, from its header alone."""
+    if isinstance(value, dict):
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = (
+            value
+            if isinstance(value, Image.Image)
+            else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        )
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        if image is not value:
+            image.close()
+    return size
+
+
+def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resized (bicubic, antialiased) to cover the size, then the centre cut out: uint8 (height, width, 3)."""
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(covering, Image.Resampling.BICUBIC)  # PIL widens the filter when it shrinks
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
 def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """The short side resized (bicubic, antialiased), then the centre cut out: uint8 (resolution, resolution, 3)."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)  # PIL widens the filter when it shrinks
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+    """`fit` to resolution x resolution: the short side resized, then the centre cut out."""
+    return fit(image, resolution, resolution)
 
 
 def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -93,6 +116,7 @@ def to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(pixels).movedim(-1, -3).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def load_image(value: Any, resolution: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """An encoded image (see `open_image`) -> (3, resolution, resolution) float32 in [-1, 1]."""
-    return to_tensor(square(open_image(value, max_pixels), resolution))
+def load_image(value: Any, size: int | tuple[int, int], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """An encoded image (see `open_image`) -> (3, height, width) float32 in [-1, 1]; one number is a square's side."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return to_tensor(fit(open_image(value, max_pixels), height, width))

@@ -12,6 +12,7 @@ from torch import nn
 
 KIND = "emmdit latents"
 VERSION = 1
+TEXT_SETTINGS = ("padding_side", "hidden_layer", "mask_encoder", "clean_captions", "use_t5")
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -42,7 +43,7 @@ def describe(encoder: Any) -> dict[str, Any]:
     for name in ("latent_channels", "downsample", "scaling_factor", "shift_factor", "sample", "tiling"):
         if hasattr(encoder, name):
             found[name] = getattr(encoder, name)
-    for name in ("max_length", "caption_channels", "feature_dim", "image_size"):
+    for name in ("max_length", "caption_channels", "feature_dim", "image_size", *TEXT_SETTINGS):
         if hasattr(encoder, name):
             found[name] = getattr(encoder, name)
     return found
@@ -113,10 +114,32 @@ def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: 
                 f"The latents in '{folder}' were made with {name} {made[name]} of the codec, this experiment has "
                 f"{wanted}: name the codec that made them, or precompute again."
             )
-    found = describe(codec)["weights_sha256"]
+    _check_weights(made, folder, codec, "latents")
+
+
+def check_text(manifest: dict[str, Any], folder: str | Path, text: Any) -> None:
+    """Refuse text features that are not the ones this text encoder would make. ValueError, as `check`; loads it."""
+    made = manifest["text"]
+    cls = f"{type(text).__module__}.{type(text).__qualname__}"
+    stored = sorted(name.removeprefix("text.") for name in manifest["columns"] if name.startswith("text."))
+    pairs = [("class_path", made["class_path"], cls)]
+    names = ("max_length", "caption_channels", *TEXT_SETTINGS)
+    pairs += [(name, made.get(name), getattr(text, name)) for name in names if hasattr(text, name)]
+    pairs += [("features", stored, sorted(text.null(1)))]
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise ValueError(
+                f"The text features in '{folder}' were made with {name} {found}, this experiment's text encoder has "
+                f"{wanted}: name the one that made them, precompute again, or set the data's text to false."
+            )
+    _check_weights(made, folder, text, "text features")
+
+
+def _check_weights(made: dict[str, Any], folder: str | Path, encoder: Any, what: str) -> None:
+    found = describe(encoder)["weights_sha256"]
     if found != made["weights_sha256"]:
         raise ValueError(
-            f"The latents in '{folder}' were made with other weights of {type(codec).__name__} "
+            f"The {what} in '{folder}' were made with other weights of {type(encoder).__name__} "
             f"({made.get('source', '')}, {made['weights_sha256'][:12]}) than this experiment's "
-            f"({getattr(codec, 'source', '')}, {found[:12]}): name the codec that made them, or precompute again."
+            f"({getattr(encoder, 'source', '')}, {found[:12]}): name the one that made them, or precompute again."
         )

@@ -6,8 +6,8 @@ Three questions, each answered from (seed, position) alone:
   on all ranks. Bucket b with n_b samples gives floor((e + 1) n_b / run) - floor(e n_b / run) runs to data epoch e,
   and the runs of an epoch are shuffled. What does not fill a run is not dropped: it opens the bucket's next run.
 - **Which draw?** Each bucket is an endless stream of its own, epoch after epoch in a fresh order.
-- **Which sample?** Where sources are mixed by weights, a bucket's epoch holds so many draws of each source as its weight
-  asks for; a source hands out its samples evenly, each as often as any other, or once more.
+- **Which sample?** Where sources are mixed by weights, a bucket's epoch holds as many draws of each source as its
+  weight asks for; a source hands out its samples evenly, each as often as any other, or once more.
 
 With one bucket and no weights this is a permutation of the data set for each epoch.
 """
@@ -138,8 +138,8 @@ class Order:
         self.length = sum(group.length for group in self.groups)
         if len(self.groups) > 1 and (run is None or run < 1):
             raise ValueError(
-                f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch (batch_size x "
-                "processes), so that a batch has one size and the order does not depend on the number of processes."
+                f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch (batch_size "
+                "x processes), so that a batch has one size and the order does not depend on the number of processes."
             )
         self._cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 

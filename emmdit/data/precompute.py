@@ -27,7 +27,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from emmdit.data.images import MAX_PIXELS, BadRow, first_line, open_image, square, to_tensor
+from emmdit.data.buckets import Buckets
+from emmdit.data.buckets import size as size_of
+from emmdit.data.images import MAX_PIXELS, BadRow, first_line, fit, open_image, to_tensor
 from emmdit.data.manifest import KIND, VERSION, describe
 from emmdit.data.shards import ShardedJob, replace
 from emmdit.data.sources import fingerprint, origin, select_columns, value
@@ -40,10 +42,11 @@ class Settings:
 
     Args:
         resolution: short side after the resize, both sides after the crop. In pixels.
+        buckets: bring images to the nearest of several sizes of about resolution x resolution pixels instead.
         image_column: of the source.
         caption_columns: of the source; each holds a text or a list of texts.
         dtype: latents are stored in.
-        min_side: images with a shorter side are left out; None: `resolution`, so that nothing is enlarged.
+        min_side: images with a shorter side are left out; None: whatever would have to be enlarged.
         max_pixels: images with more are not decoded.
         keep_images: quality of a JPEG of the encoded image; None keeps none.
         batch_size: images in a call of the codec. A part of the plan, because it may change the last bits of a latent.
@@ -61,6 +64,7 @@ class Settings:
     batch_size: int = 32
     seed: int = 0
     rows_per_shard: int = 10_000
+    buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         for name in ("resolution", "batch_size", "max_pixels", "rows_per_shard"):
@@ -71,6 +75,13 @@ class Settings:
         if self.keep_images is not None and not 1 <= self.keep_images <= 100:
             raise ValueError(f"keep_images is a JPEG quality from 1 to 100, not {self.keep_images}.")
         as_dtype(self.dtype)
+        self.size_for((1, 1))  # raises where the buckets do not fit the resolution
+
+    def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that an image of this height and width is brought to."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        return size_of(int(self.buckets.assign(np.array([size]), self.resolution)[0]))
 
 
 @dataclass
@@ -118,11 +129,13 @@ class _Items(Dataset):
         if not any(item.captions):
             raise BadRow(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
         image = open_image(value(row, settings.image_column), settings.max_pixels)
-        smallest = settings.resolution if settings.min_side is None else settings.min_side
-        if min(image.size) < smallest:
-            raise BadRow(f"{image.width} x {image.height} pixels, the short side must have {smallest}", "too small")
+        height, width = settings.size_for((image.height, image.width))
+        needed = (width, height) if settings.min_side is None else (settings.min_side, settings.min_side)
+        if image.width < needed[0] or image.height < needed[1]:
+            short = f"the short side must have {needed[0]}" if needed[0] == needed[1] else f"it must have {needed}"
+            raise BadRow(f"{image.width} x {image.height} pixels, {short}", "too small")
         item.original = image.size
-        item.pixels = square(image, settings.resolution)
+        item.pixels = fit(image, height, width)
 
 
 def precompute(
@@ -208,12 +221,13 @@ def _work(
     tensors: dict[str, Any] = {}
     for (unit, last, numbers), batch in zip(_batches(*order), loader, strict=True):
         good = [item for item in batch if not item.reason]
-        if good:
-            tensors |= _encode(good, settings, encoders, device, kept, numbers[0])
+        for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
+            alike = [item for item in good if item.pixels.shape == shape]
+            tensors |= _encode(alike, settings, encoders, device, kept, numbers[0])
         rejects += [item.reject() for item in batch if item.reason]
         done += len(batch)
         if last:
-            made = list(kept)
+            made = sorted(kept, key=lambda record: record["sample_id"])
             job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
             kept, rejects = [], []
         if progress is not None:

@@ -85,8 +85,8 @@ class ResumableSampler(Sampler[list[tuple[int, int]]]):
         if self.run is not None and start % self.global_batch:
             fitting = math.gcd(start, self.run)
             raise ValueError(
-                f"The training stopped at sample {start}, which is no multiple of the global batch {self.global_batch}, "
-                f"so batches would hold images of two sizes: choose batch_size x processes among the divisors of {fitting}."
+                f"The training stopped at sample {start}, no multiple of the global batch {self.global_batch}, so that "
+                f"batches would hold images of two sizes: let batch_size x processes be a divisor of {fitting}."
             )
         positions = rank_positions(start, self.global_batch, self.rank, self.world_size)
         return list(zip(self.indices(positions).tolist(), positions.tolist(), strict=True))
