@@ -41,7 +41,7 @@ def stack(name: str) -> list[str]:
     text = yaml.safe_load((EXPERIMENTS / name).read_text())
     if "class_path" in text.get("model", {}):
         return files(name)
-    base = "emmdit/512_stage2.yaml" if name.startswith(("emmdit/", "data/")) else SHAPES
+    base = STAGES["stage1" not in name] if name.startswith(("emmdit/", "data/")) else SHAPES
     return files(base, name)
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from datamodules import LatentsDataModule
+from datamodules import LatentsDataModule, MixtureDataModule
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
@@ -64,8 +64,14 @@ def test_data_files_hold_data_alone_and_say_where_they_come_from(name: str) -> N
     run = instantiated(name)
     base = instantiated(STAGES[1])
     data = run.datamodule
-    for key in ("batch_size", "num_workers", "resolution", "validation_samples"):  # the experiment's own
+    for key in ("batch_size", "num_workers", "validation_samples"):  # the experiment's own
         assert getattr(data, key) == getattr(base.datamodule, key)
+    if isinstance(data, MixtureDataModule):  # of what `emmdit precompute` makes of other files here
+        for source, part in data.sources.items():
+            assert (part.source, part.resolution) == (f"latents/{source}", base.datamodule.resolution)
+            assert f"data/{source}.yaml" in DATA and part.images == ("stage1" in name)
+        return
+    assert data.resolution == base.datamodule.resolution
     if name == "data/latents.yaml":
         assert isinstance(data, LatentsDataModule)
         return

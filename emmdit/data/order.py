@@ -138,8 +138,8 @@ class Order:
         self.length = sum(group.length for group in self.groups)
         if len(self.groups) > 1 and (run is None or run < 1):
             raise ValueError(
-                f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch (batch_size "
-                "x processes), so that a batch has one size and the order does not depend on the number of processes."
+                f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch "
+                "(batch_size x processes), so that a batch has one size and the order does not depend on the number of processes."
             )
         self._cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
@@ -174,14 +174,14 @@ class Order:
 
     def _schedule(self, epoch: int, begin: list[int]) -> np.ndarray:
         """The runs of an epoch in their order, (runs, 2): bucket, number within it."""
-        parts = [
-            np.stack([np.full(last - first, group), np.arange(first, last)], axis=1)
-            for group, (first, last) in enumerate(zip(begin, self.runs_before(epoch + 1), strict=True))
-        ]
-        schedule = np.concatenate(parts)
+        counts = np.subtract(self.runs_before(epoch + 1), begin)
+        groups = np.repeat(np.arange(len(counts)), counts)
         if self.shuffle:
-            _random(self.seed, epoch, 3).shuffle(schedule)
-        return schedule
+            _random(self.seed, epoch, 3).shuffle(groups)
+        numbers = np.empty_like(groups)
+        for group, first in enumerate(begin):  # a bucket's own stream is read in its order
+            numbers[groups == group] = first + np.arange(counts[group])
+        return np.stack([groups, numbers], axis=1)
 
     # -- within a bucket -----------------------------------------------------------------------------
 
