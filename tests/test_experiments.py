@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from datamodules import LatentsDataModule, MixtureDataModule
+from emmdit.data.buckets import Buckets
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
@@ -88,6 +89,18 @@ def test_a_precompute_file_is_parsed_and_built(name: str) -> None:
     codec = parser.instantiate(args).codec
     assert args.resolution % codec.downsample == 0 and args.trainer["devices"] == 8
     assert not codec.loaded
+
+
+def test_several_captions_and_buckets_are_options_of_data_and_precompute() -> None:
+    parser = precompute_parser()
+    options = ["--buckets.step=128", "--caption_columns=[long, short]", "--out", "unused"]
+    built = parser.instantiate(parser.parse_args([*files("data/pd12m.yaml", PRECOMPUTED[0]), *options]))
+    assert built.buckets == Buckets(step=128) and built.caption_columns == ["long", "short"]
+    text = "{buckets: {step: 128}, size_columns: [h, w], caption_column: [a, b], caption_weights: [3, 1], bucket_batch: 64}"
+    laid = change(f"data: {{init_args: {text}}}")
+    data = cli(*files(STAGES[1], "data/pd12m.yaml"), *laid, *ON_CPU).datamodule
+    assert data.buckets == Buckets(step=128) and data.caption_columns == ["a", "b"] and data.bucket_batch == 64
+    assert tuple(data.size_columns) == ("h", "w") and data.caption_weights == [3, 1]
 
 
 @pytest.mark.parametrize("name", FILES)

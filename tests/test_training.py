@@ -43,7 +43,9 @@ TINY = [
 ]
 
 
-def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+def fit(
+    run_dir: Path, *extra: str, ranks: int = 1, check: bool = True, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """`emmdit fit` in its own process, as a user would start it."""
     command = [
         *(
@@ -65,7 +67,7 @@ def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subpr
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if check and done.returncode:
@@ -349,8 +351,8 @@ def test_killed_on_two_ranks_goes_on_with_one_then_three(tmp_path: Path, monkeyp
         "--data.init_args.validation_samples=8",
         "--data.init_args.bucket_batch=12",
         "--model.init_args.denoiser.init_args.subregion_pattern=[full]",
-        "--trainer.val_check_interval=100",
         "--trainer.limit_val_batches=0",
+        "--trainer.logger=false",
         "--checkpoint.every_n_train_steps=1",
     )
 
@@ -368,6 +370,7 @@ def test_killed_on_two_ranks_goes_on_with_one_then_three(tmp_path: Path, monkeyp
             *(("--ckpt_path=last",) if (tmp_path / name / "checkpoints").exists() else ()),
             ranks=ranks,
             check=kill_at is None,
+            timeout=900,
         )
         assert (done.returncode != 0) == (kill_at is not None), done.stderr[-3000:]
         shares = [read(record, rank) for rank in range(ranks)]
