@@ -2,6 +2,8 @@
 
 from datamodules.base import TextImageDataModule
 from datamodules.hub import HubDataModule
+from datamodules.latents import LatentsDataModule
+from datamodules.mixture import MixtureDataModule
 from datamodules.shapes import ShapesDataModule
 
-__all__ = ["HubDataModule", "ShapesDataModule", "TextImageDataModule"]
+__all__ = ["HubDataModule", "LatentsDataModule", "MixtureDataModule", "ShapesDataModule", "TextImageDataModule"]

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
+from emmdit.data.buckets import codes_of, size
 from emmdit.data.loader import ResumableLoader
+from emmdit.data.order import Order
+from emmdit.data.report import report, report_text
+from emmdit.data.sampler import ResumableSampler
 
 
 class TextImageDataModule(LightningDataModule):
     """Base class; a subclass makes its data sets in `setup` and tells where they come from.
 
-    Data sets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w).
+    Data sets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
+    whose images have several sizes tell them by `buckets()`, see `emmdit.data.buckets`.
 
     Args:
         batch_size: samples per process and forward pass.
         num_workers: loader processes; 0 loads in the training process.
         seed: of the order of samples.
         validation_samples: how many the validation loss is computed on.
+        shuffle_block: None: any sample may follow any. Else blocks of so many consecutive samples are shuffled, and
+            then samples within 16 of them: reads stay local, for disks on which that counts.
+        bucket_batch: where images have several sizes, so many samples of one size follow each other. A multiple of
+            the global batch (batch_size x processes); a part of the order, so keep it when a run is resumed.
     """
 
     source: ClassVar[str] = ""
@@ -28,13 +41,20 @@ class TextImageDataModule(LightningDataModule):
     card: ClassVar[str] = ""
 
     def __init__(
-        self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, validation_samples: int = 256
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        validation_samples: int = 256,
+        shuffle_block: int | None = None,
+        bucket_batch: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
+        self.shuffle_block, self.bucket_batch = shuffle_block, bucket_batch
         self._loader: ResumableLoader | None = None
 
     @abstractmethod
@@ -53,28 +73,94 @@ class TextImageDataModule(LightningDataModule):
             "digest": "",
         }
 
+    def provenances(self) -> list[dict[str, str]]:
+        """Of each source."""
+        return [self.provenance()]
+
+    def order(self, dataset: Any) -> Order:
+        """Which of the data set's samples stands where in the stream. ValueError with one sentence."""
+        codes = codes_of(dataset)
+        return Order(
+            len(dataset),
+            self.seed,
+            block=self.shuffle_block,
+            counts=getattr(dataset, "counts", None),
+            weights=getattr(dataset, "weights", None),
+            buckets=None if isinstance(codes, int) else codes,
+            run=self.bucket_batch,
+        )
+
     def train_dataloader(self) -> ResumableLoader:
         trainer = self.trainer
         samples_seen = self._loader.samples_seen if self._loader is not None else 0
         samples_seen = max(samples_seen, getattr(trainer.lightning_module, "samples_seen", 0))
+        dataset = self.train_dataset()
+        order = self.order(dataset)
+        if self._loader is None and trainer.is_global_zero:
+            self._report(dataset, order)
         self._loader = ResumableLoader(
-            self.train_dataset(),
+            dataset,
             global_batch=self.batch_size * trainer.world_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             seed=self.seed,
             num_workers=self.num_workers,
             samples_seen=samples_seen,
+            order=order,
         )
         return self._loader
 
+    def _report(self, dataset: Any, order: Order) -> None:
+        """What is mixed and what the buckets lose: said once, and `data_report.json` in the run folder."""
+        bucketed = len(order.groups) > 1
+        sources = list(getattr(dataset, "sources", ()))
+        found = report(order, sources, getattr(dataset, "sizes", None) if bucketed else None)
+        if text := report_text(found):
+            print(text, flush=True)
+            folder = Path(self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "data_report.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def check_order(self, dataset: Any) -> None:
+        """Refuse sizes that the network or the batch can not take, before the network is built."""
+        codes = codes_of(dataset)
+        world_size = getattr(self.trainer, "world_size", 1)
+        ResumableSampler(len(dataset), self.batch_size * world_size, 0, world_size, order=self.order(dataset))
+        module = self.trainer.lightning_module if self.trainer else None
+        if isinstance(codes, int) or not hasattr(module, "denoiser_factory"):
+            return
+        with torch.device("meta"):
+            denoiser = module.denoiser_factory()
+        for height, width in map(size, np.unique(codes).tolist()):
+            try:
+                if height % module.codec.downsample or width % module.codec.downsample:
+                    raise ValueError(f"{type(module.codec).__name__} needs multiples of {module.codec.downsample}.")
+                if hasattr(denoiser, "check_sizes"):
+                    sides = (side // module.codec.downsample for side in (height, width))
+                    denoiser.check_sizes(*sides, module.text.max_length)
+            except ValueError as error:
+                raise ValueError(f"The bucket of {height} x {width} px does not fit the network: {error}") from error
+
+    def validation_indices(self, dataset: Any) -> np.ndarray:
+        """Which of the held-out samples the validation loss is computed on."""
+        return np.arange(min(self.validation_samples, len(dataset)))
+
     def val_dataloader(self) -> DataLoader:
-        """Every rank the same number of samples: a rank with one batch fewer would leave the others waiting."""
+        """Every rank the same number of samples: a rank with one batch fewer would leave the others waiting.
+
+        Of each bucket as many as divide by the number of processes.
+        """
         dataset = self.validation_dataset()
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        count = min(self.validation_samples, len(dataset)) // world * world
-        if count == 0:
+        indices = self.validation_indices(dataset)
+        codes = np.broadcast_to(codes_of(dataset), len(dataset))[indices]
+        batches: list[list[int]] = []
+        for bucket in np.unique(codes):
+            members = indices[codes == bucket]
+            mine = members[rank : len(members) // world * world : world].tolist()
+            batches += [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
+        if not batches:
             raise ValueError(
                 f"{len(dataset)} validation samples are too few for {world} processes: raise validation_samples."
             )
-        return DataLoader(Subset(dataset, range(rank, count, world)), batch_size=self.batch_size)
+        return DataLoader(dataset, batch_sampler=batches)

@@ -42,6 +42,9 @@ commands:
   import-nitro-e   a released Nitro-E .safetensors file as such a folder
   evaluate         FID, CLIP score, GenEval: emmdit evaluate --ckpt RUN -c experiments/evaluation/shapes.yaml
   reference-stats  statistics of real images, which FID and its kin compare with
+  precompute       images to latents on disk: emmdit precompute -c experiments/data/pd12m.yaml \\
+                   -c experiments/precompute/dcae_512.yaml -c experiments/trainer/ddp_8gpu.yaml --out latents/pd12m
+  generate-dataset pictures for a list of prompts, by any text-to-image pipeline, as a data set
 
 `emmdit COMMAND --help` tells more. Several -c files are laid over each other, the later ones win.
 """

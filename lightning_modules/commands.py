@@ -14,6 +14,8 @@ from emmdit.images import grid, save_png
 from lightning_modules.card import write_card
 from lightning_modules.drawing import DTYPES, nitro_e_pipeline
 from lightning_modules.evaluate import evaluate
+from lightning_modules.generate_dataset import generate_dataset
+from lightning_modules.precompute import precompute
 from lightning_modules.reference_stats import reference_stats
 from lightning_modules.runs import load_pipeline
 
@@ -142,4 +144,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import-nitro-e": import_nitro_e,
     "evaluate": evaluate,
     "reference-stats": reference_stats,
+    "precompute": precompute,
+    "generate-dataset": generate_dataset,
 }

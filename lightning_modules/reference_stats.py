@@ -19,8 +19,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from emmdit.data.rows import CaptionedRows, first_line, load_image, open_source, select_columns
+from emmdit.data.images import first_line, load_image
+from emmdit.data.rows import CaptionedRows
 from emmdit.data.shapes import ShapesDataset, ShapesWorld, render_scene
+from emmdit.data.sources import open_source, select_columns
 from emmdit.evaluation.clip import CLIP
 from emmdit.evaluation.features import CleanInception, CLIPFeatures, FeatureExtractor
 from emmdit.evaluation.prompts import ShapesPrompts

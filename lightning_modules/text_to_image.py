@@ -225,7 +225,7 @@ class TextToImage(LightningModule):
         noise = step_noise(x0.shape[1:], rows, total, self.random("noise", x0.device))
         t = self.timesteps(total, self.random("timesteps"))[rows].to(x0.device)
         drop = torch.rand(total, generator=self.random("dropout"))[rows] < self.caption_dropout
-        condition = self.condition(batch["caption"], drop)
+        condition = self.condition(batch["caption"], drop, batch.get("condition"))
 
         x_t = self.path.interpolate(x0, noise, t)
         extra = {key: value for component in self.components for key, value in component.network_kwargs.items()}
@@ -242,9 +242,12 @@ class TextToImage(LightningModule):
     def latents(self, batch: dict[str, Any]) -> Tensor:
         return batch["latents"].float() if "latents" in batch else self.codec.encode(batch["image"])
 
-    def condition(self, captions: list[str], drop: Tensor | None = None) -> Condition:
-        """Text conditions in the network's precision; rows marked in `drop (B,)`, on the CPU, get the empty prompt."""
-        condition = self.text(captions)
+    def condition(self, captions: list[str], drop: Tensor | None = None, stored: Condition | None = None) -> Condition:
+        """Text conditions in the network's precision; rows marked in `drop (B,)`, on the CPU, get the empty prompt.
+
+        `stored` conditions of the captions, precomputed, spare running the text encoder.
+        """
+        condition = self.text(captions) if stored is None else stored
         if drop is not None and drop.any():
             null = self.text.null(len(captions))
             condition = {
@@ -261,7 +264,7 @@ class TextToImage(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss at eight fixed timesteps with a noise that belongs to the sample, on both sets of weights."""
         x0 = self.latents(batch)
-        condition = self.condition(batch["caption"])
+        condition = self.condition(batch["caption"], stored=batch.get("condition"))
         noise = torch.stack(
             [
                 torch.randn(x0.shape[1:], generator=generator(self.seed, "validation", int(sample_id)))

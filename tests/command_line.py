@@ -42,7 +42,12 @@ def stack(name: str) -> list[str]:
     text = yaml.safe_load((EXPERIMENTS / name).read_text())
     if "class_path" in text.get("model", {}):
         return files(name)
-    bases = {"emmdit/": "emmdit/512_stage2.yaml", "shapes/edit_": EDIT, "shapes/mm_edit_": MM_EDIT}
+    bases = {
+        "emmdit/": STAGES[1],
+        "data/": STAGES["stage1" not in name],
+        "shapes/edit_": EDIT,
+        "shapes/mm_edit_": MM_EDIT,
+    }
     return files(next((base for start, base in bases.items() if name.startswith(start)), SHAPES), name)
 
 

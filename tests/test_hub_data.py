@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from datamodules import HubDataModule
+from emmdit.data.images import load_image
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.rows import load_image
 from lightning_modules.config_errors import sentence
 
 COUNT = 10
@@ -170,6 +170,7 @@ def test_sources_that_can_not_be_had(tmp_path: Path, parquet: Path) -> None:
     cases = [
         (tmp_path / "nothing", {}, "do not exist"),
         (tmp_path / "no*.parquet", {}, "No file matches"),
+        (tmp_path / "no*.tar", {}, "No file matches"),
         ("nothing", {}, "'nothing' do not exist"),
         ("someone/nothing", {}, "'someone/nothing' is not in the local cache and the hub can not be reached"),
         (tmp_path / "empty", {}, "can not be opened"),

@@ -55,7 +55,7 @@ def test_long_order_is_small_and_cache_stays_small():
     sampler = ResumableSampler(1000, 10)
     for n in range(500):
         sampler.batch(n * 10)
-    assert len(sampler._orders) == 1 and epoch_order(1000, 0, 0).dtype == np.int32
+    assert [len(kept) for kept in sampler.order._cache.values()] == [1] and epoch_order(1000, 0, 0).dtype == np.int32
 
 
 def test_rank_positions():

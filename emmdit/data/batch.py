@@ -21,3 +21,5 @@ class Batch(TypedDict):
     """(B, C, h, w), already scaled as the codec's `encode` would."""
     features: NotRequired[torch.Tensor]
     """(B, N, D) precomputed vision features, row-major patches."""
+    condition: NotRequired[dict[str, torch.Tensor]]
+    """Precomputed text condition of the caption, as the text encoder would give it."""

@@ -9,24 +9,29 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from emmdit.data.captions import choose
+from emmdit.data.order import Order
 from emmdit.data.sampler import ResumableSampler
 
 
 class _Positioned(Dataset):
-    """Looks up (index, position) pairs and writes both into the sample, in the worker process."""
+    """Looks up (index, position) pairs, writes both into the sample, and chooses among its captions, in the worker."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> list[dict[str, Any]]:
         if hasattr(self.dataset, "__getitems__"):  # reads a batch at once, e.g. Hugging Face `datasets`
             samples = self.dataset.__getitems__([index for index, _ in pairs])
         else:
             samples = [self.dataset[index] for index, _ in pairs]
-        return [
-            {**sample, "sample_id": index, "position": position}
-            for sample, (index, position) in zip(samples, pairs, strict=True)
-        ]
+        return [self._placed(sample, *pair) for sample, pair in zip(samples, pairs, strict=True)]
+
+    def _placed(self, sample: dict[str, Any], index: int, position: int) -> dict[str, Any]:
+        sample = {**sample, "sample_id": index, "position": position}
+        if "captions" in sample:
+            sample["caption"] = choose(sample.pop("captions"), self.seed, position)
+        return sample
 
 
 class ResumableLoader:
@@ -38,7 +43,8 @@ class ResumableLoader:
     counted. The batches do not depend on `num_workers`, as long as `dataset[i]` is a function of i alone.
 
     Each batch is collated by torch's `default_collate` (captions become a list of str) and gains `sample_id`
-    (B,) int64, the index in the data set, and `position` (B,) int64, the global position in the stream.
+    (B,) int64, the index in the data set, and `position` (B,) int64, the global position in the stream. Where a
+    sample has `captions`, pairs of text and weight, one becomes its `caption`, by seed and position.
 
     Use it for training only: validation wants the same samples every time. With Lightning set
     `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself
@@ -53,6 +59,7 @@ class ResumableLoader:
         pin_memory: copy batches to page-locked memory; only where there is an accelerator.
         collate_fn: in place of `default_collate`.
         samples_seen: position to begin at.
+        order: of the samples, with mixing, buckets or a block shuffle; a plain one by default.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class ResumableLoader:
         pin_memory: bool = True,
         collate_fn: Callable[[list[dict[str, Any]]], Any] = default_collate,
         samples_seen: int = 0,
+        order: Order | None = None,
     ) -> None:
         if global_batch % world_size:
             # the mean over ranks of their mean losses would weigh samples unequally
@@ -78,10 +86,10 @@ class ResumableLoader:
             )
         self.samples_seen = samples_seen
         self.wait_seconds = 0.0  # spent in here waiting for batches, since it was made
-        self.sampler = ResumableSampler(len(dataset), global_batch, rank, world_size, seed, shuffle)
+        self.sampler = ResumableSampler(len(dataset), global_batch, rank, world_size, seed, shuffle, order=order)
         workers = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor} if num_workers else {}
         self.dataloader = DataLoader(
-            _Positioned(dataset),
+            _Positioned(dataset, seed),
             batch_sampler=self.sampler,
             num_workers=num_workers,
             pin_memory=pin_memory and torch.cuda.is_available(),

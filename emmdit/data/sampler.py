@@ -2,9 +2,9 @@
 
 The training data are one endless stream. *Position* p is the number of samples drawn before it by all ranks
 together; data epoch e covers the positions [e * length, (e + 1) * length) and holds every sample exactly
-once, in an order drawn from (seed, e). A global batch is the next `global_batch` positions, and may span two
-epochs, so that nothing is dropped whatever the batch size. Within it rank r takes the positions start + r,
-start + r + world_size, ...
+once, in an order drawn from (seed, e) (more on mixtures and buckets in `emmdit.data.order`). A global batch is the
+next `global_batch` positions, and may span two epochs, so that nothing is dropped whatever the batch size. Within it
+rank r takes the positions start + r, start + r + world_size, ...
 
 The position is therefore all that has to be stored, and it means the same on every rank and for any number of
 ranks.
@@ -12,22 +12,14 @@ ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
 
-
-def epoch_order(length: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The sample indices of one epoch in their order, (length,) int32 (int64 above 2**31 samples).
-
-    numpy's legacy `RandomState` is used on purpose: its streams are frozen for good (NEP 19), so an order
-    survives an upgrade of numpy or torch in the middle of a long run. 25M samples take 100 MB.
-    """
-    order = np.arange(length, dtype=np.int32 if length <= np.iinfo(np.int32).max else np.int64)
-    if shuffle:
-        np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch)))).shuffle(order)
-    return order
+from emmdit.data.order import Order
+from emmdit.data.order import epoch_order as epoch_order
 
 
 def rank_positions(start: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
@@ -50,6 +42,10 @@ class ResumableSampler(Sampler[list[tuple[int, int]]]):
         seed: of the order.
         shuffle: False keeps the order of the data set in every epoch.
         start: position of the first sample.
+        order: with mixing, buckets or a block shuffle; `length`, `seed` and `shuffle` are then not read.
+
+    Raises:
+        ValueError: one sentence; a batch that would hold images of two sizes, too, when it is made.
     """
 
     def __init__(
@@ -61,38 +57,37 @@ class ResumableSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         shuffle: bool = True,
         start: int = 0,
+        order: Order | None = None,
     ) -> None:
-        if length < 1:
-            raise ValueError("The data set is empty: check its path and filters.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size} processes: ranks count from 0.")
         if global_batch < world_size:
             raise ValueError(f"A global batch of {global_batch} is too small for {world_size} processes: raise it.")
-        self.length, self.global_batch = length, global_batch
-        self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle, self.start = seed, shuffle, start
-        self._orders: dict[int, np.ndarray] = {}  # of the epochs in the latest batch, one or two as a rule
+        self.order = order or Order(length, seed, shuffle)
+        self.global_batch, self.rank, self.world_size, self.start = global_batch, rank, world_size, start
+        self.run = self.order.run if len(self.order.groups) > 1 else None
+        if self.run is not None and self.run % global_batch:
+            raise ValueError(
+                f"bucket_batch {self.run} is no multiple of the global batch {global_batch} (batch_size x processes): "
+                "batches would hold images of two sizes."
+            )
 
     def __len__(self) -> int:
         """Batches until every sample was drawn once, counted from the start of an epoch."""
-        return -(-self.length // self.global_batch)
+        return -(-self.order.length // self.global_batch)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position, (n,) int64."""
-        epochs, offsets = np.divmod(positions, self.length)
-        needed = np.unique(epochs)
-        for epoch in [e for e in self._orders if e not in needed]:
-            del self._orders[epoch]
-        out = np.empty(len(positions), dtype=np.int64)
-        for epoch in needed.tolist():
-            if epoch not in self._orders:
-                self._orders[epoch] = epoch_order(self.length, self.seed, epoch, self.shuffle)
-            here = epochs == epoch
-            out[here] = self._orders[epoch][offsets[here]]
-        return out
+        return self.order.indices(positions)
 
     def batch(self, start: int) -> list[tuple[int, int]]:
         """This rank's (sample index, position) pairs of the global batch beginning at `start`."""
+        if self.run is not None and start % self.global_batch:
+            fitting = math.gcd(start, self.run)
+            raise ValueError(
+                f"The training stopped at sample {start}, no multiple of the global batch {self.global_batch}, so that "
+                f"batches would hold images of two sizes: let batch_size x processes be a divisor of {fitting}."
+            )
         positions = rank_positions(start, self.global_batch, self.rank, self.world_size)
         return list(zip(self.indices(positions).tolist(), positions.tolist(), strict=True))
 

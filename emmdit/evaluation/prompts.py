@@ -142,7 +142,7 @@ class HubPrompts(PromptSet):
         self.name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
 
     def load(self) -> list[dict[str, Any]]:
-        from emmdit.data.rows import open_source
+        from emmdit.data.sources import open_source
 
         rows = open_source(self.source, self.split, revision=self.revision)
         if self.column not in rows.column_names:

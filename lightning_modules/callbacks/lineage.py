@@ -6,12 +6,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class DataLineage(Callback):
-    """Logs `datamodule.provenance()` as a data set input of the run."""
+    """Logs each of `datamodule.provenances()` as a data set input of the run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        provenance = getattr(trainer.datamodule, "provenance", None)
-        if provenance is None:
-            return
+        provenances = getattr(trainer.datamodule, "provenances", list)()
         for logger in trainer.loggers:
             if hasattr(logger, "log_dataset"):
-                logger.log_dataset(**provenance(), context="training")
+                for provenance in provenances:
+                    logger.log_dataset(**provenance, context="training")

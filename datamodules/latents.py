@@ -1,0 +1,96 @@
+"""Latents that `emmdit precompute` made, checked against the experiment's codec before the network is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.base import TextImageDataModule
+from emmdit.data.captions import check_weights
+from emmdit.data.latents import LatentsRows
+from emmdit.data.manifest import check, check_text, read_manifest
+
+
+class LatentsDataModule(TextImageDataModule):
+    """A folder with `manifest.json`, the first `validation_samples` held out.
+
+    Args:
+        source: the folder.
+        resolution: of the images behind the latents, in pixels; null takes what the manifest says.
+        images: give kept pictures to the training, too, for a REPA that computes its features.
+        text: use kept text features in place of running the text encoder (dropped captions still become its empty one).
+            They are of the first caption, and so is the training then.
+        caption_weights: of the first, second, ... caption where pictures have several; by default equal. Each position
+            of the training takes one.
+        licence, card: in place of those that the manifest has from the source.
+        batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        resolution: int | None = None,
+        images: bool = True,
+        text: bool = True,
+        caption_weights: list[float] | None = None,
+        licence: str = "",
+        card: str = "",
+        batch_size: int = 64,
+        num_workers: int = 4,
+        seed: int = 0,
+        validation_samples: int = 256,
+        shuffle_block: int | None = None,
+        bucket_batch: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch)
+        check_weights(caption_weights)
+        self.text, self.caption_weights = text, caption_weights
+        self.source, self.licence, self.card = source, licence, card
+        self.resolution, self.images = resolution, images
+
+    def setup(self, stage: str) -> None:
+        """Compare manifest and experiment before the network is built. ValueError with one sentence."""
+        manifest = read_manifest(self.source)
+        samples = manifest["counts"]["samples"]
+        if samples <= self.validation_samples:
+            raise ValueError(
+                f"'{self.source}' has {samples} samples, and {self.validation_samples} of them are held out for "
+                "validation: lower validation_samples."
+            )
+        codec = getattr(self.trainer.lightning_module, "codec", None) if self.trainer else None
+        if codec is not None:
+            check(manifest, self.source, codec, self.resolution)
+        text = getattr(self.trainer.lightning_module, "text", None) if self.trainer else None
+        if self._has_text(manifest):
+            if self.caption_weights is not None:
+                raise ValueError(
+                    f"The text features in '{self.source}' are of the first caption: set text to false to train on "
+                    "several."
+                )
+            if text is not None:
+                check_text(manifest, self.source, text)
+        if manifest.get("buckets"):
+            self.check_order(self.train_dataset())
+
+    def _has_text(self, manifest: dict[str, Any]) -> bool:
+        return self.text and "text" in manifest
+
+    def train_dataset(self) -> LatentsRows:
+        captions = not self._has_text(read_manifest(self.source))
+        return LatentsRows(
+            self.source, self.validation_samples, None, self.images, self.text, captions, self.caption_weights
+        )
+
+    def validation_dataset(self) -> LatentsRows:
+        return LatentsRows(self.source, 0, self.validation_samples, self.images, self.text)
+
+    def provenance(self) -> dict[str, str]:
+        """Where the pictures behind the latents come from, and the hash of the latents."""
+        manifest = read_manifest(self.source)
+        origin = manifest["source"]
+        return {
+            "name": str(origin.get("source", self.source)),
+            "source": f"{origin.get('source', '')} -> {self.source}",
+            "licence": self.licence or origin.get("licence", ""),
+            "card": self.card or origin.get("card", ""),
+            "digest": f"{manifest['sha256'][:16]} {manifest['counts']['samples']} samples",
+        }

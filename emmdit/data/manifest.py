@@ -1,0 +1,145 @@
+"""What a folder of precomputed latents was made of and with, and whether that is what a training wants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+KIND = "emmdit latents"
+VERSION = 1
+TEXT_SETTINGS = ("padding_side", "hidden_layer", "mask_encoder", "clean_captions", "use_t5")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names and values of parameters and buffers, rounded to bfloat16 first: weights that were loaded in
+    float32 and in bfloat16 are the same weights (in float16 they may not be)."""
+    digest = hashlib.sha256()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # those that no file keeps decide, too
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe(encoder: Any) -> dict[str, Any]:
+    """Class, source and weights of a codec, text or vision encoder; loads it."""
+    cls = type(encoder)
+    found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    for name in ("source", "subfolder", "revision"):
+        if getattr(encoder, name, None) is not None:
+            found[name] = str(getattr(encoder, name))
+    parts = getattr(encoder, "encoders", None) or [encoder]
+    hashes = [weights_hash(part.model) for part in parts if isinstance(getattr(part, "model", None), nn.Module)]
+    found["dtype"] = str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch.")
+    found["weights_sha256"] = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    for name in ("latent_channels", "downsample", "scaling_factor", "shift_factor", "sample", "tiling"):
+        if hasattr(encoder, name):
+            found[name] = getattr(encoder, name)
+    for name in ("max_length", "caption_channels", "feature_dim", "image_size", *TEXT_SETTINGS):
+        if hasattr(encoder, name):
+            found[name] = getattr(encoder, name)
+    return found
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """manifest.json of a folder that `emmdit precompute` finished, its files there and of their sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that says what to do.
+    """
+    folder = Path(folder).expanduser()
+    file = folder / "manifest.json"
+    if not file.is_file():
+        if (folder / "plan.json").is_file():
+            raise ValueError(f"'{folder}' is not finished: run the same `emmdit precompute` again, and it goes on.")
+        raise FileNotFoundError(f"'{folder}' holds no manifest.json: name a folder made by `emmdit precompute`.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if (manifest["kind"], manifest["version"]) != (KIND, VERSION):
+            raise ValueError(f"it is '{manifest['kind']}' in version {manifest['version']}, not '{KIND}' {VERSION}")
+        shards = [(folder / shard["file"], shard["bytes"]) for shard in manifest["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} can not be used: {error}.") from error
+    for shard, size in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"The shard {shard} is missing: copy it again, or run `emmdit precompute` again.")
+        if (found := shard.stat().st_size) != size:
+            raise ValueError(
+                f"The shard {shard} has {found:,} bytes, its manifest says {size:,}: copy it again, or run `emmdit "
+                "precompute` again."
+            )
+    return manifest
+
+
+def verify(folder: str | Path) -> None:
+    """Read every byte and compare the hashes. ValueError names the first shard that differs."""
+    folder = Path(folder).expanduser()
+    for shard in read_manifest(folder)["shards"]:
+        with open(folder / shard["file"], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                raise ValueError(f"The shard {folder / shard['file']} is not what was written: its hash differs.")
+
+
+def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: int | None = None) -> None:
+    """Refuse latents that are not the ones this codec would make. What costs nothing is compared before the weights.
+
+    The type the codec computes in may differ: it changes the latents by rounding alone.
+
+    Raises:
+        ValueError: one sentence that names the difference.
+    """
+    if resolution is not None and resolution != manifest["resolution"]:
+        raise ValueError(
+            f"The latents in '{folder}' are of {manifest['resolution']} px, the data section asks for {resolution}: "
+            "change its resolution, or precompute again."
+        )
+    made = manifest["codec"]
+    cls = f"{type(codec).__module__}.{type(codec).__qualname__}"
+    pairs = [("class_path", cls)]
+    pairs += [(name, getattr(codec, name)) for name in ("latent_channels", "downsample")]
+    for name in ("scaling_factor", "shift_factor"):
+        if name in made and hasattr(codec, name):
+            pairs.append((name, getattr(codec, name)))
+    for name, wanted in pairs:
+        if made[name] != wanted:
+            raise ValueError(
+                f"The latents in '{folder}' were made with {name} {made[name]} of the codec, this experiment has "
+                f"{wanted}: name the codec that made them, or precompute again."
+            )
+    _check_weights(made, folder, codec, "latents")
+
+
+def check_text(manifest: dict[str, Any], folder: str | Path, text: Any) -> None:
+    """Refuse text features that are not the ones this text encoder would make. ValueError, as `check`; loads it."""
+    made = manifest["text"]
+    cls = f"{type(text).__module__}.{type(text).__qualname__}"
+    stored = sorted(name.removeprefix("text.") for name in manifest["columns"] if name.startswith("text."))
+    pairs = [("class_path", made["class_path"], cls)]
+    names = ("max_length", "caption_channels", *TEXT_SETTINGS)
+    pairs += [(name, made.get(name), getattr(text, name)) for name in names if hasattr(text, name)]
+    pairs += [("features", stored, sorted(text.null(1)))]
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise ValueError(
+                f"The text features in '{folder}' were made with {name} {found}, this experiment's text encoder has "
+                f"{wanted}: name the one that made them, precompute again, or set the data's text to false."
+            )
+    _check_weights(made, folder, text, "text features")
+
+
+def _check_weights(made: dict[str, Any], folder: str | Path, encoder: Any, what: str) -> None:
+    found = describe(encoder)["weights_sha256"]
+    if found != made["weights_sha256"]:
+        raise ValueError(
+            f"The {what} in '{folder}' were made with other weights of {type(encoder).__name__} "
+            f"({made.get('source', '')}, {made['weights_sha256'][:12]}) than this experiment's "
+            f"({getattr(encoder, 'source', '')}, {found[:12]}): name the one that made them, or precompute again."
+        )

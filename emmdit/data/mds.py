@@ -1,0 +1,264 @@
+"""MDS shards, the layout of MosaicML's streaming in which Nitro-E and micro_diffusion keep their data.
+
+A folder holds `index.json`, which lists shards with the names and encodings of their columns. A shard is a uint32
+count n, n + 1 uint32 offsets of the samples from the beginning of the file, a copy of the index entry, and the
+samples; a sample is the uint32 sizes of its columns of variable size, then all columns one behind the other. Read here
+by memory map: no copy, no shared memory, no writer's package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from emmdit.data.images import BadRow, first_line
+
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+_SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}
+# The byte that stands for the type of an array: its bits, plus 0, 1 or 2 for unsigned, signed and float.
+_ARRAY_DTYPES = {8 * dtype.itemsize + "uif".index(dtype.kind): dtype for dtype in _SCALARS.values()}
+# Extension of a packed shard -> what Arrow calls its compression.
+_PACKED = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
+
+
+class MDSDataset(Dataset):
+    """Map-style: `ds[i]` is a dict of the columns, decoded as the original reader does.
+
+    str, int, numpy scalars and arrays, dicts (json), bytes, and for `jpeg`, `png` and `pil` a PIL image, whose pixels
+    are decoded when they are touched. `raw(i)` gives the bytes of each column. Rows of a truncated shard that are
+    whole can be read, the others raise a `BadRow` that names file and row.
+
+    Args:
+        root: folder with `index.json`, or of folders that have one.
+        columns: only these; all by default.
+
+    Raises:
+        FileNotFoundError, ValueError: no index, or one that can not be used (a pickled column is refused).
+    """
+
+    def __init__(self, root: str | Path, columns: list[str] | None = None) -> None:
+        self.root = Path(root).expanduser()
+        indices = [self.root / "index.json"]
+        if not indices[0].is_file():
+            indices = sorted(self.root.rglob("index.json"))
+        if not indices:
+            raise FileNotFoundError(f"There is no index.json in '{root}': name the folder of an MDS data set.")
+        self.shards = [_Shard(index.parent, entry) for index in indices for entry in _entries(index)]
+        self.shards = [shard for shard in self.shards if shard.samples]
+        if not self.shards:
+            raise ValueError(f"The MDS data set '{root}' has no samples.")
+        self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
+        first = self.shards[0]
+        for shard in self.shards:
+            if shard.encodings != first.encodings:
+                raise ValueError(
+                    f"{shard.path} has other columns ({_listed(shard)}) than {first.path.name} ({_listed(first)}): "
+                    "read their folders one by one."
+                )
+        self.column_names = list(first.encodings)
+        if columns is not None:
+            unknown = [name for name in columns if name not in first.encodings]
+            if unknown:
+                raise ValueError(f"'{root}' has no column '{unknown[0]}': it has {', '.join(first.encodings)}.")
+            self.column_names = list(columns)
+
+    @property
+    def _fingerprint(self) -> str:
+        parts = [(shard.path.relative_to(self.root).as_posix(), shard.samples, shard.size) for shard in self.shards]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def select_columns(self, names: list[str]) -> MDSDataset:
+        """The same rows with these columns alone."""
+        return MDSDataset(self.root, list(names))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, sample = self._find(index)
+        row = {}
+        for name, data in shard.read(sample, self.column_names).items():
+            try:
+                row[name] = shard.decoders[name](data)
+            except Exception as error:
+                raise BadRow(f"{shard.path.name}, sample {sample}, column '{name}': {first_line(error)}") from error
+        return row
+
+    def raw(self, index: int) -> dict[str, bytes]:
+        """The bytes of each column as they stand in the shard."""
+        shard, sample = self._find(index)
+        return shard.read(sample, self.column_names)
+
+    def origin(self, index: int) -> str:
+        """Where row `index` comes from, for messages."""
+        shard, sample = self._find(index)
+        return f"{shard.path.relative_to(self.root)}, sample {sample}"
+
+    def _find(self, index: int) -> tuple[_Shard, int]:
+        index = int(index)
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} is outside this data set of {len(self)} rows.")
+        number = bisect_right(self._starts, index) - 1
+        return self.shards[number], index - self._starts[number]
+
+
+class _Shard:
+    """One file. It is mapped when first read, in each process anew."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        try:
+            if entry["format"] != "mds":
+                raise ValueError(f"its format is '{entry['format']}', and only mds is read here")
+            self.samples = int(entry["samples"])
+            self.size = int(entry["raw_data"]["bytes"])
+            names, encodings = entry["column_names"], entry["column_encodings"]
+            self.sizes = dict(zip(names, entry["column_sizes"], strict=True))
+            self.encodings = dict(zip(names, encodings, strict=True))
+            self.path = folder / _inside(entry["raw_data"]["basename"])
+            self.packed = folder / _inside(entry["zip_data"]["basename"]) if entry.get("zip_data") else None
+            self.decoders = {name: _decoder(name, encoding) for name, encoding in self.encodings.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise ValueError(f"{folder / 'index.json'} can not be used: {what}.") from error
+        self._data: np.memmap | None = None
+        self._offsets: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_data": None, "_offsets": None}
+
+    def open(self) -> None:
+        if self._data is not None:
+            return
+        if not self.path.is_file():
+            if self.packed is None or not self.packed.is_file():
+                raise BadRow(f"the shard {self.packed or self.path} is missing", "missing")
+            _unpack(self.packed, self.path)
+        if self.path.stat().st_size < 4 * (self.samples + 2):
+            raise BadRow(f"the shard {self.path} is truncated: not even its table of samples is whole")
+        data = np.memmap(self.path, mode="r")
+        count = int(data[:4].view("<u4")[0])
+        if count != self.samples:
+            raise BadRow(f"the shard {self.path} has {count} samples, index.json says {self.samples}")
+        self._offsets = np.array(data[4 : 4 * (count + 2)].view("<u4"), np.int64)
+        self._data = data
+
+    def read(self, sample: int, columns: list[str]) -> dict[str, bytes]:
+        self.open()
+        begin, end = self._offsets[sample : sample + 2]
+        if end > len(self._data) or begin > end:
+            raise BadRow(f"the shard {self.path} is truncated at {len(self._data):,} bytes, before its sample {sample}")
+        data = self._data[begin:end].tobytes()
+        variable = sum(size is None for size in self.sizes.values())
+        lengths = iter(np.frombuffer(data, "<u4", variable).tolist())
+        position, found = 4 * variable, {}
+        for name, size in self.sizes.items():
+            size = next(lengths) if size is None else size
+            found[name] = data[position : position + size]
+            position += size
+        if position != len(data):
+            raise BadRow(f"the shard {self.path} is damaged in its sample {sample}")
+        return {name: found[name] for name in columns}
+
+
+def _entries(index: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of MDS shards: {first_line(error)}.") from error
+
+
+def _inside(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError(f"its shard '{name}' lies outside the folder")
+    return path
+
+
+def _listed(shard: _Shard) -> str:
+    return ", ".join(f"{name}: {encoding}" for name, encoding in shard.encodings.items())
+
+
+def _unpack(packed: Path, path: Path) -> None:
+    """Beside the packed file, once, so that samples can be read in any order."""
+    import pyarrow as pa
+
+    kind = _PACKED.get(packed.suffix.lstrip("."))
+    if kind is None or not pa.Codec.is_available(kind):
+        raise ValueError(f"{packed} is packed in a way that can not be read here: unpack it to {path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(packed)) as file, pa.CompressedInputStream(file, kind) as source, open(part, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        os.replace(part, path)
+    except (PermissionError, OSError) as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, PermissionError) or "No space" in str(error) or "Read-only" in str(error):
+            raise ValueError(f"{packed} can not be unpacked beside itself ({first_line(error)}).") from error
+        raise BadRow(f"the packed shard {packed} is damaged: {first_line(error)}") from error
+
+
+def _decoder(name: str, encoding: str) -> Callable[[bytes], Any]:
+    kind, _, detail = encoding.partition(":")
+    if kind == "pkl":
+        raise ValueError(
+            f"its column '{name}' is pickled (pkl), and unpickling runs code from the file: write it as bytes or json"
+        )
+    if kind == "ndarray":
+        return _array_decoder(detail)
+    simple: dict[str, Callable[[bytes], Any]] = {
+        "bytes": bytes,
+        "str": lambda data: data.decode("utf-8"),
+        "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
+        "str_int": lambda data: int(data.decode("utf-8")),
+        "str_float": lambda data: float(data.decode("utf-8")),
+        "str_decimal": lambda data: Decimal(data.decode("utf-8")),
+        "json": lambda data: json.loads(data.decode("utf-8")),
+        "jpeg": lambda data: Image.open(io.BytesIO(data)),
+        "png": lambda data: Image.open(io.BytesIO(data)),
+        "pil": _pil,
+    }
+    if kind in simple:
+        return simple[kind]
+    if kind in _SCALARS:
+        dtype = _SCALARS[kind].newbyteorder("<")
+        return lambda data: np.frombuffer(data, dtype)[0]
+    raise ValueError(f"the encoding '{encoding}' of its column '{name}' is not known")
+
+
+def _array_decoder(detail: str) -> Callable[[bytes], np.ndarray]:
+    """`ndarray`, `ndarray:float16` or `ndarray:float16:128,2048`: what is not said here stands before the values."""
+    given = detail.split(":") if detail else []
+    fixed_dtype = _SCALARS[given[0]] if given else None
+    fixed_shape = tuple(int(n) for n in given[1].split(",")) if len(given) > 1 else None
+
+    def decode(data: bytes) -> np.ndarray:
+        dtype, shape = fixed_dtype, fixed_shape
+        if dtype is None:
+            dtype, data = _ARRAY_DTYPES[data[0]], data[1:]
+        if shape is None:  # the upper six bits: number of axes; the lower two: bytes of a length, as a power of 2
+            width, axes = 1 << (data[0] & 3), data[0] >> 2
+            shape = tuple(np.frombuffer(data, f"<u{width}", axes, offset=1).tolist())
+            data = data[1 + width * axes :]
+        return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
+
+    return decode
+
+
+def _pil(data: bytes) -> Image.Image:
+    width, height, length = np.frombuffer(data, "<u4", 3).tolist()
+    return Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])

@@ -1,0 +1,218 @@
+"""Webdataset tars as rows: an index of where each member lies, and then reads at any place. Nothing is unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from emmdit.data.images import BadRow, first_line
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+_TEXTS = ("txt", "caption", "text", "cls")
+
+
+class TarRows(Dataset):
+    """Samples of webdataset tars: members that stand together and share their name up to its first dot.
+
+    A row's columns are the extensions (`jpg`, `txt`, `json`, ...) and `__key__`; `image` is whichever picture it has,
+    and `caption` its `txt`. JSON is parsed, so `json.prompt` can be a column. The headers are read once (some 20,000
+    members a second) and kept in `$EMMDIT_CACHE/tars`.
+
+    A sample that can not be used (a truncated tar's last one, a member that would leave its folder, a link) is a row
+    like any other and raises `BadRow` when it is read, so that it is counted and named.
+    """
+
+    def __init__(self, files: list[str | Path], columns: list[str] | None = None) -> None:
+        self.files = [Path(file) for file in files]
+        self._tars = [_index(file) for file in self.files]
+        starts = np.cumsum([0, *(len(tar["rows"]) for tar in self._tars)])
+        self._starts: list[int] = starts.tolist()
+        if not self._starts[-1]:
+            raise ValueError(f"There are no samples in {self.files[0]}{' and the others' * (len(files) > 1)}.")
+        found = {extension for tar in self._tars for extension in tar["extensions"]}
+        self._extensions = sorted(found)
+        names = ["__key__", *self._extensions]
+        names += ["image"] * (bool(found & set(IMAGES)) and "image" not in found)
+        names += ["caption"] * ("txt" in found and "caption" not in found)
+        self.column_names = names if columns is None else list(columns)
+        self._handles: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}
+
+    @property
+    def _fingerprint(self) -> str:
+        parts = [(tar["name"], tar["size"], len(tar["rows"])) for tar in self._tars]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def select_columns(self, names: list[str]) -> TarRows:
+        """The same rows with these columns alone: other members are not read."""
+        copy = object.__new__(TarRows)
+        copy.__dict__.update(self.__getstate__(), column_names=list(names))
+        copy._handles = {}
+        return copy
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, row = self._find(index)
+        tar = self._tars[number]
+        if (fault := tar["faults"].get(row)) is not None:
+            raise BadRow(*fault)
+        first = tar["rows"][row]
+        last = tar["rows"][row + 1] if row + 1 < len(tar["rows"]) else len(tar["members"])
+        members = {
+            tar["extensions"][kind]: (offset, size) for kind, offset, size in tar["members"][first:last].tolist()
+        }
+        return {name: self._column(number, row, name, members) for name in self.column_names}
+
+    def _column(self, number: int, row: int, name: str, members: dict[str, tuple[int, int]]) -> Any:
+        if name == "__key__":
+            return self._key(number, row)
+        if name == "image" and name not in members:
+            name = next((kind for kind in IMAGES if kind in members), name)
+        elif name == "caption" and name not in members:
+            name = "txt"
+        if name not in members:
+            return None
+        offset, size = members[name]
+        data = os.pread(self._handle(number), size, offset)
+        if len(data) < size:
+            raise BadRow(f"the tar ends within its .{name}")
+        if name in IMAGES:
+            return {"bytes": data, "path": None}
+        try:
+            if name == "json" or name.endswith(".json"):
+                return json.loads(data)
+            return data.decode("utf-8") if name in _TEXTS else data
+        except ValueError as error:
+            raise BadRow(f"its .{name} can not be read: {first_line(error)}") from error
+
+    def origin(self, index: int) -> str:
+        """Where row `index` comes from, for messages."""
+        number, row = self._find(index)
+        return f"{self.files[number].name}, sample {self._key(number, row)!r}"
+
+    def _key(self, number: int, row: int) -> str:
+        """Read off the header again: 25M names would fill the memory of every process."""
+        offset = self._tars[number]["headers"][row]
+        try:
+            with open(self.files[number], "rb") as file:
+                file.seek(offset)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    name = tar.firstmember.name
+        except (tarfile.TarError, AttributeError):
+            return f"at byte {offset}"
+        return _key(name)
+
+    def _handle(self, number: int) -> int:
+        if number not in self._handles:
+            if len(self._handles) >= 64:  # far below the usual limit of open files
+                self._handles.pop(next(iter(self._handles))).close()
+            self._handles[number] = open(self.files[number], "rb")  # noqa: SIM115
+        return self._handles[number].fileno()
+
+    def _find(self, index: int) -> tuple[int, int]:
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} is outside this data set of {len(self)} rows.")
+        number = bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
+
+
+def _key(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.name:
+        return name
+    return str(path.with_name(path.name.partition(".")[0] or path.name))
+
+
+def _index(file: Path) -> dict[str, Any]:
+    """Rows, members, extensions and faults of one tar; from the cache where it has not changed."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise FileNotFoundError(f"The tar '{file}' can not be read: {error.strerror}.") from error
+    identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "tars").expanduser()
+    kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
+    common = {"name": file.name, "size": stat.st_size}
+    if kept.is_file():
+        with np.load(kept, allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            faults = {int(row): tuple(fault) for row, fault in about["faults"].items()}
+            found = {name: arrays[name] for name in ("rows", "headers", "members")}
+        return common | found | {"extensions": about["extensions"], "faults": faults}
+    found = _scan(file, stat.st_size)
+    about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{kept.name}.{os.getpid()}.npz"
+        np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
+        os.replace(part, kept)
+    except OSError:
+        pass  # a full or read-only home is no reason to stop: the next start scans again
+    return common | found
+
+
+def _scan(file: Path, size: int) -> dict[str, Any]:
+    rows: list[int] = []  # number of each row's first member
+    headers: list[int] = []
+    members: list[tuple[int, int, int]] = []  # extension, offset, size
+    extensions: dict[str, int] = {}
+    faults: dict[int, tuple[str, str]] = {}
+    key = None
+    position = 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # it keeps them all
+                position = member.offset_data + member.size
+                if member.isdir():
+                    continue
+                path = PurePosixPath(member.name)
+                unsafe = path.is_absolute() or ".." in path.parts or "\\" in member.name or not path.name
+                if unsafe or _key(member.name) != key:
+                    key = None if unsafe else _key(member.name)
+                    rows.append(len(members))
+                    headers.append(member.offset)
+                row = len(rows) - 1
+                if unsafe:
+                    faults[row] = (f"its member {member.name!r:.100} leaves the folder", "unsafe path")
+                elif not member.isreg():
+                    faults[row] = (f"its member {member.name!r:.100} is a link or a device, not a file", "unsafe path")
+                elif member.offset_data + member.size > size:
+                    faults[row] = (f"the tar is truncated within {member.name!r:.100}", "corrupt")
+                else:
+                    extension = path.name.partition(".")[2].lower()
+                    members.append((extensions.setdefault(extension, len(extensions)), member.offset_data, member.size))
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError("bad header")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if not rows and not isinstance(error, tarfile.TarError):
+            raise ValueError(f"'{file}' can not be read as a tar: {first_line(error)}.") from error
+        last = len(rows) - 1
+        if position <= size or last not in faults:  # not only the last member is cut: what follows is lost, say so
+            rows.append(len(members))
+            headers.append(min(position, size))
+            faults[last + 1] = (
+                f"the tar is damaged behind byte {position:,}, and what follows is lost ({first_line(error)})",
+                "corrupt",
+            )
+    return {
+        "rows": np.array(rows, np.int64),
+        "headers": np.array(headers, np.int64),
+        "members": np.array(members, np.int64).reshape(-1, 3),
+        "extensions": list(extensions),
+        "faults": faults,
+    }

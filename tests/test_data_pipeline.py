@@ -1,0 +1,207 @@
+"""Real photographs from source to samples through the commands, and prompts to a data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emmdit.data import MDSDataset
+from emmdit.data.generate import Prompts, generate
+from emmdit.data.manifest import read_manifest
+from emmdit.data.sources import open_source
+from lightning_modules.cli import main
+from tests.command_line import change, files
+from tests.command_line import elsewhere as elsewhere
+from tests.test_sources import write_mds
+
+CAPTIONS = {
+    "china": "a photo of the wooden hall of a Chinese temple behind trees",
+    "flower": "a photo of a pink dahlia in front of dark leaves",
+    "hopper": "a portrait of a woman in naval uniform before a flag",
+}
+TINY = """
+model:
+  init_args:
+    denoiser:
+      init_args:
+        {num_attention_heads: 2, attention_head_dim: 16, block_groups: [1, 1, 1], caption_channels: 64}
+    codec: {init_args: {source: "standin:dc_ae?downsample=8", downsample: 8}}
+    text: {init_args: {source: "standin:llama?caption_channels=64", caption_channels: 64, max_length: 32}}
+    sampling: {steps: 2}
+    compile: false
+    init_from: null
+data:
+  init_args: {source: latents, resolution: 128, batch_size: 2, num_workers: 0, validation_samples: 2}
+trainer: {accelerator: cpu, max_steps: 2, val_check_interval: 2, log_every_n_steps: 1}
+checkpoint: {every_n_train_steps: 2}
+samples: {every_n_steps: 0, prompts: [a photo of a flower, a photo of a temple]}
+"""
+CODEC = """
+codec: {init_args: {source: "standin:dc_ae?downsample=8", downsample: 8, dtype: float32}}
+resolution: 128
+batch_size: 2
+rows_per_shard: 2
+num_workers: 0
+trainer: {accelerator: cpu}
+"""
+
+
+def photographs() -> dict[str, Image.Image]:
+    """Those inside scikit-learn (which MLflow brings) and matplotlib, in parts, so that there are more than three."""
+    sklearn = importlib.util.find_spec("sklearn")
+    places = {"hopper": Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"}
+    if sklearn is not None:
+        folder = Path(sklearn.origin).parent / "datasets/images"
+        places |= {"china": folder / "china.jpg", "flower": folder / "flower.jpg"}
+    parts = {}
+    for name, place in sorted(places.items()):
+        with Image.open(place) as image:
+            for i in range(2):
+                left, top = i * (image.width - 360), i * (image.height - 400)
+                parts[f"{name}_{i}"] = image.crop((left, top, left + 360, top + 400))
+    return parts
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def write(kind: str) -> tuple[str, dict[str, str]]:
+    """The photographs as a source; gives its name and what the data section needs beside it."""
+    rows = [(name, jpeg(image), CAPTIONS[name[:-2]]) for name, image in photographs().items()]
+    Path("source").mkdir()
+    if kind in ("parquet", "arrow"):
+        columns = {"image": [{"bytes": data, "path": None} for _, data, _ in rows], "caption": [c for *_, c in rows]}
+        table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        table.to_parquet("source/a.parquet") if kind == "parquet" else table.save_to_disk("source")
+    elif kind == "webdataset":
+        with tarfile.open("source/a.tar", "w") as tar:
+            for name, data, caption in rows:
+                for suffix, content in (("jpg", data), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    elif kind == "folder":
+        for name, data, caption in rows:
+            Path(f"source/{name}.jpg").write_bytes(data)
+            Path(f"source/{name}.txt").write_text(caption)
+    else:
+        encodings = {"caption": "str", "jpg": "jpeg"}
+        content = [{"caption": caption.encode(), "jpg": data} for _, data, caption in rows]
+        write_mds(Path("source"), encodings, dict.fromkeys(encodings), content)
+        assert len(MDSDataset("source")) == len(rows)
+        return "source", {"image_column": "jpg"}
+    return "source", {}
+
+
+def section(source: str, more: dict[str, str]) -> list[str]:
+    arguments = {
+        "source": source,
+        "data_files": None,
+        "licence": "BSD-3-Clause",
+        "card": "https://scikit-learn.org",
+        **more,
+    }
+    return change(json.dumps({"data": {"init_args": arguments}}), "source.yaml")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "webdataset", "folder", "mds"])
+def test_photographs_become_latents_from_every_kind_of_source(kind: str, capsys: pytest.CaptureFixture) -> None:
+    source, more = write(kind)
+    options = [
+        *files("data/pd12m.yaml", "precompute/dcae_512.yaml"),
+        *section(source, more),
+        *change(CODEC, "codec.yaml"),
+    ]
+    main(["precompute", *options, "--out", "latents"])
+    count = len(photographs())
+    assert f"{count} samples of {count} rows in {count // 2} shards: latents" in capsys.readouterr().out
+    rows = datasets.load_from_disk("latents")
+    assert rows["caption"][:] == [CAPTIONS[name[:-2]] for name in photographs()]
+    manifest = read_manifest("latents")
+    assert manifest["source"]["licence"] == "BSD-3-Clause" and manifest["columns"]["latents"]["shape"] == [32, 16, 16]
+    if kind != "folder":
+        return
+
+    experiment = [*files("emmdit/512_stage2.yaml", "data/latents.yaml"), *change(TINY, "tiny.yaml")]
+    main(["fit", *experiment, "--trainer.default_root_dir=run"])
+    saved = torch.load(Path("run/checkpoints/last.ckpt").resolve(), weights_only=True)
+    assert saved["global_step"] == 2 and saved["samples_seen"] == 4
+    main(["sample", "--ckpt", "run", "--prompt", "a photo of a flower", "--out", "out", "--steps", "1",
+          "--height", "128", "--width", "128", "--device", "cpu"])  # fmt: skip
+    assert np.asarray(Image.open("out/00000.png")).shape == (128, 128, 3)
+
+    for wrong, message in (
+        ("--data.init_args.resolution=256", "are of 128 px, the data section asks for 256"),
+        ("--model.init_args.codec.init_args.scaling_factor=0.5", "scaling_factor 0.41407 of the codec"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", *experiment, "--trainer.default_root_dir=other", wrong])
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+
+
+# -- prompts to pictures -----------------------------------------------------------------------------
+
+
+def draw(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+    """A picture that depends on its own seed alone; a blank one for the prompt "nothing"."""
+    images = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in seeds]
+    return torch.stack([image * (prompt != "nothing") for image, prompt in zip(images, prompts, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_prompts_become_a_data_set_that_goes_on_after_a_break(kind: str, tmp_path: Path) -> None:
+    lines = [f"prompt {i}" for i in range(10)]
+    lines[3], lines[6] = " ", "nothing"
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    prompts = Prompts(str(tmp_path / "prompts.txt"))
+    options = dict(made_with={"model": "toy"}, seed=5, batch_size=2, rows_per_shard=3, kind=kind)
+    whole = generate(prompts, draw, tmp_path / "whole", **options)
+    assert whole["counts"] == {"rows": 10, "samples": 8, "rejected": {"blank picture": 1, "empty caption": 1}}
+
+    def dies(asked: list[str], seeds: list[int]) -> torch.Tensor:
+        if "prompt 8" in asked:
+            raise KeyboardInterrupt
+        return draw(asked, seeds)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(prompts, dies, tmp_path / "out", **options)
+    for rank in range(2):
+        manifest = generate(prompts, draw, tmp_path / "out", **options, rank=rank, world=2)
+    assert manifest == whole
+    with pytest.raises(ValueError, match="was begun with made_with.model 'toy', now it is 'other'"):
+        generate(prompts, draw, tmp_path / "out", **{**options, "made_with": {"model": "other"}})
+
+    rows = open_source(str(tmp_path / "out"))
+    assert [rows[i]["caption"] for i in range(8)] == [line for line in lines if line.startswith("prompt")]
+    if kind == "tar":
+        assert rows[3]["json"] == {"prompt": "prompt 4", "seed": 9, "row": 4} and rows[3]["__key__"] == "000000004"
+
+
+def test_generate_dataset_draws_with_an_exported_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    datasets.Dataset.from_dict({"text": ["a photo of a red circle", "a photo of a blue star"]}).to_parquet("p.parquet")
+    model = Path(__file__).parents[1] / "assets/shapes_emmdit"
+    options = ["--model", str(model), "--prompts.source", "p.parquet", "--prompts.column", "text", "--dtype", "float32"]
+    main(["generate-dataset", *options, "--out", "drawn", "--steps", "2", "--trainer.accelerator=cpu"])
+    assert "2 samples of 2 rows in 1 shards: drawn" in capsys.readouterr().out
+    rows = open_source("drawn")
+    assert rows[1]["caption"] == "a photo of a blue star"
+    assert Image.open(io.BytesIO(rows[1]["image"]["bytes"])).size == (32, 32)
+    about = json.loads(Path("drawn/manifest.json").read_text())["made_with"]
+    assert about["sampling"]["steps"] == 2 and len(about["model"]["sha256"]) == 64
+    with pytest.raises(SystemExit):
+        main(["generate-dataset", "--model", "./nowhere", *options[2:], "--out", "x", "--trainer.accelerator=cpu"])
+    assert "There is no model './nowhere'" in capsys.readouterr().err

@@ -1,0 +1,356 @@
+"""Tars, MDS shards and captioned folders: the same samples as elsewhere, and a name for everything that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from emmdit.data import MDSDataset
+from emmdit.data.images import BadRow, load_image, open_image
+from emmdit.data.rows import CaptionedRows
+from emmdit.data.sources import fingerprint, open_source, select_columns
+from emmdit.data.tars import TarRows
+
+MDS = Path(__file__).parent / "data/mds"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def sample(number: int) -> list[tuple[str, bytes]]:
+    about = json.dumps({"prompt": f"prompt {number}"}).encode()
+    return [
+        (f"{number:03d}.png", png(number)),
+        (f"{number:03d}.txt", b"text %d" % number),
+        (f"{number:03d}.json", about),
+    ]
+
+
+def reason(rows, number: int) -> str:
+    with pytest.raises(BadRow) as caught:
+        row = rows[number]
+        open_image(row["image"])
+    return caught.value.reason
+
+
+# -- every kind gives the same -----------------------------------------------------------------------
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for part in range(3):
+        tar(tmp_path / f"tars/{part}.tar", [m for i in range(3 * part, 3 * part + 3) for m in sample(i)])
+    (tmp_path / "folder/sub").mkdir(parents=True)
+    (tmp_path / "json").mkdir()
+    for i in range(9):
+        where = tmp_path / "folder" / ("sub" if i > 4 else "") / f"{i:03d}"
+        for folder in (where, tmp_path / f"json/{i:03d}"):
+            folder.with_suffix(".png").write_bytes(png(i))
+        where.with_suffix(".txt").write_text(f"text {i}")
+        (tmp_path / f"json/{i:03d}.json").write_text(json.dumps({"caption": f"text {i}"}))
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(9)], "caption": [f"text {i}" for i in range(9)]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "disk")
+
+    sources = ("tars", "tars/*.tar", "folder", "json", "rows.parquet", "disk", "disk/*.arrow")
+    for name in sources:
+        rows = select_columns(open_source(str(tmp_path / name)), {"image": "image", "caption": "caption"}, name)
+        samples = CaptionedRows(rows, name, {"image": "image", "caption": "caption"}, 16)
+        assert len(samples) == 9, name
+        for i in (0, 4, 8):
+            assert samples[i]["caption"] == f"text {i}", name
+            assert (samples[i]["image"] == load_image(png(i), 16)).all(), name
+        assert len(fingerprint(rows)) == 16 and fingerprint(rows) == fingerprint(rows)
+    tars = open_source(str(tmp_path / "tars"))
+    assert tars.column_names == ["__key__", "json", "png", "txt", "image", "caption"]
+    assert tars[4]["__key__"] == "004" and tars[4]["json"] == {"prompt": "prompt 4"}
+    assert tars.origin(4) == "1.tar, sample '004'"
+    prompts = CaptionedRows(tars, "tars", {"image": "png", "caption": "json.prompt"}, 16)
+    assert prompts[7]["caption"] == "prompt 7"
+    with pytest.raises(ValueError, match="'tars' has no caption column 'text': set caption_column to one of __key__"):
+        select_columns(tars, {"caption": "text"}, "tars")
+
+
+def test_a_tars_index_is_kept_until_the_tar_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tar(tmp_path / "a.tar", sample(0) + [("../evil.txt", b"x")])
+    first = TarRows([file])
+    with monkeypatch.context() as blocked:
+        blocked.setattr(tarfile, "open", None)
+        again = TarRows([file])
+    assert len(again) == len(first) == 2 and again[0]["caption"] == "text 0"
+    assert reason(again, 1) == "unsafe path"
+    tar(file, sample(0) + sample(1) + sample(2))
+    assert len(TarRows([file])) == 3
+
+
+# -- MDS ---------------------------------------------------------------------------------------------
+
+
+def test_mds_shards_are_read_as_the_original_reader_does() -> None:
+    expected = json.loads((MDS / "expected.json").read_text())
+    rows = MDSDataset(MDS)
+    assert len(rows) == len(expected) and rows.column_names == ["caption", "jpg", "latents_512"]
+    for i, wanted in enumerate(expected):
+        row = rows[i]
+        assert row["caption"] == wanted["caption"] and list(row["jpg"].size) == wanted["size"]
+        assert hashlib.sha256(row["latents_512"]).hexdigest() == wanted["latents_sha256"]
+        assert hashlib.sha256(np.asarray(row["jpg"]).tobytes()).hexdigest() == wanted["pixels_sha256"]
+    assert rows.raw(3)["caption"].decode() == expected[3]["caption"]
+    assert rows[-1]["caption"] == expected[-1]["caption"] and rows.origin(14) == "shard.00001.mds, sample 0"
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+    columns = {"image": "jpg", "caption": "caption", "latents": "latents_512"}
+    opened = select_columns(open_source(str(MDS)), columns, "mds")
+    one = CaptionedRows(opened, "mds", columns, 32, (32, 16, 16), 0.5)[5]
+    stored = np.frombuffer(rows[5]["latents_512"], np.float16).reshape(32, 16, 16).astype(np.float32)
+    assert one["image"].shape == (3, 32, 32) and (one["latents"].numpy() == stored * 0.5).all()
+
+
+def write_mds(
+    folder: Path, encodings: dict[str, str], sizes: dict[str, int | None], rows: list[dict[str, bytes]]
+) -> Path:
+    """By the layout's description, for encodings that the goldens do not have."""
+    folder.mkdir(exist_ok=True)
+    samples = []
+    for row in rows:
+        lengths = [len(row[name]) for name in encodings if sizes[name] is None]
+        samples.append(np.array(lengths, "<u4").tobytes() + b"".join(row[name] for name in encodings))
+    head = json.dumps({"any": "thing"}).encode()
+    begin = 4 * (len(samples) + 2) + len(head)
+    offsets = np.array([begin, *(begin + n for n in np.cumsum([len(s) for s in samples]))], "<u4")
+    data = np.uint32(len(samples)).tobytes() + offsets.tobytes() + head + b"".join(samples)
+    (folder / "shard.00000.mds").write_bytes(data)
+    entry = {"format": "mds", "samples": len(samples), "column_names": list(encodings), "zip_data": None}
+    entry |= {"column_encodings": list(encodings.values()), "column_sizes": [sizes[name] for name in encodings]}
+    entry["raw_data"] = {"basename": "shard.00000.mds", "bytes": len(data)}
+    (folder / "index.json").write_text(json.dumps({"shards": [entry], "version": 2}))
+    return folder
+
+
+def edit(folder: Path, **changes) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0] |= changes
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_mds_encodings(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float16).reshape(2, 3)
+    pil = np.array([3, 2, 1], "<u4").tobytes() + b"L" + bytes(range(6))
+    columns = {
+        "fixed": ("int64", 8, np.int64(-7).tobytes(), -7),
+        "int": ("int", 8, np.int64(9).tobytes(), 9),
+        "half": ("float16", 2, np.float16(0.5).tobytes(), 0.5),
+        "digits": ("str_int", None, b"12345678901234567890", 12345678901234567890),
+        "real": ("str_float", None, b"0.25", 0.25),
+        "json": ("json", None, b'{"a": [1]}', {"a": [1]}),
+        "array": ("ndarray", None, bytes([18, 2 << 2, 2, 3]) + values.tobytes(), values),
+        "shaped": ("ndarray:float16:2,3", 12, values.tobytes(), values),
+        "typed": ("ndarray:float16", None, bytes([2 << 2 | 1, 2, 0, 3, 0]) + values.tobytes(), values),
+        "pil": ("pil", None, pil, np.arange(6).reshape(2, 3)),
+    }
+    encodings = {name: column[0] for name, column in columns.items()}
+    row = {name: column[2] for name, column in columns.items()}
+    write_mds(tmp_path / "mds", encodings, {name: column[1] for name, column in columns.items()}, [row, row])
+    found = MDSDataset(tmp_path / "mds")[1]
+    for name, column in columns.items():
+        assert np.array_equal(np.asarray(found[name]), np.asarray(column[3])), name
+
+
+@pytest.mark.parametrize("kind", ["zstd", "gz"])
+def test_packed_mds_shards_are_unpacked_once(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "mds"
+    shutil.copytree(MDS, folder)
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["shards"]:
+        file = folder / entry["raw_data"]["basename"]
+        packed = file.with_name(f"{file.name}.{kind}")
+        with pa.CompressedOutputStream(str(packed), {"gz": "gzip"}.get(kind, kind)) as stream:
+            stream.write(file.read_bytes())
+        entry |= {"compression": kind, "zip_data": {"basename": packed.name, "bytes": packed.stat().st_size}}
+        file.unlink()
+    (folder / "index.json").write_text(json.dumps(index))
+    plain, rows = MDSDataset(MDS), MDSDataset(folder)
+    assert all(rows.raw(i) == plain.raw(i) for i in range(len(plain)))
+    for file in folder.glob(f"*.{kind}"):
+        file.unlink()
+    assert MDSDataset(folder).raw(20) == plain.raw(20)
+
+
+def test_mds_that_can_not_be_read(tmp_path: Path) -> None:
+    encodings, sizes = {"caption": "str"}, {"caption": None}
+    folder = write_mds(tmp_path / "mds", encodings, sizes, [{"caption": b"row %d" % i} for i in range(9)])
+    for changes, message in (
+        ({"column_encodings": ["pkl"]}, r"its column 'caption' is pickled \(pkl\)"),
+        ({"column_encodings": ["avif"]}, "the encoding 'avif' of its column 'caption' is not known"),
+        ({"format": "json"}, "its format is 'json', and only mds"),
+        ({"raw_data": {"basename": "../../etc/passwd", "bytes": 1}}, "'../../etc/passwd' lies outside the folder"),
+        ({"raw_data": {"bytes": 1}}, "it has no 'basename'"),
+    ):
+        shutil.copytree(folder, tmp_path / "bad", dirs_exist_ok=True)
+        edit(tmp_path / "bad", **changes)
+        with pytest.raises(ValueError, match=message) as caught:
+            MDSDataset(tmp_path / "bad")
+        assert "\n" not in str(caught.value) and "bad/index.json" in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="There is no index.json"):
+        MDSDataset(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="has no column 'image': it has caption"):
+        MDSDataset(folder, ["image"])
+
+    shard = folder / "shard.00000.mds"
+    os.truncate(shard, shard.stat().st_size - 12)  # the last row and a part of the one before
+    rows = MDSDataset(folder)
+    assert [rows[i]["caption"] for i in range(7)] == [f"row {i}" for i in range(7)]
+    with pytest.raises(BadRow, match=r"shard.00000.mds is truncated at [\d,]+ bytes, before its sample 7"):
+        rows[7]
+    with pytest.raises(ValueError, match=r"Row 8 of 'mds' \(shard.00000.mds, sample 8\)"):
+        CaptionedRows(rows, "mds", {"caption": "caption"}, 16)[8]
+    shard.unlink()
+    with pytest.raises(BadRow, match="shard.00000.mds is missing"):
+        MDSDataset(folder)[0]
+
+
+# -- faults of tars and folders ----------------------------------------------------------------------
+
+
+def test_bad_members_of_a_tar_are_named_and_nothing_else_is_lost(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+
+        def add(name: str, data: bytes = b"x", **more) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for key, value in more.items():
+                setattr(member, key, value)
+            file.addfile(member, io.BytesIO(data))
+
+        for name, data in sample(0):
+            add(name, data)
+        add("../../evil.png", png(1))
+        add("/etc/evil.png", png(1))
+        add("link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add("bad.png", png(1)[:60])
+        add("bad.txt", b"cut")
+        add("alone.txt", b"no picture")
+        add("json.png", png(2))
+        add("json.json", b"{")
+        for name, data in sample(3):
+            add(name, data)
+    rows = TarRows([tmp_path / "a.tar"])
+    assert len(rows) == 8
+    assert [rows[i]["caption"] for i in (0, 7)] == ["text 0", "text 3"]
+    assert [reason(rows, i) for i in range(1, 7)] == ["unsafe path"] * 3 + ["corrupt", "missing", "corrupt"]
+    with pytest.raises(BadRow, match=r"its member '\.\./\.\./evil.png' leaves the folder"):
+        rows[1]
+    assert "evil" in rows.origin(1)
+    assert rows.select_columns(["image"])[6]["image"]["bytes"] == png(2)  # its broken JSON was not asked for
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_truncated_and_damaged_tars(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "whole.tar", [m for i in range(4) for m in sample(i)])
+    data = whole.read_bytes()
+    at = data.index(b"text 2")
+    (tmp_path / "cut.tar").write_bytes(data[: at + 3])
+    rows = TarRows([tmp_path / "cut.tar"])
+    assert len(rows) == 3 and rows[1]["caption"] == "text 1"
+    with pytest.raises(BadRow, match="the tar is truncated within '002.txt'"):
+        rows[2]
+
+    header = data.index(b"002.txt")
+    (tmp_path / "bad.tar").write_bytes(data[:header] + b"\x99" * 512 + data[header + 512 :])
+    rows = TarRows([tmp_path / "bad.tar"])
+    assert [rows[i]["__key__"] for i in range(3)] == ["000", "001", "002"] and len(rows) == 4
+    with pytest.raises(BadRow, match="the tar is damaged behind byte [0-9,]+, and what follows is lost"):
+        rows[3]
+
+    (tmp_path / "junk.tar").write_bytes(b"junk" * 500)
+    with pytest.raises(BadRow, match="the tar is damaged behind byte 0"):
+        TarRows([tmp_path / "junk.tar"])[0]
+    with pytest.raises(FileNotFoundError, match=r"gone.tar' can not be read: No such file"):
+        TarRows([tmp_path / "gone.tar"])
+    both = open_source(str(tmp_path), data_files=["cut.tar", "whole.tar"])
+    assert len(both) == 7 and both[3]["caption"] == "text 0"
+
+
+def test_truncated_parquet_and_arrow_are_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"caption": [str(i) for i in range(100)]})
+    for name in ("a", "b"):
+        table.to_parquet(tmp_path / f"parquet/{name}.parquet")
+    table.save_to_disk(tmp_path / "disk", num_shards=2)
+    for file in (tmp_path / "parquet/b.parquet", tmp_path / "disk/data-00001-of-00002.arrow"):
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(ValueError, match=f"{file.name} is truncated or damaged") as caught:
+            open_source(str(file.parent))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "list.tsv").write_text("")
+    with pytest.raises(ValueError, match="is no parquet, Arrow or tar file"):
+        open_source(str(tmp_path / "list.tsv"))
+
+
+def test_a_missing_file_of_a_picture_folder_is_a_named_row(tmp_path: Path) -> None:
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"text {i}"}) for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    for i in (0, 2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    columns = {"image": "image", "caption": "caption"}
+    rows = select_columns(open_source(str(tmp_path)), columns, "folder")
+    assert len(rows) == 3 and reason(rows, 1) == "missing"
+    with pytest.raises(ValueError, match=r"Row 1 of 'folder': the image .* does not exist"):
+        CaptionedRows(rows, "folder", columns, 16)[1]
+    assert CaptionedRows(rows, "folder", columns, 16)[2]["caption"] == "text 2"
+
+
+def test_a_link_out_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").symlink_to("../secret.png")
+    (tmp_path / "in/a.txt").write_text("a")
+    with pytest.raises(BadRow, match="the link leads out of the folder"):
+        open_source(str(tmp_path / "in"))[0]
+
+
+def test_a_hundred_megapixels_are_refused_before_they_are_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 10_001)).save(buffer, "PNG")
+    with pytest.raises(BadRow, match="10000 x 10001 pixels are more than max_pixels") as caught:
+        open_image(buffer.getvalue())
+    assert caught.value.reason == "decompression bomb"
+    huge = bytearray(png(0))
+    huge[16:24] = (60_000).to_bytes(4, "big") * 2  # Pillow itself refuses this one
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    with pytest.raises(BadRow) as caught:
+        open_image(bytes(huge))
+    assert caught.value.reason == "decompression bomb"
