@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,6 +97,8 @@ def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, 
     if any(argument.startswith("--model") for argument in more) or any(map(_has_model, files)):
         from lightning_modules.cli import SuiteCLI
 
+        for name in ("lightning.pytorch", "lightning.fabric"):  # nothing is trained: not a word of seeds and devices
+            logging.getLogger(name).setLevel(logging.WARNING)
         with TemporaryDirectory() as folder:  # one process on the CPU, whatever the trainer's files say
             trainer = ["accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", f"default_root_dir={folder}"]
             arguments += [f"--trainer.{argument}" for argument in trainer]
@@ -131,7 +134,7 @@ def tokens_of(tokenizer: Any, about: Any) -> Tokens:
         return [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
     name = getattr(about, "tokenizer", None)
-    name = name if isinstance(name, str) else about.source
+    name = name if isinstance(name, str) else getattr(about, "source", type(about).__name__)
     return Tokens(f"tokens of {name}", lengths, about.max_length)
 
 
