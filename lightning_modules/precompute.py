@@ -37,7 +37,7 @@ def precompute_parser() -> ArgumentParser:
     parser.add_argument("--buckets", type=Buckets | None, help="several sizes in place of the square: {step: 128}")
     parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
     parser.add_argument("--dtype", default="float16", help="latents are stored in")
-    parser.add_argument("--min_side", type=int | None, help="smaller images are left out; by default the resolution")
+    parser.add_argument("--min_side", type=int | None, help="smaller images are left out; by default those to enlarge")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
     parser.add_argument("--keep_images", type=int | None, help="JPEG quality of a copy of each image, for REPA")
     parser.add_argument("--batch_size", type=int, default=32, help="images in a call of the codec")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 from pathlib import Path
 
 import datasets
+import mlflow
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from datamodules import LatentsDataModule, MixtureDataModule
+from emmdit.data.buckets import Buckets
+from emmdit.data.precompute import Settings, precompute
+from emmdit.encoders import DCAE
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
@@ -88,6 +95,18 @@ def test_a_precompute_file_is_parsed_and_built(name: str) -> None:
     codec = parser.instantiate(args).codec
     assert args.resolution % codec.downsample == 0 and args.trainer["devices"] == 8
     assert not codec.loaded
+
+
+def test_several_captions_and_buckets_are_options_of_data_and_precompute() -> None:
+    parser = precompute_parser()
+    options = ["--buckets.step=128", "--caption_columns=[long, short]", "--out", "unused"]
+    built = parser.instantiate(parser.parse_args([*files("data/pd12m.yaml", PRECOMPUTED[0]), *options]))
+    assert built.buckets == Buckets(step=128) and built.caption_columns == ["long", "short"]
+    text = "{buckets: {step: 128}, size_columns: [h, w], caption_column: [a, b], caption_weights: [3, 1]}"
+    laid = change(f"data: {{init_args: {text}}}")
+    data = cli(*files(STAGES[1], "data/pd12m.yaml"), *laid, *ON_CPU).datamodule
+    assert data.buckets == Buckets(step=128) and data.caption_columns == ["a", "b"]
+    assert tuple(data.size_columns) == ("h", "w") and data.caption_weights == [3, 1]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -308,3 +327,36 @@ def test_the_published_stages_train_and_hand_over(tmp_path: Path) -> None:
     for before, after in ((first[key], second[key]), (second[f"ema_{key}"], last[key])):
         moved = (after - before).abs().max()
         assert 0 < moved < 1e-3  # two small steps away from what it was given, not from a fresh start
+
+
+def test_the_published_mixes_train_from_precomputed_latents(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    settings = Settings(resolution=128, keep_images=95, batch_size=4, rows_per_shard=5)
+    codec = DCAE(source="standin:dc_ae?downsample=8", downsample=8, dtype="float32")
+    counts = {"sa1b": 9, "journeydb": 8, "recap_datacomp_flux": 7, "diffusiondb_flux": 6}
+    for name, count in counts.items():
+        images = [Image.fromarray(p) for p in noise.integers(0, 256, (count, 128, 140, 3), dtype=np.uint8)]
+        rows = datasets.Dataset.from_dict({"image": images, "caption": [f"{name} {i}" for i in range(count)]})
+        source = yaml.safe_load((EXPERIMENTS / f"data/{name}.yaml").read_text())["data"]["init_args"]
+        precompute(rows, source, codec, f"latents/{name}", settings)
+
+    tiny = yaml.safe_load(TINY)
+    tiny["data"]["init_args"] = {"batch_size": 5, "num_workers": 0, "validation_samples": 4}
+    for stage, base, extra in ((1, STAGES[0], REPA), (2, STAGES[1], "{}")):
+        names = list(counts)[stage - 1 :]
+        changes = [*change(yaml.safe_dump(tiny), "tiny.yaml"), *change(extra, "extra.yaml")]
+        changes += [f"--data.init_args.sources.{name}.init_args.resolution=128" for name in names]
+        changes += ["--model.init_args.init_from=runs/data/nitro_e_stage1"] if stage == 2 else []
+        folder = Path(f"runs/data/nitro_e_stage{stage}")
+        main(["fit", *files(base, f"data/nitro_e_stage{stage}.yaml"), *changes, f"--trainer.default_root_dir={folder}"])
+        saved = torch.load((folder / "checkpoints/last.ckpt").resolve(), weights_only=True)
+        assert saved["samples_seen"] == 10
+        told = json.loads((folder / "data_report.json").read_text())
+        assert [(row["name"], row["samples"], row["passes"]) for row in told["sources"]] == [
+            (name, counts[name] - 4, 1) for name in names
+        ]
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    for run, names in zip(client.search_runs(["1"]), (list(counts)[1:], list(counts)), strict=True):  # the latest first
+        inputs = {found.dataset.name: found for found in client.get_run(run.info.run_id).inputs.dataset_inputs}
+        assert inputs.keys() == set(names)
+        assert {"licence", "card"} <= {tag.key for tag in inputs["journeydb"].tags}

@@ -91,7 +91,7 @@ def test_mixing_draws_each_source_as_its_weight_says_and_its_samples_evenly(data
 def test_weights_and_buckets_together() -> None:
     counts, codes = [40, 100, 7], np.random.default_rng(0).integers(1, 4, 147)
     order = Order(147, 5, counts=counts, weights=[1, 1, 2], buckets=codes, run=8)
-    epochs = 40
+    epochs = 20
     indices, batches = stream(order, sum(order.runs_before(epochs)) * 8, 4, 2)
     assert all(len(set(codes[batch])) == 1 for batch in batches)
     shares = [((lo <= indices) & (indices < hi)).mean() for lo, hi in ((0, 40), (40, 140), (140, 147))]
@@ -100,7 +100,7 @@ def test_weights_and_buckets_together() -> None:
     for group in order.groups:
         for lo, hi in ((0, 40), (40, 140), (140, 147)):
             part = times[[m for m in group.members.tolist() if lo <= m < hi]]
-            assert part.max() - part.min() <= 2  # evenly, up to the run that an end cuts
+            assert not len(part) or part.max() - part.min() <= 2  # evenly, up to the run that an end cuts
 
 
 def test_a_bucket_smaller_than_a_run_is_not_lost() -> None:
@@ -212,5 +212,4 @@ def test_killed_on_two_ranks_goes_on_with_one_then_three(buckets: bool, tmp_path
     assert two == whole[:48] and one == whole[36:192] and three == whole[180:]
     captions = [line[2].split()[1] for line in whole]
     assert 0.65 < captions.count("long") / 264 < 0.85  # weights 3 to 1
-    again = [line for line in whole if line[1] == 60]
-    assert len({line[2] for line in again}) == 2  # another epoch, another caption
+    assert len({line[2] for line in whole}) > len({line[1] for line in whole})  # another epoch, another caption

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import mlflow
 import numpy as np
 import pytest
@@ -17,7 +18,11 @@ import torch
 from PIL import Image
 
 from emmdit import EMMDiTPipeline
+from emmdit.data.buckets import Buckets
+from emmdit.data.precompute import Settings, precompute
 from emmdit.data.shapes import ShapesWorld
+from emmdit.data.sources import open_source
+from emmdit.encoders import DCTCodec
 from emmdit.images import read_settings
 from emmdit.weights import checkpoint_state, find_checkpoint
 from lightning_modules.cli import main
@@ -38,7 +43,9 @@ TINY = [
 ]
 
 
-def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+def fit(
+    run_dir: Path, *extra: str, ranks: int = 1, check: bool = True, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """`emmdit fit` in its own process, as a user would start it."""
     command = [
         *(
@@ -60,7 +67,7 @@ def fit(run_dir: Path, *extra: str, ranks: int = 1, check: bool = True) -> subpr
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if check and done.returncode:
@@ -319,3 +326,67 @@ def test_validate_repeats_what_fit_measured(tmp_path: Path) -> None:
     line = next(line for line in output.splitlines() if "val/loss_ema" in line)
     printed = float(line.split("val/loss_ema")[1].split()[0])
     assert printed == pytest.approx(run.data.metrics["val/loss_ema"], rel=1e-3)
+
+
+def latents_of_two_sizes(folder: Path, rows: int = 40) -> Path:
+    """Random pictures as latents in buckets, read back by `LatentsDataModule`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (rows, 48, 48, 3), dtype=np.uint8)
+    images = [Image.fromarray(p[:, : 48 if i % 3 else 16]) for i, p in enumerate(pixels)]
+    captions = [f"a photo of a {'red' if i % 2 else 'blue'} circle" for i in range(rows)]
+    datasets.Dataset.from_dict({"image": images, "caption": captions}).to_parquet(folder / "rows.parquet")
+    settings = Settings(resolution=32, buckets=Buckets(step=16, max_ratio=4), min_side=1)
+    table, codec = open_source(str(folder / "rows.parquet")), DCTCodec(whitening=0.25)
+    precompute(table, {"source": "rows"}, codec, folder / "latents", settings)
+    return folder / "latents"
+
+
+@pytest.mark.slow
+def test_killed_on_two_ranks_goes_on_with_one_then_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents in buckets, 32 draws an epoch: killed in mid epoch, then behind an epoch's end, and on to the end."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = (
+        "--data=datamodules.LatentsDataModule",
+        f"--data.init_args.source={latents_of_two_sizes(tmp_path)}",
+        "--data.init_args.num_workers=0",
+        "--data.init_args.validation_samples=8",
+        "--data.init_args.bucket_batch=12",
+        "--model.init_args.denoiser.init_args.subregion_pattern=[full]",
+        "--trainer.limit_val_batches=0",
+        "--trainer.logger=false",
+        "--checkpoint.every_n_train_steps=1",
+    )
+
+    def run(name: str, ranks: int, steps: int, kill_at: int | None = None) -> list[dict]:
+        """The ids of each step, all ranks together in stream order; at `kill_at` rank zero ends by SIGKILL."""
+        record = tmp_path / "record" / f"{name}_{ranks}_{steps}"
+        recorder = f"{{class_path: tests.recorder.Recorder, init_args: {{folder: {record}, kill_at: {kill_at}}}}}"
+        done = fit(
+            tmp_path / name,
+            *data,
+            f"--data.init_args.batch_size={12 // ranks}",
+            f"--trainer.max_steps={steps}",
+            f"--trainer.callbacks+={recorder.replace('None', 'null')}",
+            *(("--trainer.strategy=ddp",) if ranks > 1 else ()),
+            *(("--ckpt_path=last",) if (tmp_path / name / "checkpoints").exists() else ()),
+            ranks=ranks,
+            check=kill_at is None,
+            timeout=900,
+        )
+        assert (done.returncode != 0) == (kill_at is not None), done.stderr[-3000:]
+        shares = [read(record, rank) for rank in range(ranks)]
+        count = min(map(len, shares))  # a killed rank may be a step ahead of the others
+        steps = [[part[i]["ids"] for part in shares] for i in range(count)]
+        return [{"step": shares[0][i]["step"], "ids": interleave(ids)} for i, ids in enumerate(steps)]
+
+    whole = run("whole", 1, 9)
+    assert [line["step"] for line in whole] == list(range(1, 10))
+    for ranks, steps, kill_at in ((2, 9, 2), (1, 9, 5), (3, 9, None)):
+        part = run("broken", ranks, steps, kill_at)
+        first = part[0]["step"] - 1
+        assert part == whole[first : first + len(part)], (ranks, first)
+    assert part[-1]["step"] == 9
+    assert {i for line in whole for i in line["ids"]} == set(range(32))
+
+
+def interleave(ids: list[list[int]]) -> list[int]:
+    return [i for together in zip(*ids, strict=True) for i in together]

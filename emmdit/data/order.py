@@ -139,7 +139,7 @@ class Order:
         if len(self.groups) > 1 and (run is None or run < 1):
             raise ValueError(
                 f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch "
-                "(batch_size x processes), so that a batch has one size and the order does not depend on the number of processes."
+                "(batch_size x processes), so that a batch has one size and the order the same on any number of them."
             )
         self._cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
