@@ -6,8 +6,8 @@ Writes the same latents (32 x 16 x 16 float16, 16 KiB, as DC-AE gives them at 51
 precompute`, as webdataset tars and as MDS shards, into a folder that is removed again; JPEG pictures are the
 photographs inside scikit-learn and matplotlib. The cases take turns, so that what else the machine does falls on all
 alike. Two rates are given: by the clock, and by the seconds the processor worked for the process, which is what an idle
-core would give. Files are in the page cache unless a row says otherwise. Memory is read while as many samples pass as
-there are: what the process owns, apart from the pages of mapped files, which the system takes back when it needs them.
+core would give. Files are in the page cache unless a row says otherwise. Memory is read while 100,000 samples pass:
+what the process owns, apart from the pages of mapped files, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def write_mds(folder: Path, samples: int) -> None:
 
 
 def photographs() -> list[Image.Image]:
-    """Those inside scikit-learn and matplotlib; a picture from a camera has more pixels, so they are cut out of 2x."""
+    """Those inside scikit-learn and matplotlib."""
     import matplotlib
 
     places = [Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"]
@@ -120,6 +120,7 @@ def photographs() -> list[Image.Image]:
 
 
 def jpegs(width: int, height: int) -> list[bytes]:
+    """The photographs, enlarged: smoother than a camera's pictures of that size, so a little quicker to decode."""
     found = []
     for image in photographs():
         buffer = io.BytesIO()
@@ -286,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name)
         cases = latents_cases(folder, samples, args.batch_size)
         rows = measure(cases, max(1000, samples // 5), rounds)
-        growth = memory_over(cases["LatentsDataModule"], samples)
-        jpeg = measure(jpeg_cases(), 10 if args.quick else 60, rounds)
+        growth = memory_over(cases["LatentsDataModule"], 10_000 if args.quick else 100_000)
+        jpeg = measure(jpeg_cases(), 6 if args.quick else 24, rounds)
         write_latents(folder / "cold", min(samples, 20_000))
         rows.append(cold(folder / "cold", min(samples, 20_000) // 4, args.batch_size))
     missing = [name for name in ("webdataset", "streaming") if importlib.util.find_spec(name) is None]

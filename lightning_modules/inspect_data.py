@@ -62,7 +62,7 @@ def inspect_data(argv: list[str]) -> None:
     parser.add_argument("--resolution", type=int, help="in pixels; by default the data's")
     parser.add_argument("--min_side", type=int, help="smaller images are left out; by default the resolution")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
-    parser.add_argument("--bucket_step", type=int, help="of the table of buckets, in pixels")
+    parser.add_argument("--bucket_step", type=int, help="crop to buckets of this step in place of the square, in pixels")
     parser.add_argument("--tokenizer", help="folder or hub id; by default the experiment's, else words are counted")
     parser.add_argument("--max_length", type=int, help="with --tokenizer: captions are cut to so many tokens")
     parser.add_argument("--pictures", type=int, default=24, help="on the contact sheet")
@@ -186,7 +186,7 @@ def look_at(data: TextImageDataModule, out: Path, tokens: list[Tokens], codec: A
     charts(report, out / "charts.png")
     kept = [item for item in kept if item.row in set(shown)]
     if any(item.pixels is not None for item in kept):
-        save_png(contact_sheet(kept, SIDE), out / "sheet.png", {"rows": [item.row for item in kept], **about})
+        save_png(contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})
     elif args.pictures:
         way = "; --decode draws its latents, with -c of its experiment" * isinstance(data, LatentsDataModule)
         print(f"No contact sheet: there are no pictures in it{way}.")

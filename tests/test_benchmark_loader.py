@@ -45,7 +45,7 @@ def test_the_benchmark_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads((tmp_path / "a.json").read_text())
     assert {row["case"] for row in found["rows"]} >= {"LatentsDataModule", "HubDataModule, MDS"}
     assert all(row["rate"] > 0 for row in found["rows"] + found["jpeg"]) and found["rows"][0]["ratio"] == 1
-    assert found["memory"][-1]["samples"] >= 400 and "samples/s" in capsys.readouterr().out
+    assert found["memory"][-1]["samples"] >= 10_000 and "samples/s" in capsys.readouterr().out
 
 
 def test_preparing_costs_what_a_pencil_says() -> None:
