@@ -46,7 +46,7 @@ COLUMNS = {
     "low": "slowest round",
     "high": "fastest",
     "cpu_rate": "samples per second of processor time",
-    "ratio": "ratio",
+    "ratio": "ratio of these",
 }
 JPEG_COLUMNS = {"case": "picture", **{key: COLUMNS[key] for key in ("rate", "low", "high", "cpu_rate")}}
 MEMORY_COLUMNS = {"samples": "samples read", "own_mib": "own memory, MiB", "mapped_mib": "mapped file pages, MiB"}

@@ -25,7 +25,6 @@ from emmdit.data.inspect import (
     Looks,
     SampleItems,
     Tokens,
-    as_text,
     chosen_rows,
     made_buckets,
     source_items,
@@ -34,7 +33,7 @@ from emmdit.data.inspect import (
 )
 from emmdit.data.manifest import KIND
 from emmdit.data.precompute import Item
-from emmdit.data.sheet import charts, contact_sheet
+from emmdit.data.show import as_text, charts, contact_sheet
 from emmdit.data.sources import fingerprint, open_source
 from emmdit.encoders.loading import load_tokenizer
 from emmdit.images import save_png, to_uint8
@@ -62,7 +61,9 @@ def inspect_data(argv: list[str]) -> None:
     parser.add_argument("--resolution", type=int, help="in pixels; by default the data's")
     parser.add_argument("--min_side", type=int, help="smaller images are left out; by default the resolution")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
-    parser.add_argument("--bucket_step", type=int, help="crop to buckets of this step in place of the square, in pixels")
+    parser.add_argument(
+        "--bucket_step", type=int, help="crop to buckets of this step in place of the square, in pixels"
+    )
     parser.add_argument("--tokenizer", help="folder or hub id; by default the experiment's, else words are counted")
     parser.add_argument("--max_length", type=int, help="with --tokenizer: captions are cut to so many tokens")
     parser.add_argument("--pictures", type=int, default=24, help="on the contact sheet")

@@ -131,7 +131,9 @@ class CaptionedRows(Dataset):
         array = np.asarray(found, dtype=np.float32)
         if array.ndim != 3:
             raise ValueError(f"an array (C, h, w) was expected, not one of shape {array.shape}")
-        return torch.from_numpy(array) * self.latents_scale
+        if self.latents_scale != 1:
+            array = array * np.float32(self.latents_scale)
+        return torch.from_numpy(array)
 
 
 def _texts(found: Any, missing: bool = False) -> list[str]:

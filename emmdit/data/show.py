@@ -1,4 +1,4 @@
-"""The pictures of `emmdit inspect-data`: a contact sheet with captions, and the charts of lengths and sizes."""
+"""What `emmdit inspect-data` found, to look at: text, a contact sheet with captions, charts of lengths and sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,63 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from emmdit.data.precompute import Item
+
+
+def as_text(report: dict[str, Any], bar: int = 40, rejects: int = 20) -> str:
+    """The report to read: a line for each fact."""
+    lines = [
+        f"{name:<10} {report[name]}" for name in ("source", "licence", "card", "columns", "encoder") if report.get(name)
+    ]
+    looked, rows = report["looked_at"], report["rows"]
+    left = sum(report["rejected"].values())
+    lines.append(
+        f"{'rows':<10} {rows:,} ({report['kind']}); looked at {looked:,}: {report['good']:,} good, {left:,} left out"
+    )
+    lines += [f"  left out   {count:,} {reason}" for reason, count in report["rejected"].items()]
+    for reject in report["rejects"][:rejects]:
+        key = f" ({reject['key']})" if reject["key"] else ""
+        lines.append(f"    row {reject['row']}{key}: {reject['reason']}: {reject['detail']}")
+    if len(report["rejects"]) > rejects:
+        lines.append(f"    and {len(report['rejects']) - rejects:,} more, see report.json")
+    if sizes := report["sizes"]:
+        for name in ("width", "height", "short_side", "ratio"):
+            row, digits = sizes[name], 2 if name == "ratio" else 0
+            points = ", ".join(f"{key} {row[key]:.{digits}f}" for key in ("min", "p5", "median", "p95", "max"))
+            lines.append(f"{name.replace('_', ' '):<10} {points}")
+        common = ", ".join(f"{r['width']} x {r['height']} ({r['images']:,})" for r in sizes["most_frequent"])
+        lines.append(f"{'frequent':<10} {common} (width x height)")
+    captions = report["captions"]
+    several = ", ".join(f"{images:,} images with {count}" for count, images in captions["an_image"].items())
+    lines.append(f"{'captions':<10} {captions['captions']:,} ({several}); {captions['repeated']:,} repeat another one")
+    for row in captions["in"]:
+        if row["lengths"] is None:
+            continue
+        points = ", ".join(f"{key} {row['lengths'][key]:.0f}" for key in ("min", "p5", "median", "mean", "p95", "max"))
+        cut = (
+            ""
+            if row["cut"] is None
+            else f"; {row['cut']:,} ({row['cut'] / captions['captions']:.1%}) cut at {row['max_length']}"
+        )
+        lines.append(f"{'length':<10} in {row['unit']}: {points}{cut}")
+        most = max(step["count"] for step in row["histogram"])
+        for step in row["histogram"]:
+            mark = "#" * round(bar * step["count"] / most) or "." * bool(step["count"])
+            lines.append(f"  {step['from']:>5}-{step['to'] - 1:<5} {step['count']:>8,} {mark}".rstrip())
+    if buckets := report["buckets"]:
+        what = f"steps of {buckets['step']} px, up to {buckets['max_ratio']:g}:1" if "step" in buckets else "as encoded"
+        lines.append(
+            f"{'buckets':<10} at {buckets['resolution']} px, {what}: {buckets['cropped']:.1%} of the area cropped; "
+            f"the square crop takes {buckets['cropped_square']:.1%}"
+        )
+        for row in buckets["rows"]:
+            lost = "" if row["cropped"] is None else f", {row['cropped']:.1%} cropped"
+            lines.append(f"  {row['width']:>5} x {row['height']:<5} {row['images']:>8,} {row['share']:>6.1%}{lost}")
+    if latents := report.get("latents"):
+        lines.append(
+            f"{'latents':<10} {latents['shape']} {latents['dtype']}: mean {latents['mean']:.3f}, standard deviation "
+            f"{latents['std']:.3f} over {latents['samples']:,} samples"
+        )
+    return "\n".join(lines)
 
 
 def contact_sheet(items: list[Item], side: int = 160, columns: int = 6, lines: int = 4) -> Image.Image:
