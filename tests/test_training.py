@@ -352,7 +352,6 @@ def test_killed_on_two_ranks_goes_on_with_one_then_three(tmp_path: Path, monkeyp
         "--data.init_args.bucket_batch=12",
         "--model.init_args.denoiser.init_args.subregion_pattern=[full]",
         "--trainer.limit_val_batches=0",
-        "--trainer.logger=false",
         "--checkpoint.every_n_train_steps=1",
     )
 
