@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import ROOT, markdown_table
 
 RESULTS = ROOT / "benchmarks/results/loader_cpu.json"
-LATENT_BYTES = 16_384 + 300  # 512 px with DC-AE in float16; caption, sizes, key
+LATENT_BYTES = 16_384 + 300  # 512 px with DC-AE in float16; caption, sizes, key (181 B in benchmarks/loader.py)
 COLUMNS = {"what": "", "value": "value", "unit": "unit", "basis": "basis"}
 NODE_COLUMNS = {
     "nodes": "nodes",
@@ -59,7 +59,7 @@ def plan(args: argparse.Namespace, flops: int, decode: float) -> tuple[list[dict
     source, latents = args.pairs * args.jpeg_kb * 1e3, kept * LATENT_BYTES
     assumed = "assumed"
     inputs = [
-        {"what": "pairs", "value": args.pairs, "unit": "", "basis": "issue"},
+        {"what": "pairs", "value": args.pairs, "unit": "", "basis": "given"},
         {"what": "left out (gone links, too small, corrupt)", "value": args.lost, "unit": "of all", "basis": assumed},
         {"what": "picture", "value": args.jpeg_kb, "unit": "kB", "basis": assumed},
         {"what": "JPEG 1024 x 768 to 512 px", "value": decode, "unit": "pictures/s and core", "basis": "measured"},
@@ -81,7 +81,7 @@ def plan(args: argparse.Namespace, flops: int, decode: float) -> tuple[list[dict
             "what": "latents on disk",
             "value": latents / 1e12,
             "unit": "TB",
-            "basis": "16 KiB + 300 B each, measured layout",
+            "basis": "16 KiB, and 300 B of caption and sizes",
         },
         {
             "what": "copies of the pictures at 512 px, for REPA (--keep_images 95)",
