@@ -149,9 +149,8 @@ def look_at(data: TextImageDataModule, out: Path, tokens: list[Tokens], codec: A
         manifest, count = items.manifest, len(items)
         about |= {name: data.provenance()[name] for name in ("source", "licence", "card")}
         about |= {"kind": f"{len(manifest['shards'])} shards of latents", "rows": count}
-        about["encoder"] = "{class_path} {source}, weights {weights_sha256:.12}".format(
-            **{"source": "", **manifest["codec"]}
-        )
+        made = {"class_path": "?", "source": "", "weights_sha256": "?"} | manifest["codec"]
+        about["encoder"] = f"{made['class_path']} {made['source']}, weights {made['weights_sha256'][:12]}"
     elif isinstance(data, HubDataModule):
         rows = data.rows()
         count = len(rows)
