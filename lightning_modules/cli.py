@@ -45,6 +45,7 @@ commands:
   precompute       images to latents on disk: emmdit precompute -c experiments/data/pd12m.yaml \\
                    -c experiments/precompute/dcae_512.yaml -c experiments/trainer/ddp_8gpu.yaml --out latents/pd12m
   generate-dataset pictures for a list of prompts, by any text-to-image pipeline, as a data set
+  inspect-data     sizes, caption lengths, buckets, bad rows and a contact sheet of any source or latents folder
 
 `emmdit COMMAND --help` tells more. Several -c files are laid over each other, the later ones win.
 """

@@ -15,6 +15,7 @@ from lightning_modules.card import write_card
 from lightning_modules.drawing import DTYPES, nitro_e_pipeline
 from lightning_modules.evaluate import evaluate
 from lightning_modules.generate_dataset import generate_dataset
+from lightning_modules.inspect_data import inspect_data
 from lightning_modules.precompute import precompute
 from lightning_modules.reference_stats import reference_stats
 from lightning_modules.runs import load_pipeline
@@ -146,4 +147,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reference-stats": reference_stats,
     "precompute": precompute,
     "generate-dataset": generate_dataset,
+    "inspect-data": inspect_data,
 }

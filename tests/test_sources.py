@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from emmdit.data import MDSDataset
+from emmdit.data import MDSDataset, tars
 from emmdit.data.images import BadRow, load_image, open_image
 from emmdit.data.rows import CaptionedRows
 from emmdit.data.sources import fingerprint, open_source, select_columns
@@ -114,6 +115,29 @@ def test_a_tars_index_is_kept_until_the_tar_changes(tmp_path: Path, monkeypatch:
     assert reason(again, 1) == "unsafe path"
     tar(file, sample(0) + sample(1) + sample(2))
     assert len(TarRows([file])) == 3
+
+
+def test_processes_that_start_together_scan_each_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tar(tmp_path / f"{i}.tar", sample(i)) for i in range(6)]
+    scan = tars._scan
+
+    def slow(file: Path, size: int) -> dict:
+        with open(tmp_path / "scans", "a") as log:
+            log.write(f"{file.name} {os.getpid()}\n")
+        time.sleep(0.2)
+        return scan(file, size)
+
+    monkeypatch.setattr(tars, "_scan", slow)
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            rows = TarRows(files)
+            os._exit(0 if [rows[i]["caption"] for i in range(6)] == [f"text {i}" for i in range(6)] else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    scans = [line.split() for line in (tmp_path / "scans").read_text().splitlines()]
+    assert sorted(name for name, _ in scans) == [f"{i}.tar" for i in range(6)]  # none twice
+    assert len({process for _, process in scans}) > 1  # and not all by one
 
 
 # -- MDS ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from emmdit.data.arrow import ArrowRows
 from emmdit.data.buckets import code
 from emmdit.data.captions import candidates
 from emmdit.data.images import first_line, load_image
@@ -51,7 +53,8 @@ class LatentsRows(Dataset):
         if not self.manifest["shards"]:
             raise ValueError(f"'{folder}' has no samples: all rows were rejected, see its rejects.jsonl.")
         rows = datasets.load_from_disk(str(self.folder))
-        names = [name for name in ("caption", "latents", "features", "width", "height") if name in rows.column_names]
+        names = [name for name in ("caption", "latents", "features") if name in rows.column_names]
+        names += ["width", "height"] if self.manifest.get("buckets") else []
         names += ["captions"] if captions and "captions" in rows.column_names else []
         names += [name for name in rows.column_names if text and name.startswith("text.")]
         self.table, self.caption_weights = rows, caption_weights
@@ -60,6 +63,10 @@ class LatentsRows(Dataset):
             names.append("image")
         self.rows = rows.select_columns(names)
         self.first, self.last = first, len(self.rows) if last is None else last
+        self._arrow: ArrowRows | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrow": None}
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -84,45 +91,66 @@ class LatentsRows(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Reads a batch at once: four times as fast as one by one."""
+        """Reads and decodes a batch at once: a call for each row costs more than its bytes."""
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
         numbers = [self.first + int(index) for index in indices]
-        columns = self.rows[numbers]
-        samples = []
-        for place, (index, number) in enumerate(zip(indices, numbers, strict=True)):
-            row = {name: column[place] for name, column in columns.items()}
-            try:
-                samples.append(self._sample(index, row))
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise ValueError(f"Row {number} of '{self.folder}' can not be read ({first_line(error)}).") from error
+        if self._arrow is None:  # in each process anew
+            self._arrow = ArrowRows(self.rows.data, self.rows.column_names)
+        stored = self._arrow.take(numbers)
+        codec, columns = self.manifest["codec"], self.manifest["columns"]
+        sizes = [(self.manifest["resolution"],) * 2] * len(numbers)
+        if "height" in stored:
+            sizes = list(zip(stored["height"], stored["width"], strict=True))
+        grids = [(codec["latent_channels"], h // codec["downsample"], w // codec["downsample"]) for h, w in sizes]
+        samples: list[dict[str, Any]] = [
+            {"sample_id": index, "caption": caption, "latents": latents}
+            for index, caption, latents in zip(
+                indices, stored["caption"], self._tensors("latents", stored, grids, numbers, torch.float32), strict=True
+            )
+        ]
+        for sample, captions in zip(samples, stored.get("captions", ()), strict=False):
+            if pairs := candidates(captions, self.caption_weights):
+                sample |= {"caption": pairs[0][0], "captions": pairs}
+        if "features" in stored:  # their number goes with the size of the picture
+            shapes = [(-1, columns["features"]["shape"][-1])] * len(numbers)
+            found = self._tensors("features", stored, shapes, numbers, torch.float32)
+            for sample, features in zip(samples, found, strict=True):
+                sample["features"] = features
+        for name in stored:
+            if name.startswith("text."):
+                found = self._tensors(name, stored, [tuple(columns[name]["shape"])] * len(numbers), numbers)
+                for sample, tensor in zip(samples, found, strict=True):
+                    sample.setdefault("condition", {})[name.removeprefix("text.")] = tensor
+        if "image" in stored:
+            for sample, image, size, number in zip(samples, stored["image"], sizes, numbers, strict=True):
+                try:
+                    sample["image"] = load_image(image, size)
+                except ValueError as error:
+                    raise ValueError(self._unreadable(number, first_line(error))) from error
         return samples
 
-    def _sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        codec = self.manifest["codec"]
-        grid = (row["height"] // codec["downsample"], row["width"] // codec["downsample"])
-        sample = {
-            "sample_id": torch.tensor(index, dtype=torch.int64),
-            "caption": row["caption"],
-            "latents": self._tensor("latents", row, (codec["latent_channels"], *grid)).float(),
-        }
-        pairs = candidates(row.get("captions", []), self.caption_weights)
-        if pairs:
-            sample |= {"caption": pairs[0][0], "captions": pairs}
-        if "features" in row:  # their number goes with the size of the picture
-            width = self.manifest["columns"]["features"]["shape"][-1]
-            sample["features"] = self._tensor("features", row, (-1, width)).float()
-        if "image" in row:
-            sample["image"] = load_image(row["image"], (row["height"], row["width"]))
-        text = [name for name in row if name.startswith("text.")]
-        if text:
-            shapes = {name: self.manifest["columns"][name]["shape"] for name in text}
-            sample["condition"] = {
-                name.removeprefix("text."): self._tensor(name, row, shape) for name, shape in shapes.items()
-            }
-        return sample
+    def _tensors(
+        self,
+        name: str,
+        stored: dict[str, list[Any]],
+        shapes: list[tuple[int, ...]],
+        numbers: list[int],
+        dtype: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
+        """One column's tensors, decoded (and brought to `dtype`) together."""
+        kept = getattr(torch, self.manifest["columns"][name]["dtype"])
+        for data, shape, number in zip(stored[name], shapes, numbers, strict=True):
+            unit = kept.itemsize * abs(math.prod(shape))
+            if data is None or not len(data) or (len(data) % unit if -1 in shape else len(data) != unit):
+                held = 0 if data is None else len(data)
+                raise ValueError(self._unreadable(number, f"its {name} of {held:,} bytes are not of shape {shape}"))
+        lengths = [len(data) // kept.itemsize for data in stored[name]]
+        values = torch.frombuffer(bytearray().join(stored[name]), dtype=kept).to(dtype or kept)
+        if len(set(shapes)) == len(set(lengths)) == 1:
+            return list(values.view(len(shapes), *shapes[0]).unbind())
+        return [part.view(shape) for part, shape in zip(values.split(lengths), shapes, strict=True)]
 
-    def _tensor(self, name: str, row: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = getattr(torch, self.manifest["columns"][name]["dtype"])
-        return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(tuple(shape))
+    def _unreadable(self, number: int, why: str) -> str:
+        return f"Row {number} of '{self.folder}' can not be read ({why})."

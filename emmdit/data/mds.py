@@ -135,7 +135,7 @@ class _Shard:
         except (KeyError, TypeError, ValueError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
             raise ValueError(f"{folder / 'index.json'} can not be used: {what}.") from error
-        self._data: np.memmap | None = None
+        self._data: np.ndarray | None = None
         self._offsets: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +150,9 @@ class _Shard:
             _unpack(self.packed, self.path)
         if self.path.stat().st_size < 4 * (self.samples + 2):
             raise BadRow(f"the shard {self.path} is truncated: not even its table of samples is whole")
-        data = np.memmap(self.path, mode="r")
+        data = np.asarray(
+            np.memmap(self.path, mode="r")
+        )  # a plain array: a slice of a memmap costs more than its bytes
         count = int(data[:4].view("<u4")[0])
         if count != self.samples:
             raise BadRow(f"the shard {self.path} has {count} samples, index.json says {self.samples}")

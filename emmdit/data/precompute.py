@@ -100,8 +100,8 @@ class Item:
         return {"row": self.row, "key": self.key, "reason": self.reason, "detail": self.detail}
 
 
-class _Items(Dataset):
-    """Reads and decodes rows, in loader processes."""
+class Items(Dataset):
+    """Reads, judges and decodes rows, in loader processes; `rows` as `open_source` and `select_columns` give them."""
 
     def __init__(self, rows: Any, settings: Settings) -> None:
         self.rows, self.settings = rows, settings
@@ -129,12 +129,12 @@ class _Items(Dataset):
         if not any(item.captions):
             raise BadRow(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
         image = open_image(value(row, settings.image_column), settings.max_pixels)
+        item.original = image.size
         height, width = settings.size_for((image.height, image.width))
         needed = (width, height) if settings.min_side is None else (settings.min_side, settings.min_side)
         if image.width < needed[0] or image.height < needed[1]:
             short = f"the short side must have {needed[0]}" if needed[0] == needed[1] else f"it must have {needed}"
             raise BadRow(f"{image.width} x {image.height} pixels, {short}", "too small")
-        item.original = image.size
         item.pixels = fit(image, height, width)
 
 
@@ -183,7 +183,7 @@ def precompute(
         "scaling": "as codec.encode gives them: (raw - shift_factor) * scaling_factor",
     }
     with ShardedJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
-        _work(job, _Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
+        _work(job, Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
         return finish(job, about)
 
 
@@ -205,7 +205,7 @@ class _Order:
 
 def _work(
     job: ShardedJob,
-    items: _Items,
+    items: Items,
     settings: Settings,
     encoders: dict[str, Any],
     device: torch.device,

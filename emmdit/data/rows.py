@@ -128,10 +128,12 @@ class CaptionedRows(Dataset):
             if self.latents_shape is None:
                 raise ValueError("latents_shape must say how its bytes are to be read")
             found = np.frombuffer(found, np.float16).reshape(self.latents_shape)
-        array = np.asarray(found, dtype=np.float32)
+        array = np.array(found, dtype=np.float32)  # its own memory: bytes are read-only
         if array.ndim != 3:
             raise ValueError(f"an array (C, h, w) was expected, not one of shape {array.shape}")
-        return torch.from_numpy(array) * self.latents_scale
+        if self.latents_scale != 1:
+            array = array * np.float32(self.latents_scale)
+        return torch.from_numpy(array)
 
 
 def _texts(found: Any, missing: bool = False) -> list[str]:

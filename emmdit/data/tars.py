@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
 from emmdit.data.images import BadRow, first_line
@@ -32,7 +33,7 @@ class TarRows(Dataset):
 
     def __init__(self, files: list[str | Path], columns: list[str] | None = None) -> None:
         self.files = [Path(file) for file in files]
-        self._tars = [_index(file) for file in self.files]
+        self._tars = _indices(self.files)
         starts = np.cumsum([0, *(len(tar["rows"]) for tar in self._tars)])
         self._starts: list[int] = starts.tolist()
         if not self._starts[-1]:
@@ -136,8 +137,22 @@ def _key(name: str) -> str:
     return str(path.with_name(path.name.partition(".")[0] or path.name))
 
 
-def _index(file: Path) -> dict[str, Any]:
-    """Rows, members, extensions and faults of one tar; from the cache where it has not changed."""
+def _indices(files: list[Path]) -> list[dict[str, Any]]:
+    """Of each tar. Ranks that start together share the work: a tar that another one is scanning is left to it, and
+    its index taken when the rest is done."""
+    found: dict[Path, dict[str, Any]] = {}
+    for wait in (False, True):
+        for file in files:
+            if file not in found and (index := _index(file, wait)) is not None:
+                found[file] = index
+    return [found[file] for file in files]
+
+
+def _index(file: Path, wait: bool) -> dict[str, Any] | None:
+    """Rows, members, extensions and faults of one tar; from the cache where it has not changed.
+
+    None where another process is scanning it, unless `wait`.
+    """
     try:
         stat = file.stat()
     except OSError as error:
@@ -147,21 +162,38 @@ def _index(file: Path) -> dict[str, Any]:
     kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     common = {"name": file.name, "size": stat.st_size}
     if kept.is_file():
-        with np.load(kept, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            faults = {int(row): tuple(fault) for row, fault in about["faults"].items()}
-            found = {name: arrays[name] for name in ("rows", "headers", "members")}
-        return common | found | {"extensions": about["extensions"], "faults": faults}
-    found = _scan(file, stat.st_size)
-    about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
+        return common | _kept(kept)
+    lock: FileLock | None = FileLock(kept.with_suffix(".lock"), timeout=-1 if wait else 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{kept.name}.{os.getpid()}.npz"
-        np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
-        os.replace(part, kept)
-    except OSError:
-        pass  # a full or read-only home is no reason to stop: the next start scans again
-    return common | found
+        lock.acquire()
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError):
+        lock = None  # a full or read-only home, or one without locks, is no reason to stop: everyone scans alone
+    try:
+        if kept.is_file():
+            return common | _kept(kept)
+        found = _scan(file, stat.st_size)
+        about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
+        try:
+            part = folder / f".{kept.name}.{os.getpid()}.npz"
+            np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
+            os.replace(part, kept)
+        except OSError:
+            pass
+        return common | found
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    with np.load(file, allow_pickle=False) as arrays:
+        about = json.loads(str(arrays["about"]))
+        faults = {int(row): tuple(fault) for row, fault in about["faults"].items()}
+        found = {name: arrays[name] for name in ("rows", "headers", "members")}
+    return found | {"extensions": about["extensions"], "faults": faults}
 
 
 def _scan(file: Path, size: int) -> dict[str, Any]:
