@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import attention_scaling, distillation_memory
+from benchmarks import attention_scaling, attention_shares, distillation_memory
 from benchmarks.attention_scaling import Guard, exponent, exponents, parts_of
 from benchmarks.teachers import TEACHERS, build
 
@@ -114,7 +115,9 @@ def test_out_of_memory_is_a_note():
 # -------------------------------------------------------------------------------- what is written
 
 
-def test_the_script_prints_and_writes_the_same(tmp_path: Path, capsys):
+def test_the_script_prints_and_writes_the_same(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    used = iter(itertools.count(step=2**20))  # the real one collects garbage each time; tests/test_benchmarks.py has it
+    monkeypatch.setattr(attention_scaling, "peak_memory", lambda run, device: (run(), next(used))[1])
     name = "SD3.5-Medium"
     out = tmp_path / "out.json"
     sizes = ["--resolutions", "128", "64", "--fit-from", "64"]
@@ -131,6 +134,7 @@ def test_the_script_prints_and_writes_the_same(tmp_path: Path, capsys):
         assert row["seconds_ratio"] == pytest.approx(row["seconds_teacher"] / row["seconds_student"])
         assert row["tflop_ratio"] == pytest.approx(row["tflop_teacher"] / row["tflop_student"])
         assert f"{row['seconds_ratio']:.3g}" in printed
+        assert row["memory_teacher"] == row["memory_student"] == 2**20
     assert len(written["exponents"]) == 8 and {fit["px_student"] for fit in written["exponents"]} == {128}
     assert written["machine"]["torch"] in printed
 
@@ -142,6 +146,19 @@ def test_published_ratios_stand_beside_whole_forward_passes():
     assert done["note"] == "a; b"
     for change in (dict(part="block"), dict(mode="forward + backward"), dict(px=512), dict(network="E-MMDiT")):
         assert attention_scaling.finished(row | change | dict(notes=[]))["published"] is None
+
+
+def test_shares_of_the_parts_add_up(capsys):
+    attention_shares.main(["--networks", "SD3.5-Medium", "--px", "64", "--device", "cpu", "--quick"], TINY)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| SD3.5")]
+    assert len(rows) == 8 and {row[2].strip() for row in rows} >= {
+        "ConvFusion",
+        "image-to-prompt softmax",
+        "prompt rows",
+    }
+    for column in (4, 6):  # per cent of time and of FLOPs
+        assert sum(float(row[column]) for row in rows) == pytest.approx(100, abs=1)
+    assert float(rows[-1][5]) == 0  # all FLOPs are in the named parts
 
 
 # -------------------------------------------------------------------------------- memory plan

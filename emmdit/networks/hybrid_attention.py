@@ -143,7 +143,7 @@ class HybridAttention(LinearAttention):
 
 def _mix(share: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
     if isinstance(share, float):
-        return torch.lerp(b, a, share)  # one pass, and nothing kept for the backward
+        return torch.lerp(b.to(a.dtype), a, share)  # one pass over the tokens
     return (share * a + (1 - share) * b).to(a.dtype)
 
 

@@ -1,0 +1,118 @@
+"""Where a student's attention spends its time and FLOPs, part by part: forward passes of one layer at its true size.
+
+    python -m benchmarks.attention_shares --device cpu --px 1024
+
+Each part runs by itself on random tokens, in turn with the others and with the whole layer; "norms, mixture, copies" is
+what the parts leave of the whole. One CPU thread is timed by the seconds in which it ran.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.attention_scaling import clock_of
+from benchmarks.common import Run, argument_parser, interleaved, markdown_table, show, write_json
+from benchmarks.teachers import TEACHERS, Teacher, build
+from emmdit.machine import machine
+from emmdit.networks.hybrid_attention import HybridAttention
+from emmdit.networks.layers import attention
+from emmdit.networks.linear_attention import LinearAttention
+
+REST = "norms, mixture, copies"
+
+
+def steps(layer: LinearAttention, x: Tensor, prompt: Tensor, side: int) -> dict[str, Run]:
+    """The parts of the paper's form, and "whole": the layer on tokens x (B, N, D) and prompt (B, T, D)."""
+    grids = ((side, side),)
+    q, (k, v) = layer.queries(x, grids), layer.keys_values(x, grids)
+    short_k, short_v = (layer.split(t) for t in layer.compress(k, v, grids))
+    found: dict[str, Run] = {
+        "ConvFusion": lambda: layer.fuse_q(x, grids),
+        "projections of the image": lambda: (
+            [linear(x) for linear in (layer.to_q, layer.to_k, layer.to_v)],
+            layer.project(layer.to_out, q),
+        ),
+        "Spatial Compressor": lambda: layer.compress(k, v, grids),
+        "linear product": lambda: layer.normed_image_to_image(q, short_k, short_v, False),
+    }
+    if not isinstance(layer, HybridAttention):
+        return found | {"whole": lambda: layer(x, grids=grids)}
+    prompt_q, prompt_k, prompt_v = (
+        layer.split(linear(prompt)) for linear in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
+    )
+    keys, values = torch.cat([short_k, prompt_k], dim=-2), torch.cat([short_v, prompt_v], dim=-2)
+    return found | {
+        "projections of the prompt": lambda: (
+            [linear(prompt) for linear in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)],
+            layer.project(layer.to_add_out, prompt_q),
+        ),
+        "image-to-prompt softmax": lambda: attention(q, prompt_k, prompt_v),
+        "prompt rows": lambda: attention(prompt_q, keys, values),
+        "whole": lambda: layer(x, prompt, grids=grids),
+    }
+
+
+def of_layer(teacher: Teacher, px: int, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
+    with device:
+        network = build(teacher, "student", 512, dtype, **teacher.one_block)
+        layer = getattr(getattr(network, teacher.blocks)[0], teacher.attention)
+        n, width = teacher.tokens(network, px), layer.to_k.in_features
+        x, prompt = (torch.randn(1, tokens, width, dtype=dtype) for tokens in (n, teacher.text_tokens))
+    return steps(layer, x, prompt, round(n**0.5))
+
+
+@torch.no_grad()
+def shares(teacher: Teacher, px: int, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    flops = {}
+    for part, run in of_layer(teacher, px, torch.device("meta"), dtype).items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops[part] = counter.get_total_flops()
+    timings = interleaved(of_layer(teacher, px, device, dtype), device, rounds, 0.01, clock_of(device))
+    seconds = {part: timing.median for part, timing in timings.items()}
+    whole = seconds.pop("whole"), flops.pop("whole")
+    seconds[REST], flops[REST] = whole[0] - sum(seconds.values()), whole[1] - sum(flops.values())
+    return [
+        {
+            "part": part,
+            "ms": 1e3 * seconds[part],
+            "time_percent": 100 * seconds[part] / whole[0],
+            "gflop": flops[part] / 1e9,
+            "flop_percent": 100 * flops[part] / whole[1],
+        }
+        for part in seconds
+    ]
+
+
+def main(argv: list[str] | None = None, config: dict[str, dict[str, Any]] | None = None) -> None:
+    """`config` changes the sizes of networks, by name (for a test)."""
+    parser = argument_parser(__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=tuple(TEACHERS), default=list(TEACHERS))
+    parser.add_argument("--px", type=int, nargs="+", default=[1024])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--rounds", type=int, help="turns of each part; default 10, --quick 1")
+    args = parser.parse_args(argv)
+    device, rounds = torch.device(args.device), args.rounds or (1 if args.quick else 10)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    found, rows = machine(device), []
+    for name in args.networks:
+        teacher = TEACHERS[name].changed((config or {}).get(name, {}))
+        for px in args.px:
+            rows += [{"network": name, "px": px} | row for row in shares(teacher, px, device, dtype, rounds)]
+    columns = {"network": "of", "px": "px", "part": "part", "ms": "ms", "time_percent": "% of the layer's time"}
+    columns |= {"gflop": "GFLOP", "flop_percent": "% of its FLOPs"}
+    show("Parts of a student's attention", found, [markdown_table(rows, columns)])
+    if args.json is not None:
+        settings = {"dtype": str(dtype), "rounds": rounds}
+        write_json(args.json, {"benchmark": "attention_shares", "machine": found, "settings": settings, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
