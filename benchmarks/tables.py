@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.shapes_ablation import FULL, LEDGER, ROWS
+from benchmarks.shapes_students import ABLATIONS, STUDENTS, TEACHER_OF, TEACHERS, base_of
 from emmdit.evaluation import ledger
 from emmdit.evaluation.report import flatten
 from emmdit.machine import machine, machine_line
@@ -125,19 +126,100 @@ def ablation_tasks(rows: list[Row], step_time: Mapping[str, Any] | None = None) 
 
 
 def reference(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
-    """All models that are no row of the ablation, with every task."""
-    ablations = {f"shapes/{name}" for name in ROWS}
-    found = by_experiment(row for row in rows if row["experiment"] not in ablations)
+    """All models that stand in no other table, with every task."""
+    elsewhere = {f"shapes/{name}" for name in (*ROWS, *TEACHERS, *STUDENTS, *ABLATIONS)}
+    found = by_experiment(row for row in rows if row["experiment"] not in elsewhere)
     if not found:
         return "No rows yet."
     found = dict(sorted(found.items(), key=lambda item: _rank(item[1])))
     return f"{_task_table(found, runs=True)}\n\n{_notes([row for of_row in found.values() for row in of_row])}"
 
 
+def students(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
+    """Each teacher, and below it its student; differences at the same prompts and noise."""
+    found, table, used = by_experiment(rows), [], []
+    for name, teacher in TEACHER_OF.items():
+        of_student, of_teacher = found.get(f"shapes/{name}", []), found.get(f"shapes/{teacher}", [])
+        if not of_student:
+            continue
+        if of_teacher:
+            table.append(_student_row(f"shapes/{teacher}", TEACHERS.get(teacher, "E-MMDiT") + " (teacher)", of_teacher))
+        table.append(
+            _student_row(f"shapes/{name}", STUDENTS[name], of_student)
+            | {
+                "difference": shown(_against(of_student, of_teacher, "geneval_overall", lambda a, b: a - b), True),
+                "ratio": shown(_against(of_student, of_teacher, "fid_clip", lambda a, b: a / b)),
+            }
+        )
+        used += of_teacher + of_student
+    if not table:
+        return "No rows yet."
+    columns = STUDENT_COLUMNS | {"difference": "to its teacher", "ratio": "FID-CLIP, times its teacher's"}
+    return f"{_right(markdown_table(table, columns), 2)}\n\n{_notes(used)}"
+
+
+def student_ablation(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> str:
+    """The students again, and below each its ablations; differences to it, seed by seed."""
+    found, table, used = by_experiment(rows), [], []
+    for name, words in STUDENTS.items():
+        base = found.get(f"shapes/{name}", [])
+        ablations = [a for a in ABLATIONS if base_of(a) == name and f"shapes/{a}" in found]
+        if not base or not ablations:
+            continue
+        table.append(_student_row(f"shapes/{name}", words, base))
+        used += base
+        for ablation in ablations:
+            of_row = found[f"shapes/{ablation}"]
+            difference = _against(of_row, base, "geneval_overall", lambda a, b: a - b)
+            row = _student_row(f"shapes/{ablation}", ABLATIONS[ablation], of_row)
+            table.append(row | {"difference": shown(difference, True)})
+            used += of_row
+    if not table:
+        return "No rows yet."
+    columns = STUDENT_COLUMNS | {"difference": "to the student"}
+    return f"{_right(markdown_table(table, columns), 2)}\n\n{_notes(used)}"
+
+
+STUDENT_COLUMNS = {"row": "model", "yaml": "experiment"} | {k: v for k, v in METRICS.items() if k != "asked_color"}
+STUDENT_COLUMNS |= {"steps": "steps", "minutes": "minutes of training", "seeds": "seeds of training x evaluation"}
+
+
+def _student_row(name: str, words: str, rows: list[Row]) -> dict[str, Any]:
+    timed = all(row.get("train_seconds") for row in rows)
+    return {
+        "row": words,
+        "yaml": f"`{name}`",
+        **{metric: shown(spread(values(rows, metric))) for metric in METRICS},
+        "steps": f"{rows[0]['train']['steps']:,}" if rows[0].get("train") else "",
+        "minutes": f"{mean(row['train_seconds'] for row in rows) / 60:.0f}" if timed else "",
+        "seeds": f"{len({row['seed'] for row in rows})} x {len({row.get('eval_seed', 0) for row in rows})}",
+        "difference": "",
+        "ratio": "",
+    }
+
+
+def _against(
+    rows: list[Row], others: list[Row], metric: str, compare: Callable[[float, float], float]
+) -> tuple[float, float | None] | None:
+    """Mean and standard deviation of rows against others, at the same evaluation seed, and the same training seed where
+    the others have it (a teacher has one for all)."""
+    by_seeds = {(row["seed"], row.get("eval_seed", 0)): row["metrics"].get(metric) for row in others}
+    single = len({row["seed"] for row in others}) == 1 < len({row["seed"] for row in rows})
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        seed = others[0]["seed"] if single else row["seed"]
+        own, other = row["metrics"].get(metric), by_seeds.get((seed, row.get("eval_seed", 0)))
+        if own is not None and other is not None:
+            found.setdefault(row["seed"], []).append(compare(own, other))
+    return spread(found)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "ablation": ablation,
     "ablation_tasks": ablation_tasks,
     "reference": reference,
+    "students": students,
+    "student_ablation": student_ablation,
 }
 
 

@@ -30,6 +30,9 @@ def write_card(folder: Path, source: str | Path, pipeline: EMMDiTPipeline, note:
         "data": _short(data),
         "sampling": ", ".join(f"{key} {value}" for key, value in vars(pipeline.sampling).items() if value is not None),
     }
+    arguments = config["model"]["init_args"]
+    if "teacher" in arguments:
+        rows["distilled from"] = f"`{arguments['teacher']}`, whose licence holds for this network, too"
     lines = [
         f"# {run.name}",
         "",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emmdit.pipeline import EMMDiTPipeline
 from emmdit.weights import find_checkpoint, is_diffusers_folder, sha256_of
@@ -27,27 +27,38 @@ class Model:
     sampling: dict[str, Any]
     draw: Callable[[list[str], list[int]], Tensor]  # -> (B, 3, H, W) in [-1, 1]
     to: Callable[[torch.device, str], None]
+    pipeline: Any
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser; a pipeline that has no transformer stands for itself."""
+        return getattr(self.pipeline, "transformer", self.pipeline)
 
 
 def open_model(
-    ckpt: str | Path, weights: str | None = None, settings: dict[str, Any] | None = None, **released: Any
+    ckpt: str | Path,
+    weights: str | None = None,
+    settings: dict[str, Any] | None = None,
+    encoders: bool = True,
+    **released: Any,
 ) -> Model:
     """A run folder, a checkpoint, an export, a diffusers pipeline's folder, or a released Nitro-E file.
 
     Args:
         settings: of `Sampling`, in place of the model's own.
+        encoders: load them, where it can be left; without them the model does not draw.
         released: arguments of `nitro_e_pipeline`, of which a released file tells nothing.
     """
     settings = settings or {}
     path = Path(ckpt)
     if _pipeline_class(path) not in (None, EMMDiTPipeline.__name__):
-        return _stock_pipeline(path, weights, settings)
+        return _stock_pipeline(path, weights, settings, encoders)
     if path.suffix == ".safetensors":
         if weights not in (None, "raw"):
             raise ValueError(f"{path} is a released file and has one set of weights: leave --weights out.")
         pipeline, source = nitro_e_pipeline(path, **released)
     else:
-        pipeline, source = load_pipeline(path, weights)
+        pipeline, source = load_pipeline(path, weights, encoders)
     pipeline.sampling = pipeline.sampling.replace(**settings)
     # Given by an absolute path, a model is named without it: results are published.
     source = {**source, "source": path.name if path.is_absolute() else str(path), "sha256": weights_sha256(path)}
@@ -58,7 +69,7 @@ def open_model(
     def to(device: torch.device, dtype: str) -> None:
         pipeline.transformer.to(device, DTYPES[dtype])
 
-    return Model(source, {k: v for k, v in asdict(pipeline.sampling).items() if v is not None}, draw, to)
+    return Model(source, {k: v for k, v in asdict(pipeline.sampling).items() if v is not None}, draw, to, pipeline)
 
 
 def nitro_e_pipeline(
@@ -103,15 +114,20 @@ def _pipeline_class(path: Path) -> str | None:
     return json.loads(index.read_text())["_class_name"] if index.is_file() else None
 
 
-def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any]) -> Model:
+def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], encoders: bool = True) -> Model:
     """A text-to-image pipeline of diffusers itself."""
     from diffusers import DiffusionPipeline
+
+    import emmdit.networks  # noqa: F401  a student in it: diffusers looks its class up in modules that are imported
 
     if weights is not None or "sampler" in settings:
         raise ValueError(f"{path} is a pipeline of diffusers with weights and a sampler of its own: leave both out.")
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
     arguments = {names[key]: value for key, value in settings.items()}
-    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    index = DiffusionPipeline.load_config(path)
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
+    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **dict.fromkeys(left_out))
     pipeline.set_progress_bar_config(disable=True)
     if "height" in settings and "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
         arguments["use_resolution_binning"] = False  # the size that was asked for, not the nearest of the training's
@@ -125,4 +141,4 @@ def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any]) -
 
     source = {"source": path.name if path.is_absolute() else str(path), "pipeline": type(pipeline).__name__}
     source["sha256"] = weights_sha256(path)
-    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to)
+    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to, pipeline)

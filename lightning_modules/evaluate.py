@@ -24,6 +24,7 @@ from emmdit.evaluation.base import ImageMetric
 from emmdit.evaluation.bounds import noise, renders
 from emmdit.evaluation.geneval import summary, write_results
 from emmdit.evaluation.images import Draw, ImageSet
+from emmdit.evaluation.pair import compared
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
 from emmdit.evaluation.run import comparable, gather_rows, labelled, measure, prepare
@@ -31,8 +32,9 @@ from emmdit.machine import machine
 from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.config_text import mask_secrets
 from lightning_modules.counter import counter
-from lightning_modules.drawing import DTYPES, open_model
+from lightning_modules.drawing import DTYPES, Model, open_model
 from lightning_modules.mlflow_evaluation import history, log_evaluation
+from lightning_modules.pair import decisive_parts, measure_pair, open_teacher, pair_metrics, teacher_row
 from lightning_modules.runs import instantiate, read_config
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
@@ -48,6 +50,8 @@ def evaluate(argv: list[str]) -> None:
         raise ValueError("--batch-size must be at least 1 and --seed at least 0.")
     if (args.ledger is None) != (args.experiment is None):
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
+    if args.teacher is None and (args.teacher_weights or args.teacher_images):
+        raise ValueError("--teacher-weights and --teacher-images are of a teacher: name it with --teacher.")
     with processes(args.device) as (device, rank, world):
         run(args, instantiate(parser, args), device, rank, world)
 
@@ -65,6 +69,11 @@ def evaluation_parser() -> ArgumentParser:
     )
     parser.add_argument("--text-encoder", help="of a released file: folder or hub id in place of the published one")
     parser.add_argument("--autoencoder", help="likewise")
+    parser.add_argument("--teacher", help="of this student: the same for it, side by side; whatever --ckpt may be")
+    parser.add_argument("--teacher-weights", choices=["ema", "raw"], help="of a teacher's checkpoint")
+    parser.add_argument(
+        "--teacher-images", help="folder of its pictures; name one for several students, and they are drawn once"
+    )
     parser.add_argument("--prompts", type=PromptSet, help="what to draw")
     parser.add_argument("--metrics", type=list[ImageMetric], help="what to measure")
     parser.add_argument("--out", help="folder of pictures and results; by default below the run or evaluations/")
@@ -112,17 +121,22 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
         for keys in (("steps", "guidance", "sampler", "height", "width"), ("resolution", "text_encoder", "autoencoder"))
     )
     model = open_model(args.ckpt, args.weights, sampling, **released)
+    teacher = None
+    if args.teacher is not None:
+        teacher = open_teacher(model, args.teacher, args.teacher_weights, **released)
     out = Path(args.out) if args.out is not None else default_folder(args, model.source.get("step"))
     made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
     images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
     prepare(metrics, images, device)
     images.open()
-    model.to(device, args.dtype)
-    started = time.perf_counter()
-    drawn = images.make(model.draw, args.batch_size, None if rank else counter("pictures drawn"))
-    drawing = time.perf_counter() - started
-    values = measure(metrics, images, device, args.batch_size, None if rank else counter("pictures measured"))
-    rows = gather_rows(metrics)
+    if teacher is not None:
+        made_with |= {"source": teacher.source, "parts": decisive_parts(model)}
+        folder = args.teacher_images or out / "images_teacher"
+        teacher_images = ImageSet(folder, prompts, args.seed, made_with, rank, world)
+        teacher_images.open()
+    values, rows, seconds = draw_and_measure(args, model, images, metrics, device)
+    if teacher is not None:
+        teacher_values, _, _ = draw_and_measure(args, teacher, teacher_images, metrics, device, "teacher's ")
     if rank:
         return
     n = len(images.all)
@@ -138,8 +152,12 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
         "settings": {metric.name: metric.settings() for metric in metrics},
         **circumstances(device),
     }
-    if drawn == len(images.samples):  # otherwise an earlier call drew a part, at an unknown speed
-        result["seconds_per_image"] = drawing / n
+    if seconds is not None:
+        result["seconds_per_image"] = seconds / n
+    if teacher is not None:
+        own, its = result["metrics"], labelled(metrics, teacher_values, n)
+        pair = {"metrics": its, "ledger_metrics": comparable(metrics, teacher_values), **compared(own, its)}
+        result["pair"] = {**pair, **measure_pair(model, teacher, images, teacher_images, out, device)}
     if args.bounds:
         result["columns"] = bounds(prompts, metrics, args.seed, args.batch_size, out)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -150,10 +168,32 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     print(text_table(result))
     if args.mlflow:
         source = result["source"]
-        log_evaluation(training_run(args.ckpt), result["metrics"], source.get("step", 0), out / "report.html", source)
+        numbers = result["metrics"] | pair_metrics(result.get("pair"))
+        log_evaluation(training_run(args.ckpt), numbers, source.get("step", 0), out / "report.html", source)
     if args.ledger is not None:
         ledger.append(args.ledger, ledger_row(args, result))
     print(f"{out}/report.html", file=sys.stderr)
+
+
+def draw_and_measure(
+    args: Namespace,
+    model: Model,
+    images: ImageSet,
+    metrics: Sequence[ImageMetric],
+    device: torch.device,
+    whose: str = "",
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]], float | None]:
+    """Values of the metrics, GenEval's verdicts, and the seconds of drawing where all was drawn now."""
+    model.to(device, args.dtype)
+    started = time.perf_counter()
+    drawn = images.make(model.draw, args.batch_size, None if images.rank else counter(f"{whose}pictures drawn"))
+    seconds = time.perf_counter() - started
+    for metric in metrics:
+        metric.begin(images.all)
+    progress = None if images.rank else counter(f"{whose}pictures measured")
+    values = measure(metrics, images, device, args.batch_size, progress)
+    # An earlier call may have drawn a part, at an unknown speed.
+    return values, gather_rows(metrics), seconds if drawn == len(images.samples) else None
 
 
 def training_run(ckpt: str) -> Path | None:
@@ -218,6 +258,8 @@ def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
         },
         **{key: result[key] for key in ("command", "commit", "hardware")},
     }
+    if "pair" in result:
+        row["teacher"] = teacher_row(result["pair"])
     run = training_run(args.ckpt)
     if run is None:
         return row

@@ -53,6 +53,8 @@ class TextToImage(LightningModule):
         gradient_checkpointing: recompute each block in the backward pass.
     """
 
+    task_weight = 1.0  # of the loss against the path's own target
+
     def __init__(
         self,
         denoiser: DenoiserFactory,
@@ -141,7 +143,7 @@ class TextToImage(LightningModule):
             return
         if self.init_from is not None:
             check_source(self.init_from)
-        self.denoiser = self.build_denoiser()
+        self.denoiser = self.initial_denoiser()
         if self.init_from is not None:
             load_weights(self.denoiser, self.init_from)
         if self.ema:
@@ -150,6 +152,10 @@ class TextToImage(LightningModule):
             self.denoiser.enable_gradient_checkpointing()
         for network in filter(None, (self.denoiser, self.ema_denoiser)):
             parallelise(network, self.compile_blocks, self.device_mesh, trained=network is self.denoiser)
+
+    def initial_denoiser(self) -> nn.Module:
+        """What training starts from, where `init_from` names nothing else."""
+        return self.build_denoiser()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.denoiser))
@@ -176,8 +182,9 @@ class TextToImage(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         step = self.forward_step(batch)
-        loss = flow_loss(step.prediction, step.target).mean()
-        losses = {"flow": loss.detach()} if self.components else {}
+        task = flow_loss(step.prediction, step.target).mean()
+        losses = {"task": task.detach()} if self.components else {}
+        loss = self.task_weight * task
         for component in self.components:
             value = component(step)
             losses[component.name] = value.detach()
@@ -264,10 +271,7 @@ class TextToImage(LightningModule):
                 for sample_id in batch["sample_id"]
             ]
         ).to(x0.device)
-        weights = (
-            {"raw": self.denoiser} if self.ema_denoiser is None else {"raw": self.denoiser, "ema": self.ema_denoiser}
-        )
-        for name, network in weights.items():
+        for name, network in self.networks().items():
             losses = []
             for timestep in VALIDATION_TIMESTEPS:
                 t = torch.full((len(x0),), timestep, device=x0.device)
@@ -279,6 +283,11 @@ class TextToImage(LightningModule):
 
     def _log_validation(self, name: str, value: Tensor, batch_size: int) -> None:
         self.log(name, value, batch_size=batch_size, sync_dist=True, on_epoch=True, on_step=False)
+
+    def networks(self) -> dict[str, Callable]:
+        """All that validation compares, by name."""
+        networks = {"raw": self.denoiser, "ema": self.ema_denoiser}
+        return {name: network for name, network in networks.items() if network is not None}
 
     # -- sampling ------------------------------------------------------------------------------------
 

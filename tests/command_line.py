@@ -14,6 +14,7 @@ from lightning_modules.cli import SuiteCLI
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHAPES = "shapes/emmdit.yaml"
+EDIT, MM_EDIT = "shapes/edit.yaml", "shapes/mm_edit.yaml"
 STAGES = ("emmdit/512_stage1.yaml", "emmdit/512_stage2.yaml", "emmdit/1024.yaml")
 ON_CPU = ["--trainer.accelerator=cpu"]
 
@@ -41,8 +42,9 @@ def stack(name: str) -> list[str]:
     text = yaml.safe_load((EXPERIMENTS / name).read_text())
     if "class_path" in text.get("model", {}):
         return files(name)
-    base = STAGES["stage1" not in name] if name.startswith(("emmdit/", "data/")) else SHAPES
-    return files(base, name)
+    stage = STAGES["stage1" not in name]
+    bases = {"emmdit/": STAGES[1], "data/": stage, "shapes/edit_": EDIT, "shapes/mm_edit_": MM_EDIT}
+    return files(next((base for start, base in bases.items() if name.startswith(start)), SHAPES), name)
 
 
 def change(text: str, name: str = "change.yaml") -> list[str]:

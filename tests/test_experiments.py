@@ -34,7 +34,11 @@ EVALUATIONS = [name for name in FILES if name.startswith("evaluation/")]
 PRECOMPUTED = [name for name in FILES if name.startswith("precompute/")]
 DATA = [name for name in FILES if name.startswith("data/")]
 ALL = [name for name in FILES if name not in EVALUATIONS and name not in PRECOMPUTED]
-ABLATIONS = [name for name in ALL if name.startswith("shapes/") and name not in (SHAPES, "shapes/evaluated.yaml")]
+WHOLE = [name for name in ALL if name.startswith("shapes/") and len(stack(name)) == 2]  # no diff over another
+ABLATIONS = [
+    name for name in ALL if name.startswith("shapes/") and name not in WHOLE and name != "shapes/evaluated.yaml"
+]
+OF_STUDENTS = [name for name in ABLATIONS if name.startswith(("shapes/edit_", "shapes/mm_edit_"))]
 
 
 @functools.cache
@@ -156,7 +160,7 @@ def listed(value: object) -> object:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("name", [SHAPES, *ABLATIONS])
+@pytest.mark.parametrize("name", [*WHOLE, *ABLATIONS])
 def test_shapes_networks_run_forward(name: str) -> None:
     run = instantiated(name)
     network = run.model.build_denoiser()
@@ -170,7 +174,7 @@ def test_shapes_networks_run_forward(name: str) -> None:
 
 def test_each_ablation_changes_what_its_name_says() -> None:
     plain = flat(model_args(instantiated(SHAPES)).as_dict())
-    for name in ABLATIONS:
+    for name in sorted(set(ABLATIONS) - set(OF_STUDENTS)):
         changed = flat(model_args(instantiated(name)).as_dict())
         keys = {key for key in plain.keys() | changed.keys() if plain.get(key, "-") != changed.get(key, "-")}
         word = {
@@ -193,6 +197,15 @@ def test_each_ablation_changes_what_its_name_says() -> None:
         assert keys, name
         assert all(any(word in key for word in words) for key in keys), (name, keys)
         assert all(any(word in key for key in keys) for word in words), (name, keys)
+
+
+@pytest.mark.parametrize("name", OF_STUDENTS)
+def test_an_ablation_of_a_student_changes_its_attention_alone(name: str) -> None:
+    plain, changed = (
+        model_args(instantiated(which)).as_dict() for which in (str(stack(name)[1]).split("experiments/")[1], name)
+    )
+    assert changed.pop("attention") and not plain.pop("attention")
+    assert flat(changed) == flat(plain)
 
 
 def flat(tree, prefix: str = "") -> dict[str, object]:

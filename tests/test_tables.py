@@ -276,14 +276,33 @@ def test_reference_holds_all_that_is_no_ablation():
     rows = [
         *ablation_rows(),
         *(entry("emmdit", 0, 0.8 + e / 100, eval_seed=e) for e in range(3)),
-        entry("mm_edit", 0, 0.9),
+        entry("distill_4step", 0, 0.9),
+        entry("mm_edit", 0, 0.9),  # in the table of students
     ]
     text = tables.reference(rows)
     found = cells(text)
-    assert [line["model"] for line in found] == ["shapes/mm_edit", "shapes/emmdit"]
+    assert [line["model"] for line in found] == ["shapes/distill_4step", "shapes/emmdit"]
     assert found[1]["overall"] == "0.810 ± 0.010" and found[1]["seeds of training x evaluation"] == "1 x 3"
     assert "commits 0000000000" in text and "sha256 abababababab;" in text and "sampling steps 20" in text
     assert "of the weights" not in text and "differ" not in text
+
+
+def test_students_stand_below_their_teacher_and_differ_from_it_at_the_same_noise():
+    teacher = [entry("mmdit_teacher", 0, score, eval_seed=e) for e, score in ((0, 0.8), (1, 0.6))]
+    students = [entry("mm_edit", seed, 0.75 + seed / 100) for seed in range(3)]  # of evaluation seed 0
+    others = [entry("mm_edit_linear", 0, 0.5), entry("pixart_teacher", 0, 0.9), entry("emmdit", 0, 0.9)]
+    found = cells(tables.students([*students, *others, *teacher]))
+    assert [line["experiment"] for line in found] == ["`shapes/mmdit_teacher`", "`shapes/mm_edit`"]
+    assert [line["to its teacher"] for line in found] == ["", "-0.040 ± 0.010"]
+    assert found[0]["GenEval"].startswith("0.700")
+    assert tables.students([entry("emmdit", 0, 0.9)]) == "No rows yet."
+
+
+def test_ablations_of_students_differ_from_them_seed_by_seed():
+    rows = [entry("edit", seed, 0.5 + seed / 10) for seed in range(2)]
+    rows += [entry("edit_linear", seed, 0.3 + seed / 10) for seed in range(2)] + [entry("mm_edit_linear", 0, 0.4)]
+    found = cells(tables.student_ablation(rows))  # mm_edit itself is missing
+    assert [line["to the student"] for line in found] == ["", "-0.200 ± 0.000"]
 
 
 def test_rows_that_do_not_compare_are_said_to():

@@ -17,12 +17,16 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from emmdit.evaluation.pair_report import Table, pair_tables
+
 Row = Mapping[str, Any]
 
 THUMBNAIL = 192  # pixels: larger pictures are shrunk before they are embedded
 SHOWN = 112  # width on the page
-NO_SETTINGS = ("metrics", "ledger_metrics", "columns")
+NO_SETTINGS = ("metrics", "ledger_metrics", "columns", "pair")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
+PAIR_COLUMNS = {"teacher": "metrics", "difference": "difference", "ratio": "ratio"}
+PAIR_TITLE = "Teacher (above) and student, from the same prompt and noise"
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1040px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
@@ -40,8 +44,8 @@ def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[R
     """Write `report.html`, which stands alone, and `report.md`, which refers to the pictures; returns the former.
 
     Args:
-        result: of the evaluation: "metrics" {name: value}, "columns" {heading: the same names of something else}; all
-            else in it is listed as settings.
+        result: of the evaluation: "metrics" {name: value}, "columns" {heading: the same names of something else},
+            "pair" (a teacher's, see `pair.py`); all else in it is listed as settings.
         rows: GenEval's result rows ("filename", "tag", "prompt", "correct", "reason"), with "clip_score" where the
             similarity of picture and prompt is known: then it picks the pictures shown.
         images: folder that the file names lie in.
@@ -49,7 +53,7 @@ def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[R
     folder, images = Path(folder), Path(images)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(_markdown(folder, result, rows, images), encoding="utf-8")
-    (folder / "report.html").write_text(_html(result, rows, images), encoding="utf-8")
+    (folder / "report.html").write_text(_html(folder, result, rows, images), encoding="utf-8")
     return folder / "report.html"
 
 
@@ -67,6 +71,9 @@ def text_table(result: Mapping[str, Any]) -> str:
 def metric_table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, bool, list[str]]]]:
     """Headings, and for each metric its name, whether it is a part of the one above, and its values as text."""
     columns = {"this model": result["metrics"], **(result.get("columns") or {})}
+    if "pair" in result:
+        pair = {name: result["pair"][key] for name, key in PAIR_COLUMNS.items()}
+        columns = {"student": columns.pop("this model"), **pair, **columns}
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     table, headline = [], None
     for name in names:
@@ -74,7 +81,7 @@ def metric_table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, 
         if not part:
             headline = name
         shown = name.removeprefix(f"{headline}_") if part else name + _direction(name)
-        table.append((shown, part, [_number(values.get(name)) for values in columns.values()]))
+        table.append((shown, part, [_number(v.get(name), heading == "difference") for heading, v in columns.items()]))
     return ["metric", *columns], table
 
 
@@ -124,16 +131,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # -- HTML --------------------------------------------------------------------------------------------
 
 
-def _html(result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 8) -> str:
+def _html(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 8) -> str:
     e = html.escape
-    headings, table = metric_table(result)
-    numbers = "".join(f'<th class="number">{e(h)}</th>' for h in headings[1:])
-    body = [f"<h1>{e(_title(result))}</h1>", f"<table><tr><th>{e(headings[0])}</th>{numbers}</tr>"]
-    for name, part, values in table:
-        cells = "".join(f'<td class="number">{e(v)}</td>' for v in values)
-        first = '<td class="part">' if part else "<td>"
-        body.append(f"<tr>{first}{e(name)}</td>{cells}</tr>")
-    body.append("</table>")
+    body = [f"<h1>{e(_title(result))}</h1>", *_html_table(*metric_table(result))]
+    if "pair" in result:
+        figures = "".join(_pair_figure(row, folder) for row in result["pair"]["shown"])
+        body += [f"<h2>{e(PAIR_TITLE)}</h2>", f'<div class="strip">{figures}</div>']
+        for title, note, headings, table in pair_tables(result["pair"]):
+            body += [f"<h2>{e(title)}</h2>", f"<p>{e(note)}</p>", *_html_table(headings, table)]
     for task, of_task in by_task(rows).items():
         body.append(f"<h2>{e(_task_line(task, of_task))}</h2>")
         for correct in (False, True):
@@ -149,14 +154,32 @@ def _html(result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int =
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _figure(row: Row, images: Path) -> str:
-    found = _thumbnail(_picture(row, images))
+def _html_table(headings: Sequence[str], rows: Table) -> list[str]:
+    e = html.escape
+    numbers = "".join(f'<th class="number">{e(h)}</th>' for h in headings[1:])
+    lines = [f"<table><tr><th>{e(headings[0])}</th>{numbers}</tr>"]
+    for name, part, values in rows:
+        cells = "".join(f'<td class="number">{e(v)}</td>' for v in values)
+        first = '<td class="part">' if part else "<td>"
+        lines.append(f"<tr>{first}{e(name)}</td>{cells}</tr>")
+    return [*lines, "</table>"]
+
+
+def _pair_figure(row: Row, folder: Path) -> str:
+    pictures = "".join(_embedded(folder / row[name], f"{name}: {row['prompt']}") for name in ("teacher", "student"))
+    return f"<figure>{pictures}<figcaption>{html.escape(row['prompt'])}</figcaption></figure>"
+
+
+def _embedded(path: Path, alt: str) -> str:
+    found = _thumbnail(path)
     if found is None:
-        picture = '<div class="missing">picture missing</div>'
-    else:
-        uri, small = found
-        kind = "small" if small else "large"
-        picture = f'<img class="{kind}" src="{uri}" alt="{html.escape(row["prompt"])}">'
+        return '<div class="missing">picture missing</div>'
+    uri, small = found
+    return f'<img class="{"small" if small else "large"}" src="{uri}" alt="{html.escape(alt)}">'
+
+
+def _figure(row: Row, images: Path) -> str:
+    picture = _embedded(_picture(row, images), row["prompt"])
     score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
     why = "" if row["correct"] else f'<br><span class="why">{_breaks(html.escape(row["reason"]))}</span>'
     return f"<figure>{picture}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
@@ -179,14 +202,12 @@ def _thumbnail(path: Path) -> tuple[str, bool] | None:
 
 
 def _markdown(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 6) -> str:
-    headings, table = metric_table(result)
-    lines = [
-        f"# {_plain(_title(result))}",
-        "",
-        _line(map(_plain, headings)),
-        "|---" + "|---:" * len(headings[1:]) + "|",
-    ]
-    lines += [_line(["&nbsp;&nbsp;" * part + _plain(name), *values]) for name, part, values in table]
+    lines = [f"# {_plain(_title(result))}", "", *_markdown_table(*metric_table(result))]
+    if "pair" in result:
+        lines += ["", f"## {PAIR_TITLE}", "", "![](pair.png)", ""]
+        lines += [f"{i}. {_plain(row['prompt'])}" for i, row in enumerate(result["pair"]["shown"], 1)]
+        for title, note, headings, table in pair_tables(result["pair"]):
+            lines += ["", f"## {title}", "", _plain(note), "", *_markdown_table(headings, table)]
     for task, of_task in by_task(rows).items():
         lines += ["", f"## {_plain(_task_line(task, of_task))}"]
         for correct in (False, True):
@@ -203,6 +224,11 @@ def _markdown(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], imag
     lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
     lines += [_line([_plain(key), _plain(value)]) for key, value in _settings(result).items()]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(headings: Sequence[str], rows: Table) -> list[str]:
+    lines = [_line(map(_plain, headings)), "|---" + "|---:" * len(headings[1:]) + "|"]
+    return lines + [_line(["&nbsp;&nbsp;" * part + _plain(name), *values]) for name, part, values in rows]
 
 
 def _plain(text: str) -> str:
@@ -222,11 +248,13 @@ def _title(result: Mapping[str, Any]) -> str:
     source = result.get("source") or ""
     if isinstance(source, Mapping):
         source = next((source[key] for key in ("source", "checkpoint", "ckpt") if source.get(key)), "")
-    return f"Evaluation of {source}" if source else "Evaluation"
+    beside = f" beside {result['pair']['teacher']['source']}" if "pair" in result else ""
+    return f"Evaluation of {source}{beside}" if source else "Evaluation"
 
 
 def _settings(result: Mapping[str, Any]) -> dict[str, str]:
-    return flatten({key: value for key, value in result.items() if key not in NO_SETTINGS})
+    teacher = {"teacher": result["pair"]["teacher"]} if "pair" in result else {}
+    return flatten({key: value for key, value in result.items() if key not in NO_SETTINGS} | teacher)
 
 
 def _task_line(task: str, rows: Sequence[Row]) -> str:
@@ -245,10 +273,11 @@ def _direction(name: str) -> str:
     return " (lower is better)" if name.split("_")[0] in LOWER_IS_BETTER else ""
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, sign: bool = False) -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.3g}"
+    plus = "+" if sign else ""
+    return f"{value:{plus}.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{plus}.3g}"
 
 
 def _breaks(text: str) -> str:

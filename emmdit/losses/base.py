@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from emmdit.encoders import Condition
+
+if TYPE_CHECKING:
+    from .distillation import TeacherOutput
 
 
 @dataclass
@@ -17,7 +20,8 @@ class TrainingStep:
     """Everything one training step has computed.
 
     Shapes: `x0`, `noise`, `x_t`, `target`, `prediction` (B, C, H, W); `t` (B,) on the 0..1000 scale.
-    `output` is the network's whole output object.
+    `output` is the network's whole output object. In a distillation there are also the outputs of the network's
+    `attention` layers, (B, tokens, width) by name, and the same of the `teacher`.
     """
 
     batch: dict[str, Any]
@@ -29,6 +33,8 @@ class TrainingStep:
     target: Tensor
     prediction: Tensor
     output: Any
+    attention: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    teacher: TeacherOutput | None = None
 
 
 class LossComponent(ABC):

@@ -1,6 +1,7 @@
 """Networks: latents, time and text in, prediction out. They know no loss."""
 
 from .attention_choices import BASELINES, AttentionChoices
+from .capture import attention_outputs
 from .emmdit import EMMDiTOutput, EMMDiTTransformer2DModel
 from .linearize import (
     EDiTTransformer2DModel,
@@ -22,6 +23,7 @@ __all__ = [
     "HybridEMMDiTTransformer2DModel",
     "MMEDiTTransformer2DModel",
     "attention_layers",
+    "attention_outputs",
     "linearize",
     "load_nitro_e",
     "parameter_names",

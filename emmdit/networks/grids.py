@@ -26,8 +26,10 @@ def check_grids(tokens: int, grids: Grids) -> None:
 def on_grids(function: Callable[[Tensor], Tensor], x: Tensor, grids: Grids) -> Tensor:
     """Apply a map (B, D, h, w) -> (B, D', h', w') to each grid of tokens (B, N, D) -> (B, N', D')."""
     check_grids(x.shape[1], grids)
-    parts = x.split([height * width for height, width in grids], dim=1)
-    # A transposed view of tokens is an image in channels-last layout: nothing is copied on either side.
-    images = [part.transpose(1, 2).unflatten(2, grid) for part, grid in zip(parts, grids, strict=True)]
+    # Views in channels-last layout: nothing is copied on either side. By transpose and then unflatten, a batch of one
+    # would get strides that convolutions take for channels first; a split of one part costs a copy in the backward.
+    sizes = [height * width for height, width in grids]
+    parts = x.split(sizes, dim=1) if len(grids) > 1 else [x]
+    images = [part.unflatten(1, grid).permute(0, 3, 1, 2) for part, grid in zip(parts, grids, strict=True)]
     tokens = [function(image).flatten(2).transpose(1, 2) for image in images]
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)

@@ -61,27 +61,38 @@ class HybridAttention(LinearAttention):
         if self.choices.joint != "hybrid":
             image, prompt = self._together(q, k, v, prompt_q, prompt_k, prompt_v, mask)
         else:
-            image = self._image_rows(q, k, v, prompt_k, prompt_v, mask)
+            normed_q, normed_k = normed(self.norm_q, q), normed(self.norm_k, k)
+            linear_q, linear_k = (normed_q, normed_k) if self.normalises else (q, k)
+            linear, log_sum = self.normed_image_to_image(linear_q, linear_k, v, self.choices.image_mix == "exact")
+            image = self._image_rows(linear, log_sum, k.shape[-2], normed_q, prompt_k, prompt_v, mask)
             if prompt_q is not None:
                 if self.choices.prompt_keys == "full":
                     k, v = (self.split(t) for t in full)
+                    normed_k = normed(self.norm_k, k)
                 tokens = hidden_states.shape[1]
-                prompt = self._prompt_rows(prompt_q, normed(self.norm_k, k), v, prompt_k, prompt_v, mask, tokens)
+                prompt = self._prompt_rows(prompt_q, normed_k, v, prompt_k, prompt_v, mask, tokens)
         image = self.project(self.to_out, image)
         return image, None if prompt is None else self.project(self.to_add_out, prompt)
 
-    def _image_rows(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor | None):
-        exact = self.choices.image_mix == "exact"
-        linear, linear_log_sum = self.image_to_image(q, k, v, normaliser=exact)
-        prompt_q, prompt_k = self._rectify(normed(self.norm_q, q)), self._rectify(prompt_k)
-        if not exact:
-            softmax = attention(prompt_q, prompt_k, prompt_v, _some(mask))
-            return _mix(self._token_share(q.shape[-2], prompt_k.shape[-2], mask), linear, softmax)
-        softmax, log_sum = softmax_attention(prompt_q, prompt_k, prompt_v, _some(mask))
+    def _image_rows(
+        self,
+        linear: Tensor,
+        linear_log_sum: Tensor | None,
+        image_keys: int,
+        q: Tensor,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        tokens, q, prompt_k = q.shape[-2], self._rectify(q), self._rectify(prompt_k)
+        if linear_log_sum is None:
+            softmax = attention(q, prompt_k, prompt_v, _some(mask))
+            return _mix(self._token_share(tokens, prompt_k.shape[-2], mask), linear, softmax)
+        softmax, log_sum = softmax_attention(q, prompt_k, prompt_v, _some(mask))
         if mask is not None:
             log_sum = log_sum.masked_fill(~mask.any(dim=-1, keepdim=True), -math.inf)
         if self.choices.compensate:
-            linear_log_sum = linear_log_sum + math.log(q.shape[-2] / k.shape[-2])
+            linear_log_sum = linear_log_sum + math.log(tokens / image_keys)
         return _mix((linear_log_sum - log_sum).sigmoid(), linear, softmax)
 
     def _prompt_rows(
@@ -131,6 +142,8 @@ class HybridAttention(LinearAttention):
 
 
 def _mix(share: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(share, float):
+        return torch.lerp(b, a, share)  # one pass, and nothing kept for the backward
     return (share * a + (1 - share) * b).to(a.dtype)
 
 

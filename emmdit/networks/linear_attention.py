@@ -128,7 +128,11 @@ class SpatialCompressor(nn.Module):
         if self.conv.kernel_size[0] % 2 == 0:
             height, width = image.shape[2:]
             image = F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        return self.conv(image)
+        if image.device.type != "cpu":
+            return self.conv(image)
+        # In bfloat16 the backward of a depthwise convolution costs ten times that in float32 on a CPU (torch 2.14).
+        with _no_autocast(image):
+            return self.conv(image.to(self.conv.weight.dtype)).to(image.dtype)
 
 
 def input_map(kind: str, dim: int, choices: AttentionChoices) -> nn.Module | None:
@@ -205,9 +209,18 @@ class LinearAttention(nn.Module):
     def image_to_image(self, q: Tensor, k: Tensor, v: Tensor, normaliser: bool = False) -> tuple[Tensor, Tensor | None]:
         """Heads of queries, keys (before norm and kernel) and values -> output and, where wanted, the log of the sum
         over all keys that it was divided by, (B, heads, N, 1)."""
-        choices = self.choices
-        if choices.qk_norm or choices.kernel == "softmax":
+        if self.normalises:
             q, k = normed(self.norm_q, q), normed(self.norm_k, k)
+        return self.normed_image_to_image(q, k, v, normaliser)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the teacher's norm of queries and keys holds among image tokens."""
+        return self.choices.qk_norm or self.choices.kernel == "softmax"
+
+    def normed_image_to_image(self, q: Tensor, k: Tensor, v: Tensor, normaliser: bool) -> tuple[Tensor, Tensor | None]:
+        """The same for queries and keys behind their norm, which the joint form needs elsewhere too."""
+        choices = self.choices
         if choices.kernel == "softmax":
             return softmax_attention(q, k, v) if normaliser else (attention(q, k, v), None)
         y, z = linear_attention(self.kernel(q), self.kernel(k), v, choices.eps, choices.float32)

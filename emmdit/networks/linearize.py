@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import ModelMixin, PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from .linear_attention import ConvFusion, LinearAttention, SpatialCompressor
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
 PROMPT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
+ModelMixin = ModelMixin  # a saved pipeline finds how to load a student by this name, in the student's own module
 NEW = (ConvFusion, SpatialCompressor, TokenMLP, MixFeedForward)
 
 
@@ -121,14 +122,9 @@ class EDiTTransformer2DModel(PixArtTransformer2DModel):
         self.replace_attention(AttentionChoices.of(attention or {}))
 
     def replace_attention(self, choices: AttentionChoices) -> None:
-        check(self, self.transformer_blocks, choices)
-        for i, block in enumerate(self.transformer_blocks):
-            if choices.replaces(i):
-                block.attn1 = replaced(block.attn1, LinearAttention, choices)
-                replace_feed_forward(block, choices)
-            # What is given to self-attention is given to cross-attention too.
+        replace_in(self, self.transformer_blocks, {"attn1": LinearAttention}, choices)
+        for block in self.transformer_blocks:  # what is given to self-attention is given to cross-attention too
             tell_not(block.attn1, block.attn2)
-        self.register_to_config(attention=choices.as_config())
 
     def forward(
         self,
@@ -170,15 +166,10 @@ class MMEDiTTransformer2DModel(SD3Transformer2DModel):
         self.replace_attention(AttentionChoices.of(attention or {}))
 
     def replace_attention(self, choices: AttentionChoices) -> None:
-        check(self, self.transformer_blocks, choices)
-        for i, block in enumerate(self.transformer_blocks):
-            if choices.replaces(i):
-                block.attn = replaced(block.attn, HybridAttention, choices)
-                if block.attn2 is not None and choices.second_attention == "linear":
-                    block.attn2 = replaced(block.attn2, LinearAttention, choices)
-                replace_feed_forward(block, choices)
+        second = {"attn2": LinearAttention} if choices.second_attention == "linear" else {}
+        replace_in(self, self.transformer_blocks, {"attn": HybridAttention, **second}, choices)
+        for block in self.transformer_blocks:
             tell_not(block.attn, block.attn2)
-        self.register_to_config(attention=choices.as_config())
 
     def forward(
         self,
@@ -224,12 +215,7 @@ class HybridEMMDiTTransformer2DModel(EMMDiTTransformer2DModel):
         self.replace_attention(AttentionChoices.of(attention or {}))
 
     def replace_attention(self, choices: AttentionChoices) -> None:
-        check(self, self.blocks, choices)
-        for i, block in enumerate(self.blocks):
-            if choices.replaces(i):
-                block.attn = replaced(block.attn, HybridAttention, choices)
-                replace_feed_forward(block, choices)
-        self.register_to_config(attention=choices.as_config())
+        replace_in(self, self.blocks, {"attn": HybridAttention}, choices)
 
     def attention_kwargs(self, index: int, height: int, width: int) -> dict[str, Any] | None:
         if not isinstance(self.blocks[index].attn, HybridAttention):
@@ -255,6 +241,20 @@ LAYERS: dict[type, tuple[str, tuple[str, ...]]] = {
 
 
 # -- replacing ---------------------------------------------------------------------------------------
+
+
+def replace_in(
+    network: nn.Module, blocks: nn.ModuleList, kinds: Mapping[str, type[LinearAttention]], choices: AttentionChoices
+) -> None:
+    """Replace the layers named in `kinds` in the chosen blocks, and note the choices in the network's config."""
+    check(network, blocks, choices)
+    for i, block in enumerate(blocks):
+        if choices.replaces(i):
+            for name, kind in kinds.items():
+                if getattr(block, name) is not None:
+                    setattr(block, name, replaced(getattr(block, name), kind, choices))
+            replace_feed_forward(block, choices)
+    network.register_to_config(attention=choices.as_config())
 
 
 def check(network: nn.Module, blocks: nn.ModuleList, choices: AttentionChoices) -> None:

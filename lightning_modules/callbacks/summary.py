@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from lightning_modules.mlflow_logger import MLflowLogger
 
 CURVES = ("train/loss", "val/loss_ema", "val/loss_raw")
+PARTS = ("train/task", "train/output", "train/features", "train/repa", "val/loss_teacher")  # where there are some
 
 
 class Summary(Callback):
@@ -60,8 +61,10 @@ def program(name: str) -> str:
 def history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
     """{metric: {step: value}}; of steps that were made twice (after a resume) the later value."""
     curves = {}
-    for name in CURVES:
+    for name in CURVES + PARTS:
         points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
+        if not points and name in PARTS:
+            continue
         curves[name] = dict(sorted({point.step: point.value for point in points}.items()))
     return curves
 

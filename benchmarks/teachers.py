@@ -1,0 +1,120 @@
+"""The teachers of linear attention students: true sizes, random weights, any resolution (papers.md A4, A5, B1, B2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+from emmdit.networks import EMMDiTTransformer2DModel, linearize
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network, what it is called with, and where its attention is.
+
+    Args:
+        network, config: its class, and the arguments that are the same at all resolutions.
+        resized: other arguments for pictures of `px` pixels a side: positions for as many tokens.
+        one_block: arguments that leave one block of the usual kind, as the first.
+        pixels: side of the picture for each of the latents' side.
+        text_tokens: of the prompt.
+        blocks, attention: the list of blocks, and the attention in each that a student replaces.
+        image_attention: the one of image tokens alone; None: there is only the joint one.
+    """
+
+    network: type[nn.Module]
+    config: Mapping[str, Any]
+    resized: Callable[[int], dict[str, Any]]
+    one_block: Mapping[str, Any]
+    pixels: int
+    text_tokens: int
+    blocks: str = "transformer_blocks"
+    attention: str = "attn"
+    image_attention: str | None = None
+
+    def changed(self, config: Mapping[str, Any]) -> Teacher:
+        """Of other sizes: for a test."""
+        return replace(self, config={**self.config, **config})
+
+    def inputs(self, network: nn.Module, px: int, batch: int = 1) -> dict[str, Any]:
+        """Arguments of a forward pass, random and in float32, on torch's default device."""
+        side, config = px // self.pixels, network.config
+        width = config["joint_attention_dim" if "joint_attention_dim" in config else "caption_channels"]
+        given: dict[str, Any] = dict(
+            hidden_states=torch.randn(batch, config.in_channels, side, side),
+            timestep=torch.full((batch,), 500.0),
+            encoder_hidden_states=torch.randn(batch, self.text_tokens, width),
+        )
+        if "pooled_projection_dim" in config:
+            given["pooled_projections"] = torch.randn(batch, config.pooled_projection_dim)
+        return given
+
+    def tokens(self, network: nn.Module, px: int) -> int:
+        return (px // self.pixels // network.config.patch_size) ** 2
+
+
+def build(
+    teacher: Teacher, who: str, px: int | None = None, dtype: torch.dtype = torch.float32, **config: Any
+) -> nn.Module:
+    """The "teacher" or its "student", random, on torch's default device; without `px` as released.
+
+    `config` changes arguments, `one_block` for instance.
+    """
+    resized = {} if px is None else teacher.resized(px)
+    network = teacher.network(**{**teacher.config, **resized, **config})
+    if dtype != torch.float32:
+        network = network.to(dtype)
+    return linearize(network) if who == "student" else network
+
+
+TEACHERS: dict[str, Teacher] = {
+    "PixArt-Sigma": Teacher(
+        PixArtTransformer2DModel,
+        dict(caption_channels=4096, use_additional_conditions=False),  # diffusers' other defaults are its sizes
+        lambda px: dict(sample_size=px // 8, interpolation_scale=max(1, px // 512)),
+        dict(num_layers=1),
+        pixels=8,
+        text_tokens=300,
+        attention="attn1",
+        image_attention="attn1",
+    ),
+    "SD3.5-Medium": Teacher(
+        SD3Transformer2DModel,
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            caption_projection_dim=1536,
+            joint_attention_dim=4096,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        lambda px: dict(sample_size=px // 8, pos_embed_max_size=px // 16),
+        # The last block has no text output; the first stands for the thirteen with two attentions.
+        dict(num_layers=2, dual_attention_layers=(0,)),
+        pixels=8,
+        text_tokens=77 + 256,
+        image_attention="attn2",
+    ),
+    "E-MMDiT": Teacher(
+        EMMDiTTransformer2DModel,
+        {},
+        # Subregions at 512 px only, as released.
+        lambda px: dict(
+            sample_size=px // 32,
+            pos_embed_max_size=max(96, px // 32),
+            **({} if px <= 512 else dict(subregion_pattern=("full",))),
+        ),
+        dict(block_groups=(1, 0, 1), compression_ratios=(), subregion_pattern=("full",)),
+        pixels=32,
+        text_tokens=128,
+        blocks="blocks",
+    ),
+}

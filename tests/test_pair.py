@@ -1,0 +1,378 @@
+"""A student beside its teacher: errors against closed forms, the command from a pair of folders to its report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+)
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5EncoderModel
+
+from emmdit.encoders import SD3TextEncoders
+from emmdit.encoders.standins import standin
+from emmdit.evaluation.pair import Call, check_pair, compared, feature_errors, latency, recorded_calls, spread_over
+from emmdit.evaluation.report import write_report
+from emmdit.images import read_settings
+from emmdit.networks import attention_layers, linearize
+from emmdit.pipeline import EMMDiTPipeline
+from lightning_modules.drawing import open_model
+from lightning_modules.pair import _part, open_teacher
+from tests.test_evaluate import CLIP, CONFIG, MODEL
+from tests.test_linearize import TEACHERS, awake, each, inputs, pixart, sd3
+from tests.test_training import emmdit as command
+
+# -- errors --------------------------------------------------------------------------------------------
+
+
+def calls(name: str, dtype: torch.dtype = torch.float32) -> list[Call]:
+    """Two timesteps of one picture under guidance, say."""
+    found = []
+    for t in (900.0, 300.0):
+        given = inputs(name, 8, 8) | {"timestep": torch.full((2,), t)}
+        found.append(Call((), {k: v.to(dtype) if k != "timestep" else v for k, v in given.items()}))
+    return found
+
+
+def scaled(linear: nn.Module, factor: float) -> None:
+    linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
+    for parameter in linear.parameters():
+        parameter.data *= factor
+
+
+@each
+def test_a_teacher_is_no_distance_from_itself(name: str) -> None:
+    teacher = TEACHERS[name]()
+    found = feature_errors(copy.deepcopy(teacher), teacher, [calls(name), calls(name)])
+    layers = list(attention_layers(teacher))
+    assert found["timesteps"] == [900.0, 300.0] and list(found["image"]) == layers
+    assert bool(found["prompt"]) == (name != "pixart") and set(found["prompt"]) <= set(layers)
+    assert found["prediction"] == [0, 0] and set(found["mean"].values()) == {0}
+    assert all(values == [0, 0] for part in ("image", "prompt") for values in found[part].values())
+
+
+@each
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_an_output_scaled_by_a_tenth_is_a_tenth_off(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Of the last layer, the prediction after it, and the prompt tokens of the first."""
+    teacher = TEACHERS[name]().to(dtype)
+    student, (first, *_, last) = copy.deepcopy(teacher), attention_layers(teacher)
+    scaled(student.get_submodule(last).to_out, 1.1)
+    found = feature_errors(student, teacher, [calls(name, dtype)])
+    assert found["image"][last] == pytest.approx([0.1, 0.1], rel=tolerance)
+    assert all(error == [0, 0] for layer, error in found["image"].items() if layer != last)
+    assert 0 < found["prediction"][0] < 0.5
+    assert found["mean"]["image"] == pytest.approx(0.1 / len(found["image"]), rel=tolerance)
+
+    student = copy.deepcopy(teacher)
+    scaled(student.proj_out, 1.1)
+    found = feature_errors(student, teacher, [calls(name, dtype)])
+    assert found["prediction"] == pytest.approx([0.1, 0.1], rel=tolerance) and found["mean"]["image"] == 0
+
+    if name != "pixart":
+        student = copy.deepcopy(teacher)
+        scaled(student.get_submodule(first).to_add_out, 0.9)
+        found = feature_errors(student, teacher, [calls(name, dtype)])
+        assert found["prompt"][first] == pytest.approx([0.1, 0.1], rel=tolerance) and found["image"][first] == [0, 0]
+
+
+def test_a_predicted_variance_does_not_count() -> None:
+    teacher = pixart(out_channels=8)
+    student = copy.deepcopy(teacher)
+    for parameter in student.proj_out.parameters():
+        parameter.data.unflatten(0, (-1, 8))[:, 4:] *= 3
+    assert not torch.equal(student(**inputs("pixart")).sample, teacher(**inputs("pixart")).sample)
+    assert feature_errors(student, teacher, [calls("pixart")])["prediction"] == [0, 0]
+
+
+def test_pictures_are_pooled_and_both_networks_see_the_same() -> None:
+    """One error over all pictures, as if they were one batch; not a mean of errors."""
+    teacher = sd3()
+    student = awake(linearize(copy.deepcopy(teacher)))
+    large = [Call((), {k: v * 3 if k == "hidden_states" else v for k, v in c.kwargs.items()}) for c in calls("sd3")]
+    with recorded_calls(student) as seen, recorded_calls(teacher) as expected:
+        found = feature_errors(student, teacher, [calls("sd3"), large])
+    assert len(seen) == len(expected) == 4
+    for a, b in zip(seen, expected, strict=True):
+        assert all(torch.equal(a.kwargs[key], b.kwargs[key]) for key in b.kwargs)
+    for step in (0, 1):
+        own, its = (
+            torch.cat([trajectory[step](net) for trajectory in (calls("sd3"), large)]) for net in (student, teacher)
+        )
+        assert found["prediction"][step] == pytest.approx(((own - its).norm() / its.norm()).item(), rel=1e-4)
+    assert set(found["image"]) == set(attention_layers(teacher)) and min(min(v) for v in found["image"].values()) > 0
+    last = list(attention_layers(teacher))[-1]
+    assert last not in found["prompt"]  # whose text nothing reads
+    with pytest.raises(ValueError, match="different timesteps"):
+        feature_errors(student, teacher, [calls("sd3"), calls("sd3")[::-1]])
+
+
+def test_timesteps_lie_in_the_middles_of_equal_parts() -> None:
+    assert spread_over(range(20), 5) == [1, 5, 9, 13, 17] and spread_over(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread_over(range(3), 5) == [0, 1, 2] and spread_over(range(5), 1) == [2]
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        time.sleep(self.seconds)
+        return (hidden_states,)
+
+
+def test_latency_is_of_both_on_the_same_inputs() -> None:
+    given = Call((torch.zeros(2, 4, 8, 8),), {"timestep": torch.zeros(2)})
+    found = latency(Slow(0.01), Slow(0.04), given, torch.device("cpu"), rounds=1)
+    assert 2 < found["speedup"] < 5 and found["student"]["ms"] >= 10 and found["latents"] == [2, 4, 8, 8]
+    assert found["speedup"] == pytest.approx(found["teacher"]["ms"] / found["student"]["ms"])
+    assert found["student"]["parameters"] == 0
+
+
+def test_differences_and_ratios() -> None:
+    found = compared({"a": 0.3, "b": 2.0, "c": 1.0}, {"a": 0.4, "b": 0.0})
+    assert found["difference"] == {"a": pytest.approx(-0.1), "b": 2.0} and found["ratio"] == {"a": pytest.approx(0.75)}
+
+
+# -- what is no pair -----------------------------------------------------------------------------------
+
+
+def test_networks_that_do_not_belong_together() -> None:
+    student = linearize(sd3())
+    check_pair(student, sd3())
+    for teacher, words in (
+        (pixart(), "no attention layers in common"),
+        (sd3(in_channels=8), "takes 16 latent channels and the teacher 8"),
+        (sd3(joint_attention_dim=20), "takes 12 text features and the teacher 20"),
+        (sd3(pooled_projection_dim=6), "takes 10 pooled text features and the teacher 6"),
+        (sd3(num_attention_heads=4, caption_projection_dim=32), "attention is 16 wide and the teacher's 32"),
+        (nn.Linear(2, 2), "no list of attention layers for a Linear"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_pair(student, teacher)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained teacher of the shapes world, linearized and not distilled, as a pipeline's folder."""
+    torch.manual_seed(0)
+    pipeline = EMMDiTPipeline.from_pretrained(MODEL)
+    pipeline.transformer = linearize(pipeline.transformer)
+    folder = tmp_path_factory.mktemp("pair") / "student"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        (
+            "model_index.json",
+            '"with_mask": false',
+            '"with_mask": true',
+            r"text conditioning \(with_mask False and True\)",
+        ),
+        ("model_index.json", "emmdit.flow.RectifiedFlow", "emmdit.flow.EpsilonDDPM", "path"),
+        ("model_index.json", '"whitening": 0.25', '"whitening": 0.5', r"image codec \(whitening 0.25 and 0.5\)"),
+        ("model_index.json", '"cache_size": 4096', '"cache_size": 8', None),
+    ],
+)
+def test_pipelines_that_differ_in_more_than_their_network(
+    student: Path, tmp_path: Path, file: str, old: str, new: str, words: str | None
+) -> None:
+    copied = _copy(Path(MODEL), tmp_path / "teacher")
+    text = (copied / file).read_text()
+    assert old in text
+    (copied / file).write_text(text.replace(old, new))
+    if words is None:
+        open_teacher(open_model(student), copied)
+        return
+    with pytest.raises(ValueError, match=f"differ in their {words}"):
+        open_teacher(open_model(student), copied)
+
+
+def test_defaults_and_what_a_yaml_says_are_the_same() -> None:
+    said = {"source": "some/where/stable-diffusion-3.5-medium", "clip_channels": [768, 1280], "dtype": "float32"}
+    told = []
+    for given in ({}, said):
+        pipeline = SimpleNamespace(text=SD3TextEncoders(), config={"text": {"init_args": given}})
+        told.append(_part(pipeline, "text"))
+    assert told[0] == told[1] and told[0][1]["t5_length"] == 256
+
+
+def _copy(source: Path, target: Path) -> Path:
+    for path in source.rglob("*"):
+        if path.suffix in (".json", ".safetensors"):
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--teacher-weights", "raw"], "name it with --teacher"),
+        (["--teacher", "no/such/run"], "nothing at no/such/run"),
+        (["--teacher", MODEL, "--teacher-weights", "ema"], "one set of weights"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(student: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    common = ["evaluate", "--ckpt", str(student), "-c", str(tmp_path / "small.yaml"), "--mlflow", "false"]
+    status, output = command(*common, "--out", str(tmp_path / "out"), *arguments)
+    assert status == 2 and words in output and "Traceback" not in output
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# -- the command ---------------------------------------------------------------------------------------
+
+
+def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(CONFIG.replace("images: 3", "images: 1"))
+    common = ["evaluate", "-c", str(tmp_path / "small.yaml"), "--mlflow", "false", "--steps", "4"]
+    ledger, out, alone = tmp_path / "ledger.json", tmp_path / "out", tmp_path / "alone"
+    shared = ["--teacher", MODEL, "--teacher-images", str(tmp_path / "teacher")]
+    named = ["--ledger", str(ledger), "--experiment", "shapes/emmdit_hybrid"]
+    status, output = command(*common, "--ckpt", str(student), *shared, *named, "--out", str(out))
+    assert status == 0, output
+    result = json.loads((out / "evaluation.json").read_text())
+    pair = result["pair"]
+
+    # The teacher's numbers and pictures are those of its own evaluation.
+    status, told = command(*common, "--ckpt", MODEL, "--out", str(alone))
+    assert status == 0, told
+    expected = json.loads((alone / "evaluation.json").read_text())
+    assert pair["metrics"] == expected["metrics"] and pair["teacher"] == expected["source"]
+    drawn = {path.relative_to(alone / "images"): path.read_bytes() for path in (alone / "images").rglob("*.png")}
+    assert len(drawn) == 6
+    assert all((tmp_path / "teacher" / path).read_bytes() == content for path, content in drawn.items())
+    assert any((out / "images" / path).read_bytes() != content for path, content in drawn.items())
+    for name, value in result["metrics"].items():
+        assert pair["difference"][name] == value - pair["metrics"][name]
+
+    errors = pair["features"]
+    assert len(errors["timesteps"]) == 4 and errors["timesteps"] == sorted(errors["timesteps"], reverse=True)
+    assert set(errors["image"]) == {f"blocks.{i}.attn" for i in range(8)} and len(errors["prompt"]) == 7
+    assert errors["mean"]["prediction"] > 0.1 and pair["latency"]["speedup"] > 0
+    assert pair["latency"]["latents"] == [2, 32, 8, 8]  # one picture under guidance
+
+    assert len(pair["shown"]) == 6 and len({row["prompt"] for row in pair["shown"]}) == 6
+    grid = Image.open(out / "pair.png")
+    assert grid.size == (6 * 130 + 2, 2 * 130 + 2) and read_settings(out / "pair.png")["rows"] == ["teacher", "student"]
+    first = pair["shown"][0]
+    for name, top in (("teacher", 2), ("student", 132)):
+        own = Image.open(out / first[name])
+        assert grid.getpixel((2 + 6, top + 6)) == own.getpixel((1, 1))
+
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    for words in ("student", "teacher", "difference", "ratio", "Error of each layer", "blocks.3.attn", "Latency"):
+        assert words in page and words in text
+    assert "student" in output and "ratio" in output and page.count("<img") >= 12 and "![](pair.png)" in text
+
+    (row,) = json.loads(ledger.read_text())
+    assert row["experiment"] == "shapes/emmdit_hybrid" and row["metrics"] == result["ledger_metrics"]
+    assert row["teacher"]["metrics"] == expected["ledger_metrics"]
+    assert row["teacher"]["errors"] == errors["mean"] and row["teacher"]["sha256"] == expected["source"]["sha256"]
+
+    # Another student of the same teacher: here the teacher itself, whose pictures are there already.
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher").rglob("*.png")}
+    status, output = command(*common, "--ckpt", MODEL, *shared, "--out", str(tmp_path / "same"))
+    assert status == 0, output
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher").rglob("*.png")}
+    pair = json.loads((tmp_path / "same/evaluation.json").read_text())["pair"]
+    assert set(pair["difference"].values()) == {0} and set(pair["ratio"].values()) <= {1}
+    assert set(pair["features"]["mean"].values()) == {0} and math.isclose(pair["latency"]["speedup"], 1, abs_tol=0.8)
+
+
+def stock(name: str, folder: Path) -> None:
+    """Teacher and student as pipelines of diffusers itself, alike but for the network."""
+    if name == "pixart":
+        text = standin("t5?caption_channels=12")
+        encoders = dict(
+            tokenizer=AutoTokenizer.from_pretrained(text), text_encoder=T5EncoderModel.from_pretrained(text)
+        )
+        teacher, vae, pipeline, scheduler = pixart(), "sdxl_vae", PixArtSigmaPipeline, DPMSolverMultistepScheduler()
+    else:
+        text = standin("sd3_text", clip_l=16, clip_g=24, caption_channels=64)
+        text = SD3TextEncoders(str(text), caption_channels=64, clip_channels=(16, 24), dtype="float32")
+        encoders, teacher = text.components(), sd3(joint_attention_dim=64, pooled_projection_dim=40)
+        vae, pipeline, scheduler = "sd3_vae", StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler()
+    parts = dict(**encoders, vae=AutoencoderKL.from_pretrained(standin(vae)), scheduler=scheduler)
+    for what, network in (("teacher", teacher), ("student", awake(linearize(copy.deepcopy(teacher))))):
+        pipeline(transformer=network, **parts).save_pretrained(folder / what)
+
+
+def test_a_pair_of_stock_pipelines(tmp_path: Path) -> None:
+    stock("pixart", tmp_path)
+    (tmp_path / "two.txt").write_text("a photo of a red circle\na photo of a cross\n")
+    (tmp_path / "clip.yaml").write_text(
+        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {tmp_path}/two.txt}}}}\n"
+        f"metrics: [{{class_path: emmdit.evaluation.CLIPScore, init_args: {{clip: {CLIP}}}}}]\n"
+    )
+    pair = ["--ckpt", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--dtype", "bfloat16"]
+    out = tmp_path / "out"
+    status, output = command(
+        "evaluate", *pair, "-c", str(tmp_path / "clip.yaml"), "--mlflow", "false", *size, "--out", str(out)
+    )
+    assert status == 0, output
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["source"]["pipeline"] == result["pair"]["teacher"]["pipeline"] == "PixArtSigmaPipeline"
+    errors = result["pair"]["features"]
+    assert (
+        list(errors["image"]) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"] and not errors["prompt"]
+    )
+    assert 0 < errors["mean"]["prediction"] < math.inf and errors["mean"]["image"] > 0
+
+
+def test_both_start_from_the_same_noise_and_text(tmp_path: Path) -> None:
+    """The first calls of both networks carry the same tensors, the second ones follow from other predictions."""
+    stock("sd3", tmp_path)
+    model = open_model(tmp_path / "student", settings={"steps": 2, "height": 64, "width": 64, "guidance": 3.0})
+    teacher = open_teacher(model, tmp_path / "teacher")
+    own, seen = model.network, []
+    for one in (model, teacher):
+        with recorded_calls(one.network) as found:
+            one.draw(["a photo", "a cat"], [3, 4])
+        seen.append(found)
+    assert len(seen[0]) == len(seen[1]) == 2 and model.network is own is not teacher.network
+    for key in ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"):
+        assert torch.equal(seen[0][0].kwargs[key], seen[1][0].kwargs[key])
+    noise = seen[0][0].kwargs["hidden_states"]
+    assert noise.shape[0] == 4 and torch.equal(noise[:2], noise[2:]) and not torch.equal(noise[0], noise[1])
+    assert not torch.equal(seen[0][1].kwargs["hidden_states"], seen[1][1].kwargs["hidden_states"])
+
+
+def test_a_report_survives_missing_pictures(tmp_path: Path) -> None:
+    times = {"ms": 1.0, "ms_low": 0.9, "ms_high": 1.1, "parameters": 10, "peak_memory_mib": 5.0}
+    pair = {
+        "teacher": {"source": "runs/teacher"},
+        "metrics": {"a": 0.5},
+        "difference": {"a": -0.25},
+        "ratio": {"a": 0.5},
+        "features": {"timesteps": [500.0], "image": {"l|1": [0.2]}, "prompt": {"l|1": [0.3]}, "prediction": [0.1]},
+        "latency": {"student": times, "teacher": times, "speedup": 1.0, "rounds": 3, "latents": [2, 4, 8, 8]},
+        "shown": [{"prompt": "a <b>|c", "seed": 0, "teacher": "no.png", "student": "no.png"}],
+    }
+    page = write_report(tmp_path, {"metrics": {"a": 0.25}, "pair": pair}, [], tmp_path).read_text()
+    assert page.count("picture missing") == 2 and "a &lt;b&gt;|c" in page and "-0.250" in page
+    assert "peak MiB beyond the weights" in page and "runs/teacher" in page
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert (
+        any("0.300" in line and "prompt tokens" in line for line in lines) and "| l&#124;1 | 0.200 | 0.200 |" in lines
+    )
