@@ -341,6 +341,7 @@ def latents_of_two_sizes(folder: Path, rows: int = 40) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four runs, seven processes
 def test_killed_on_two_ranks_goes_on_with_one_then_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents in buckets, 32 draws an epoch: killed in mid epoch, then behind an epoch's end, and on to the end."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
