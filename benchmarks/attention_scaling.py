@@ -95,12 +95,14 @@ class Part:
         leaves += network.get_submodule(self.path).parameters()
 
         def run() -> None:
-            with torch.set_grad_enabled(backward):
-                outputs = [y for y in tree_leaves(function(*args, **kwargs)) if isinstance(y, Tensor)]
-                if backward:
-                    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-            for x in leaves:
-                x.grad = None
+            try:
+                with torch.set_grad_enabled(backward):
+                    outputs = [y for y in tree_leaves(function(*args, **kwargs)) if isinstance(y, Tensor)]
+                    if backward:
+                        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+            finally:  # out of memory, too
+                for x in leaves:
+                    x.grad = None
 
         return run
 
