@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class AttentionDistillation(TextToImage):
             raise ValueError("The weights of task, output and features must not be negative, nor all be zero.")
         distillation = [OutputDistillation(output_weight), FeatureDistillation(feature_weight, relative_features)]
         distillation = [component for component in distillation if component.weight]
-        self.distils = bool(distillation)
+        self.distils, self.compares_layers = bool(distillation), bool(feature_weight)
         choices = attention or {}
         super().__init__(
             lambda: linearize(denoiser(), **choices),
@@ -116,9 +117,11 @@ class AttentionDistillation(TextToImage):
     def forward_step(self, batch: dict[str, Any]) -> TrainingStep:
         if not self.distils:
             return super().forward_step(batch)
-        with attention_outputs(self.denoiser) as attention:
+        # Two thirds of a sample's memory are the outputs of the layers: kept only where a loss reads them.
+        with attention_outputs(self.denoiser) if self.compares_layers else nullcontext({}) as attention:
             step = super().forward_step(batch)
-        step.attention, step.teacher = attention, self.teacher(step.x_t, step.t, step.condition)
+        step.attention = attention
+        step.teacher = self.teacher(step.x_t, step.t, step.condition, self.compares_layers)
         return step
 
     def networks(self) -> dict[str, Callable]:
@@ -127,4 +130,4 @@ class AttentionDistillation(TextToImage):
         return networks if self.teacher is None else networks | {"teacher": self._predict_as_teacher}
 
     def _predict_as_teacher(self, x_t: Tensor, timestep: Tensor, **condition: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.teacher(x_t, timestep, condition).prediction)
+        return SimpleNamespace(sample=self.teacher(x_t, timestep, condition, attention=False).prediction)

@@ -154,7 +154,11 @@ def test_exactly_the_chosen_parameters_train(part: str) -> None:
 
 def test_each_weight_counts_and_the_task_alone_needs_no_teacher() -> None:
     assert [c.name for c in module().components] == ["output", "features"]
-    assert [c.name for c in module(feature_weight=0.0).components] == ["output"]
+    without = module(feature_weight=0.0)
+    assert [c.name for c in without.components] == ["output"]
+    step = step_of(without)
+    assert step.teacher.prediction.shape == step.prediction.shape
+    assert step.attention == step.teacher.attention == {}  # nothing is kept for nothing
     alone = module(output_weight=0.0, feature_weight=0.0)
     assert alone.teacher is None and step_of(alone).teacher is None and set(alone.networks()) == {"raw"}
 

@@ -3,6 +3,7 @@ its attention layers give out."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,14 +40,15 @@ class Teacher:
             self.network.to(device)
         return self
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> TeacherOutput:
-        """x_t (B, C, H, W), t (B,) on the 0..1000 scale."""
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition, attention: bool = True) -> TeacherOutput:
+        """x_t (B, C, H, W), t (B,) on the 0..1000 scale; `attention`: keep its layers' outputs, too."""
         condition = {
             key: value.to(self.dtype) if value.is_floating_point() else value for key, value in condition.items()
         }
-        with frozen(x_t.device), attention_outputs(self.network) as attention:
+        outputs = attention_outputs(self.network) if attention else nullcontext({})
+        with frozen(x_t.device), outputs as kept:
             prediction = self.network(x_t.to(self.dtype), timestep=t, **condition).sample
-        return TeacherOutput(prediction[:, : x_t.shape[1]].float(), attention)
+        return TeacherOutput(prediction[:, : x_t.shape[1]].float(), kept)
 
 
 class OutputDistillation(LossComponent):
