@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from emmdit.encoders import ImageCodec, TextConditioner
@@ -18,9 +17,7 @@ from emmdit.losses import FeatureDistillation, LossComponent, OutputDistillation
 from emmdit.networks import attention_outputs, linearize, train_only
 from emmdit.weights import check_source, load_weights
 from lightning_modules.parallel import parallelise
-from lightning_modules.text_to_image import TextToImage
-
-DenoiserFactory = Callable[[], ModelMixin]
+from lightning_modules.text_to_image import DenoiserFactory, TextToImage
 
 
 class AttentionDistillation(TextToImage):

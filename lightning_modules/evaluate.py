@@ -137,6 +137,8 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     values, rows, seconds = draw_and_measure(args, model, images, metrics, device)
     if teacher is not None:
         teacher_values, _, _ = draw_and_measure(args, teacher, teacher_images, metrics, device, "teacher's ")
+    # Metrics add up over all processes, so that every one takes part.
+    columns = bounds(prompts, metrics, args.seed, args.batch_size, out, rank, world) if args.bounds else None
     if rank:
         return
     n = len(images.all)
@@ -158,8 +160,8 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
         own, its = result["metrics"], labelled(metrics, teacher_values, n)
         pair = {"metrics": its, "ledger_metrics": comparable(metrics, teacher_values), **compared(own, its)}
         result["pair"] = {**pair, **measure_pair(model, teacher, images, teacher_images, out, device)}
-    if args.bounds:
-        result["columns"] = bounds(prompts, metrics, args.seed, args.batch_size, out)
+    if columns is not None:
+        result["columns"] = columns
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     if rows:
         write_results(out / "geneval_results.jsonl", rows)
@@ -213,7 +215,13 @@ def default_folder(args: Namespace, step: int | None) -> Path:
 
 
 def bounds(
-    prompts: PromptSet, metrics: Sequence[ImageMetric], seed: int, batch_size: int, out: Path
+    prompts: PromptSet,
+    metrics: Sequence[ImageMetric],
+    seed: int,
+    batch_size: int,
+    out: Path,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, dict[str, float]]:
     """The same metrics for ground-truth renders of the prompts (upper bound) and for noise (lower bound)."""
     world = ShapesWorld()
@@ -221,7 +229,7 @@ def bounds(
     sources: dict[str, Draw] = {"real renders": renders(world), "noise": noise(world.image_size)}
     for name, draw in sources.items():
         made_with = {"source": {"source": name}}
-        images = ImageSet(out / f"images_{name.replace(' ', '_')}", prompts, seed, made_with)
+        images = ImageSet(out / f"images_{name.replace(' ', '_')}", prompts, seed, made_with, rank, world_size)
         images.open()
         images.make(draw, batch_size)
         for metric in metrics:

@@ -14,6 +14,7 @@ from lightning_modules.counter import counter
 from lightning_modules.drawing import DTYPES, Model, open_model
 from lightning_modules.precompute import report
 from lightning_modules.ranks import add_trainer_arguments, on_all_ranks
+from lightning_modules.runs import instantiate
 
 SETTINGS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
 
@@ -47,7 +48,7 @@ def generate_dataset(argv: list[str]) -> None:
     """Draw a picture for each prompt, as webdataset tars or parquet: a data set to train on."""
     parser = generate_parser()
     args = parser.parse_args(argv)
-    prompts = parser.instantiate(args).prompts
+    prompts = instantiate(parser, args).prompts
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
 
     def work(device: torch.device, rank: int, world: int) -> None:

@@ -16,6 +16,7 @@ from emmdit.data.precompute import precompute as precompute_rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
 from lightning_modules.counter import counter
 from lightning_modules.ranks import add_trainer_arguments, on_all_ranks
+from lightning_modules.runs import instantiate
 
 
 def precompute_parser() -> ArgumentParser:
@@ -52,7 +53,7 @@ def precompute(argv: list[str]) -> None:
     """Encode a source's images once: Arrow shards, a manifest that training checks, and a list of rejects."""
     parser = precompute_parser()
     args = parser.parse_args(argv)
-    built = parser.instantiate(args)
+    built = instantiate(parser, args)
     data, codec = built.data, built.codec
     if codec is None:
         raise ValueError(

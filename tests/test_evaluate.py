@@ -155,8 +155,9 @@ def test_missing_weights_show_before_a_picture_is_drawn(tmp_path: Path, config: 
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path, config: str) -> None:
-    assert evaluate(tmp_path / "one", "-c", config)[0] == 0
+    assert evaluate(tmp_path / "one", "-c", config, "--bounds")[0] == 0
     arguments = ["--ckpt", MODEL, "--steps", "4", "--mlflow", "false", "-c", config, "--out", str(tmp_path / "two")]
+    arguments.append("--bounds")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, "-m", "lightning_modules.cli", "evaluate", *arguments],
@@ -166,6 +167,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, config: str) -> Non
     assert pictures(tmp_path / "two").keys() == pictures(tmp_path / "one").keys()
     assert result(tmp_path / "two")["metrics"] == pytest.approx(result(tmp_path / "one")["metrics"], rel=0.02)
     assert len(read_results(tmp_path / "two/geneval_results.jsonl")) == 18
+    one, two = (result(tmp_path / name)["columns"] for name in ("one", "two"))
+    assert two.keys() == one.keys() and all(two[name] == pytest.approx(one[name], rel=1e-3) for name in one)
 
 
 def test_numbers_go_to_a_run_in_mlflow(tmp_path: Path, config: str) -> None:
