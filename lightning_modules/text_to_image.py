@@ -18,6 +18,7 @@ from emmdit.flow import (
     Path,
     RectifiedFlow,
     TimestepSampler,
+    TimestepWeight,
     flow_loss,
     generator,
     step_noise,
@@ -43,6 +44,7 @@ class TextToImage(LightningModule):
         optimizer, scheduler: as Lightning's CLI gives them (AdamW, none); the scheduler steps once per optimizer step.
         path: rectified flow by default.
         timesteps: how timesteps are drawn, by default as in the released recipe.
+        timestep_weight: of the loss at each timestep, such as `emmdit.flow.MinSNR`; all alike by default.
         components: auxiliary losses such as `emmdit.losses.REPA`.
         caption_dropout: probability of training on the empty prompt.
         ema: keep an average of the weights (the EMA callback moves it).
@@ -64,6 +66,7 @@ class TextToImage(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         path: Path | None = None,
         timesteps: TimestepSampler | None = None,
+        timestep_weight: TimestepWeight | None = None,
         components: list[LossComponent] | None = None,
         caption_dropout: float = 0.1,
         ema: bool = True,
@@ -82,6 +85,7 @@ class TextToImage(LightningModule):
         self.optimizer, self.scheduler = optimizer or torch.optim.AdamW, scheduler
         self.path = path or RectifiedFlow()
         self.timesteps = timesteps or LogitNormalGrid()
+        self.timestep_weight = timestep_weight
         self.components = components or []
         self.caption_dropout, self.ema, self.seed = caption_dropout, ema, seed
         self.sampling = sampling or Sampling()
@@ -182,7 +186,7 @@ class TextToImage(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         step = self.forward_step(batch)
-        task = flow_loss(step.prediction, step.target).mean()
+        task = flow_loss(step.prediction, step.target, step.weight).mean()
         losses = {"task": task.detach()} if self.components else {}
         loss = self.task_weight * task
         for component in self.components:
@@ -234,7 +238,8 @@ class TextToImage(LightningModule):
         # Networks that also predict a variance (PixArt) put it behind the prediction.
         prediction = output.sample[:, : x0.shape[1]].float()
         target = self.path.target(x0, noise, t)
-        return TrainingStep(batch, x0, noise, t, x_t, condition, target, prediction, output)
+        weight = None if self.timestep_weight is None else self.timestep_weight(self.path, t)
+        return TrainingStep(batch, x0, noise, t, x_t, condition, target, prediction, output, weight)
 
     def random(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         return generator(self.seed, purpose, self.samples_seen, device)

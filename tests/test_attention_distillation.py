@@ -87,6 +87,8 @@ def test_losses_in_closed_form() -> None:
     step.prediction = torch.full((2, 1, 2, 2), 3.0)
     step.attention = {"a": (1.1 * image, prompt), "b": (10 * 1.2 * image,)}
     assert OutputDistillation(1.0)(step).item() == pytest.approx(9)
+    step.weight = torch.tensor([0.0, 0.5])  # of the timesteps
+    assert OutputDistillation(1.0)(step).item() == pytest.approx(9 * 0.25)
     # relative: 0.1^2, 0 and 0.2^2, whatever a layer's scale
     assert FeatureDistillation(1.0)(step).item() == pytest.approx((0.01 + 0 + 0.04) / 3, rel=1e-4)
     square = image.square().mean().item()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emmdit.flow import EpsilonDDPM, RectifiedFlow, flow_loss
+from emmdit.flow import EpsilonDDPM, MinSNR, RectifiedFlow, flow_loss
 
 PATHS = [
     RectifiedFlow(),
@@ -125,3 +125,32 @@ def test_flow_loss():
     assert flow_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
     with pytest.raises(ValueError, match="one shape"):
         flow_loss(prediction, target[:1])
+
+
+def test_min_snr_of_noise_prediction():
+    path, t = EpsilonDDPM(), torch.tensor([0.0, 100.0, 300.0, 600.0, 999.0])
+    alpha, sigma = path.coefficients(t.double())
+    snr = alpha**2 / sigma**2
+    assert snr[1] > 5 > snr[2]
+    torch.testing.assert_close(MinSNR()(path, t), torch.where(snr < 5, 1.0, 5 / snr).float())
+
+
+def test_min_snr_weighs_the_same_error_of_x0_alike_whatever_is_predicted():
+    """The weighted loss of an error d in x0 is min(SNR, gamma) d^2 for noise and for flow prediction."""
+    x0, noise, error = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for path in (EpsilonDDPM(), RectifiedFlow()):
+        t = torch.tensor([50.0, 200.0, 400.0, 600.0, 800.0, 950.0])
+        alpha, sigma = (c.double()[:, None] for c in path.coefficients(t.double()))
+        x_t = path.interpolate(x0, noise, t)
+        wrong_noise = (x_t - alpha * (x0 + error)) / sigma
+        prediction = path.target(x0 + error, wrong_noise, t)
+        torch.testing.assert_close(path.to_x0(x_t, prediction, t), x0 + error, rtol=1e-4, atol=1e-4)
+        loss = flow_loss(prediction, path.target(x0, noise, t), MinSNR(0.5)(path, t))
+        wanted = (alpha**2 / sigma**2).clamp(max=0.5)[:, 0] * error.square().mean(1)
+        torch.testing.assert_close(loss, wanted.float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, float("inf"), float("nan")])
+def test_min_snr_refuses(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        MinSNR(gamma)

@@ -6,7 +6,7 @@ timestep on the 0..1000 scale (1000 = noise, 0 = data), the number every diffuse
 """
 
 from emmdit.flow.guidance import guided
-from emmdit.flow.losses import flow_loss
+from emmdit.flow.losses import MinSNR, TimestepWeight, flow_loss
 from emmdit.flow.paths import EpsilonDDPM, Path, RectifiedFlow
 from emmdit.flow.randomness import generator, step_noise
 from emmdit.flow.samplers import GRIDS, SAMPLERS, dpm_solver, euler, heun, sample, timestep_grid
@@ -26,9 +26,11 @@ __all__ = [
     "EpsilonDDPM",
     "LogitNormal",
     "LogitNormalGrid",
+    "MinSNR",
     "Path",
     "RectifiedFlow",
     "TimestepSampler",
+    "TimestepWeight",
     "Uniform",
     "UniformGrid",
     "dpm_solver",

@@ -20,8 +20,9 @@ class TrainingStep:
     """Everything one training step has computed.
 
     Shapes: `x0`, `noise`, `x_t`, `target`, `prediction` (B, C, H, W); `t` (B,) on the 0..1000 scale.
-    `output` is the network's whole output object. In a distillation there are also the outputs of the network's
-    `attention` layers, (B, tokens, width) by name, and the same of the `teacher`.
+    `output` is the network's whole output object, `weight` (B,) that of each sample's timestep, where they differ.
+    In a distillation there are also the outputs of the network's `attention` layers, (B, tokens, width) by name, and
+    the same of the `teacher`.
     """
 
     batch: dict[str, Any]
@@ -33,6 +34,7 @@ class TrainingStep:
     target: Tensor
     prediction: Tensor
     output: Any
+    weight: Tensor | None = None
     attention: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     teacher: TeacherOutput | None = None
 

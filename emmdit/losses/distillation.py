@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from emmdit.encoders import Condition
 from emmdit.encoders.base import as_dtype, frozen
+from emmdit.flow import flow_loss
 from emmdit.networks import attention_layers, attention_outputs
 
 from .base import LossComponent, TrainingStep
@@ -52,12 +53,12 @@ class Teacher:
 
 
 class OutputDistillation(LossComponent):
-    """Mean squared distance between the student's and the teacher's prediction."""
+    """Mean squared distance between the student's and the teacher's prediction, weighted by timestep as the task is."""
 
     name = "output"
 
     def __call__(self, step: TrainingStep) -> Tensor:
-        return (step.prediction - step.teacher.prediction).square().mean()
+        return flow_loss(step.prediction, step.teacher.prediction, step.weight).mean()
 
 
 class FeatureDistillation(LossComponent):
