@@ -21,7 +21,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,11 +209,19 @@ def state(task: Task, args: argparse.Namespace) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=whole(0), default=list(SEEDS), help="of training; default 0 1 2")
+    parser = common_arguments(__doc__, ROWS, Path("runs/ablation"), EVALUATION)
     parser.add_argument("--steps", type=whole(1), help="another budget than shapes/short (take another ledger, too)")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="only every N-th run, from I on")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of what is missing")
+    return parser.parse_args(argv)
+
+
+def common_arguments(description: str, rows: Iterable[str], runs: Path, evaluation: str) -> argparse.ArgumentParser:
+    """What every benchmark takes that trains and scores rows of a table."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    rows = list(rows)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW", help=", ".join(rows))
+    parser.add_argument("--seeds", nargs="+", type=whole(0), default=list(SEEDS), help="of training; default 0 1 2")
     parser.add_argument("--threads", type=whole(1), help="of each training; default: torch's own")
     parser.add_argument(
         "--trainer",
@@ -221,14 +229,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="gpu" if torch.cuda.is_available() else "none",
         help="file of experiments/trainer to lay over; none: the base's own precision on what Lightning finds",
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument("--evaluation", default=EVALUATION, help=f"default: {EVALUATION}")
+    parser.add_argument("--runs", type=Path, default=runs, help="folder of the runs")
+    parser.add_argument("--evaluation", default=evaluation, help=f"default: {evaluation}")
     parser.add_argument("--eval-seed", type=whole(0), default=0)
     parser.add_argument("--ledger", default=LEDGER, help=f"default: {LEDGER}")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of what is missing")
     parser.add_argument("--list", action="store_true", help="print how far each run is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the runs, their state and the machine")
-    return parser.parse_args(argv)
+    return parser
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import markdown_table, progress, write_json
-from benchmarks.shapes_ablation import COLUMNS, LEDGER, Task, state, whole, work
+from benchmarks.shapes_ablation import COLUMNS, Task, common_arguments, state, work
 from emmdit.machine import machine
 
 # name in experiments/shapes: what the row is
@@ -90,23 +88,7 @@ def tasks(args: argparse.Namespace) -> list[Student]:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], help="of students; default 0 1 2")
-    parser.add_argument("--threads", type=whole(1), help="of each training; default: torch's own")
-    parser.add_argument(
-        "--trainer",
-        choices=("cpu", "gpu", "none"),
-        default="gpu" if torch.cuda.is_available() else "none",
-        help="file of experiments/trainer to lay over; none: the base's own precision on what Lightning finds",
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/shapes"), help="folder of the runs")
-    parser.add_argument("--evaluation", default=EVALUATION, help=f"default: {EVALUATION}")
-    parser.add_argument("--eval-seed", type=whole(0), default=0)
-    parser.add_argument("--ledger", default=LEDGER, help=f"default: {LEDGER}")
-    parser.add_argument("--list", action="store_true", help="print how far each run is")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the runs, their state and the machine")
-    return parser.parse_args(argv)
+    return common_arguments(__doc__, ROWS, Path("runs/shapes"), EVALUATION).parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

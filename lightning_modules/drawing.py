@@ -17,6 +17,8 @@ from emmdit.weights import find_checkpoint, is_diffusers_folder, sha256_of
 from lightning_modules.runs import load_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# of a pipeline of diffusers: our names, and its own
+SETTINGS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
 
 
 @dataclass
@@ -122,12 +124,17 @@ def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], e
 
     if weights is not None or "sampler" in settings:
         raise ValueError(f"{path} is a pipeline of diffusers with weights and a sampler of its own: leave both out.")
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
-    arguments = {names[key]: value for key, value in settings.items()}
     index = DiffusionPipeline.load_config(path)
     parts = [name for name, value in index.items() if isinstance(value, list)]
     left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
     pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **dict.fromkeys(left_out))
+    source = {"source": path.name if path.is_absolute() else str(path), "pipeline": type(pipeline).__name__}
+    return of_diffusers(pipeline, settings, {**source, "sha256": weights_sha256(path)})
+
+
+def of_diffusers(pipeline: Any, settings: dict[str, Any], source: dict[str, Any]) -> Model:
+    """A loaded pipeline of diffusers; `settings`, by the names in `SETTINGS`, in place of its own."""
+    arguments = {SETTINGS[key]: value for key, value in settings.items()}
     pipeline.set_progress_bar_config(disable=True)
     if "height" in settings and "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
         arguments["use_resolution_binning"] = False  # the size that was asked for, not the nearest of the training's
@@ -139,6 +146,4 @@ def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], e
     def to(device: torch.device, dtype: str) -> None:
         pipeline.to(device, DTYPES[dtype])
 
-    source = {"source": path.name if path.is_absolute() else str(path), "pipeline": type(pipeline).__name__}
-    source["sha256"] = weights_sha256(path)
     return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to, pipeline)

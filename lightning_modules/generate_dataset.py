@@ -11,12 +11,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from emmdit.data.generate import FORMATS, Prompts, generate
 from emmdit.encoders.loading import one_sentence
 from lightning_modules.counter import counter
-from lightning_modules.drawing import DTYPES, Model, open_model
+from lightning_modules.drawing import DTYPES, SETTINGS, Model, of_diffusers, open_model
 from lightning_modules.precompute import report
 from lightning_modules.ranks import add_trainer_arguments, on_all_ranks
 from lightning_modules.runs import instantiate
-
-SETTINGS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
 
 
 def generate_parser() -> ArgumentParser:
@@ -87,15 +85,6 @@ def open_drawer(model: str, revision: str | None, settings: dict[str, Any]) -> M
         pipeline = DiffusionPipeline.from_pretrained(
             model, revision=revision, use_safetensors=True, torch_dtype=torch.bfloat16
         )
-    pipeline.set_progress_bar_config(disable=True)
-    arguments = {SETTINGS[key]: value for key, value in settings.items()}
-
-    def draw(prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(prompts, generator=generators, output_type="pt", **arguments).images * 2 - 1
-
-    def to(device: torch.device, dtype: str) -> None:
-        pipeline.to(device, DTYPES[dtype])
-
-    source = {"source": model, "revision": revision, "pipeline": type(pipeline).__name__}
-    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to)
+    return of_diffusers(
+        pipeline, settings, {"source": model, "revision": revision, "pipeline": type(pipeline).__name__}
+    )
