@@ -5,8 +5,9 @@
     python -m benchmarks.shapes_students --rows edit mm_edit --seeds 0 --threads 1
     python -m benchmarks.tables                        # then: the tables in docs/results_shapes.md
 
-Teachers are trained once; E-MMDiT's is `assets/shapes_emmdit`. A student is `emmdit fit` with its experiment, then
-`emmdit evaluate` with the teacher's prompts and noise, which writes a row of the ledger. Kill it at any time, as
+Teachers are trained once, E-MMDiT's is `assets/shapes_emmdit`. A student is `emmdit fit` with its experiment (of its
+teacher in `--runs`, or else in `assets/`), then `emmdit evaluate` with the teacher's prompts and noise, which writes a
+row of the ledger. Kill it at any time, as
 `benchmarks.shapes_ablation`, which it is built of.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown_table, progress, write_json
+from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.shapes_ablation import COLUMNS, Task, common_arguments, state, work
 from emmdit.machine import machine
 
@@ -68,7 +69,7 @@ class Student(Task):
     def fit(self) -> list[str]:
         command = super().fit()
         teacher = TEACHER_OF.get(base_of(self.name))
-        if teacher in TEACHERS:
+        if teacher in TEACHERS and (ROOT / self.runs / teacher).exists():  # or else the one that the experiment names
             command.insert(-2, f"--model.init_args.teacher={self.runs / teacher}")
         return command
 

@@ -200,7 +200,7 @@ def tiny(name: str = "mm_edit", width: str = "caption_projection_dim") -> list[s
 def test_teacher_to_student_to_export(teacher: str, student: str, width: str, capsys) -> None:
     main(["fit", *tiny(teacher, width)])
     attention = "--model.init_args.train=attention"
-    main(["fit", *tiny(student, width), attention])  # finds runs/shapes/TEACHER by itself
+    main(["fit", *tiny(student, width), attention, f"--model.init_args.teacher=runs/shapes/{teacher}"])
     state = checkpoint_state(find_checkpoint(f"runs/shapes/{student}"))
     assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser"}
     source = checkpoint_state(find_checkpoint(f"runs/shapes/{teacher}"))
