@@ -39,6 +39,7 @@ ABLATIONS = {
     "mm_edit_linear": "MM-DiT, fully linear",
     "mm_edit_exact": "MM-EDiT, exact mixture",
     "mm_edit_sana": "MM-DiT, SANA-style",
+    "emmdit_hybrid_no_compressor": "E-MMDiT, hybrid attention, no compressor",
 }
 ROWS = TEACHERS | STUDENTS | ABLATIONS
 TEACHER_OF = {"edit": "pixart_teacher", "mm_edit": "mmdit_teacher", "emmdit_hybrid": "emmdit"}
@@ -47,7 +48,7 @@ EVALUATION = "experiments/evaluation/shapes.yaml"
 
 def base_of(name: str) -> str:
     """The student that a row is, or is an ablation of."""
-    return next((base for base in ("mm_edit", "edit") if name.startswith(f"{base}_")), name)
+    return next((base for base in STUDENTS if name.startswith(f"{base}_")), name)
 
 
 @dataclass(frozen=True)

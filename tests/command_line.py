@@ -14,7 +14,7 @@ from lightning_modules.cli import SuiteCLI
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHAPES = "shapes/emmdit.yaml"
-EDIT, MM_EDIT = "shapes/edit.yaml", "shapes/mm_edit.yaml"
+EDIT, MM_EDIT, HYBRID = "shapes/edit.yaml", "shapes/mm_edit.yaml", "shapes/emmdit_hybrid.yaml"
 STAGES = ("emmdit/512_stage1.yaml", "emmdit/512_stage2.yaml", "emmdit/1024.yaml")
 ON_CPU = ["--trainer.accelerator=cpu"]
 
@@ -47,6 +47,7 @@ def stack(name: str) -> list[str]:
         "data/": STAGES["stage1" not in name],
         "shapes/edit_": EDIT,
         "shapes/mm_edit_": MM_EDIT,
+        "shapes/emmdit_hybrid_": HYBRID,
     }
     return files(next((base for start, base in bases.items() if name.startswith(start)), SHAPES), name)
 

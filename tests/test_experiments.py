@@ -38,7 +38,9 @@ WHOLE = [name for name in ALL if name.startswith("shapes/") and len(stack(name))
 ABLATIONS = [
     name for name in ALL if name.startswith("shapes/") and name not in WHOLE and name != "shapes/evaluated.yaml"
 ]
-OF_STUDENTS = [name for name in ABLATIONS if name.startswith(("shapes/edit_", "shapes/mm_edit_"))]
+OF_STUDENTS = [
+    name for name in ABLATIONS if name.startswith(("shapes/edit_", "shapes/mm_edit_", "shapes/emmdit_hybrid_"))
+]
 
 
 @functools.cache
