@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -62,6 +62,7 @@ COLUMNS = {"experiment": "row", "seed": "seed", "state": "state"}
 class Task:
     """One training and its score."""
 
+    images: ClassVar[int | None] = IMAGES  # of a prompt; None: as many as the evaluation says
     name: str
     seed: int
     runs: Path
@@ -94,9 +95,11 @@ class Task:
         return [*command, run_name, f"--trainer.default_root_dir={self.folder}", "--ckpt_path=last"]
 
     def evaluate(self, evaluation: str, eval_seed: int, path: str | Path) -> list[str]:
+        """Arguments of `emmdit`; the pictures of each evaluation seed have a folder of their own."""
+        out = self.folder / ("evaluation" if eval_seed == 0 else f"evaluation_seed{eval_seed}")
         command = ["evaluate", "--ckpt", self.folder, "-c", evaluation, "--seed", eval_seed]
-        command += ["--prompts.init_args.images", IMAGES]
-        command += ["--out", self.folder / "evaluation", "--ledger", path, "--experiment", self.experiment]
+        command += [] if self.images is None else ["--prompts.init_args.images", self.images]
+        command += ["--out", out, "--ledger", path, "--experiment", self.experiment]
         return [str(part) for part in command]
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.shapes_ablation import COLUMNS, Task, common_arguments, state, work
@@ -55,6 +55,8 @@ def base_of(name: str) -> str:
 class Student(Task):
     """One training and its score; a teacher's, too."""
 
+    images: ClassVar[int | None] = None
+
     @property
     def folder(self) -> Path:
         """A teacher lies where its students look for it."""
@@ -73,11 +75,6 @@ class Student(Task):
         if teacher in TEACHERS and (ROOT / self.runs / teacher).exists():  # or else the one that the experiment names
             command.insert(-2, f"--model.init_args.teacher={self.runs / teacher}")
         return command
-
-    def evaluate(self, evaluation: str, eval_seed: int, path: str | Path) -> list[str]:
-        command = ["evaluate", "--ckpt", self.folder, "-c", evaluation, "--seed", eval_seed]
-        command += ["--out", self.folder / "evaluation", "--ledger", path, "--experiment", self.experiment]
-        return [str(part) for part in command]
 
 
 def tasks(args: argparse.Namespace) -> list[Student]:

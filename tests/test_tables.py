@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from benchmarks import shapes_ablation, tables
 from benchmarks.shapes_ablation import FULL, ROWS, Task
+from benchmarks.shapes_students import Student
 from emmdit.evaluation import ledger
 from lightning_modules import mlflow_evaluation
 from tests.command_line import cli
@@ -47,6 +48,14 @@ def test_every_row_has_its_files_and_its_command():
         seen.add(tuple(task.fit()))
         assert shapes_ablation.budget(task) == shapes_ablation.budget(Task(FULL, 0, Path("runs")))
     assert len(seen) == len(ROWS)
+
+
+@pytest.mark.parametrize("kind", [Task, Student])
+def test_each_evaluation_seed_has_a_folder_of_pictures(kind) -> None:
+    task = kind("one_path", 1, Path("runs"))
+    commands = [task.evaluate("e.yaml", seed, "ledger.json") for seed in (0, 1, 2)]
+    assert len({command[command.index("--out") + 1] for command in commands}) == 3
+    assert ("--prompts.init_args.images" in commands[0]) is (kind is Task)
 
 
 def test_the_command_says_what_it_means():
