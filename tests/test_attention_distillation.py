@@ -23,7 +23,7 @@ from emmdit.networks import MMEDiTTransformer2DModel, attention_outputs, paramet
 from emmdit.weights import checkpoint_state, find_checkpoint
 from lightning_modules import AttentionDistillation
 from lightning_modules.cli import main
-from tests.command_line import ON_CPU, change, cli, files
+from tests.command_line import ON_CPU, change, cli, files, model_args
 from tests.command_line import elsewhere as elsewhere
 from tests.recorder import read
 
@@ -179,6 +179,30 @@ def test_what_contradicts_itself_is_said_before_anything_is_loaded() -> None:
     ).save_pretrained("other")
     with pytest.raises(OSError, match="'other' holds a model of kind 'PixArtTransformer2DModel'"):
         module(teacher="other")
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "bound"),
+    [
+        ("mm_edit", "assets/shapes_mmdit", 0.21),  # 0.18: the loss of the flow on pictures that it has not seen
+        ("emmdit_hybrid", "assets/shapes_emmdit", 0.20),  # 0.17
+        ("edit", "assets/shapes_pixart", 0.03),  # of the noise
+    ],
+)
+def test_the_teachers_that_lie_in_assets_are_trained(name: str, teacher: str, bound: float) -> None:
+    """A student of the shapes world names a teacher of the repository; that one knows the task, it itself not yet."""
+    run = cli(*files(f"shapes/{name}.yaml"), *ON_CPU, f"--model.init_args.teacher={ROOT / teacher}")
+    assert model_args(cli(*files(f"shapes/{name}.yaml"), *ON_CPU)).teacher == teacher
+    run.model.configure_model()
+    run.model._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0})()
+    data = run.datamodule.validation_dataset()
+    samples = [data[i] for i in range(64)]
+    images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
+    with torch.no_grad():
+        step = run.model.forward_step({"image": images, "caption": [sample["caption"] for sample in samples]})
+    of_teacher = (step.teacher.prediction - step.target).square().mean().item()
+    of_student = (step.prediction - step.target).square().mean().item()
+    assert of_teacher < bound and of_student > 1.5 * of_teacher
 
 
 # -- whole runs --------------------------------------------------------------------------------------
