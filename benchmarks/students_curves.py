@@ -75,17 +75,19 @@ def draw(curves: dict[tuple[str, int], Curve], path: Path) -> None:
     students = [name for name in STUDENTS if any(base_of(experiment) == name for experiment, _ in curves)]
     figure = Figure(figsize=(4 * len(students), 7), layout="constrained")
     panels = figure.subplots(len(PANELS), len(students), squeeze=False, sharex="col")
+    for axes, words in zip(panels[:, 0], PANELS.values(), strict=True):
+        axes.set_ylabel(words)
     for column, student in zip(panels.T, students, strict=True):
         own = [name for name in (student, *ABLATIONS) if base_of(name) == student]
         own = [name for name in own if any(experiment == name for experiment, _ in curves)]
         column[0].set_title((STUDENTS | ABLATIONS)[student])
-        for axes, (metric, words) in zip(column, PANELS.items(), strict=True):
+        for axes, metric in zip(column, PANELS, strict=True):
             for colour, name in enumerate(own):
                 for k, seed in enumerate(sorted(seed for experiment, seed in curves if experiment == name)):
                     points = [(int(row["step"]), float(row[metric])) for row in curves[name, seed] if row[metric]]
                     label = None if k else (STUDENTS | ABLATIONS)[name]
                     axes.plot(*zip(*points, strict=True), color=f"C{colour}", lw=1, alpha=0.8, label=label)
-            axes.set(yscale="log", ylabel=words if column is panels.T[0] else None)
+            axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
         column[0].legend(fontsize="small")
         column[-1].set_xlabel("optimizer step")
