@@ -128,12 +128,12 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     made_with = {"source": model.source, "sampling": model.sampling, "dtype": args.dtype}
     images = ImageSet(out / "images", prompts, args.seed, made_with, rank, world)
     prepare(metrics, images, device)
-    images.open()
+    open_first(images)
     if teacher is not None:
         made_with |= {"source": teacher.source, "parts": decisive_parts(model)}
         folder = args.teacher_images or out / "images_teacher"
         teacher_images = ImageSet(folder, prompts, args.seed, made_with, rank, world)
-        teacher_images.open()
+        open_first(teacher_images)
     values, rows, seconds = draw_and_measure(args, model, images, metrics, device)
     if teacher is not None:
         teacher_values, _, _ = draw_and_measure(args, teacher, teacher_images, metrics, device, "teacher's ")
@@ -175,6 +175,16 @@ def run(args: Namespace, built: Namespace, device: torch.device, rank: int, worl
     if args.ledger is not None:
         ledger.append(args.ledger, ledger_row(args, result))
     print(f"{out}/report.html", file=sys.stderr)
+
+
+def open_first(images: ImageSet) -> None:
+    """Rank zero opens the folder, which must be empty or this very set's, before any other writes pictures into it."""
+    if images.rank == 0:
+        images.open()
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    if images.rank:
+        images.open()
 
 
 def draw_and_measure(
@@ -230,7 +240,7 @@ def bounds(
     for name, draw in sources.items():
         made_with = {"source": {"source": name}}
         images = ImageSet(out / f"images_{name.replace(' ', '_')}", prompts, seed, made_with, rank, world_size)
-        images.open()
+        open_first(images)
         images.make(draw, batch_size)
         for metric in metrics:
             metric.begin(images.all)
