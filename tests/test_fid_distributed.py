@@ -46,6 +46,8 @@ for name, both in shares.items():
             metric.update(images[share][first : first + 6], mine[first : first + 6])
         values[f"{name}: {metric.name}"] = metric.compute()[""]
 (folder / f"values_{rank}.json").write_text(json.dumps(values))
+dist.barrier()
+dist.destroy_process_group()  # or gloo's thread may still be alive at exit, which aborts
 """
 
 
