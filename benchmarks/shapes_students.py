@@ -7,8 +7,7 @@
 
 Teachers are trained once, E-MMDiT's is `assets/shapes_emmdit`. A student is `emmdit fit` with its experiment (of its
 teacher in `--runs`, or else in `assets/`), then `emmdit evaluate` with the teacher's prompts and noise, which writes a
-row of the ledger. Kill it at any time, as
-`benchmarks.shapes_ablation`, which it is built of.
+row of the ledger. Kill it at any time, as `benchmarks.shapes_ablation`, which it is built of.
 """
 
 from __future__ import annotations
