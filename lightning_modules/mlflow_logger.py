@@ -32,7 +32,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
-from emmdit.images import grid
+from emmdit.files import grid
 from lightning_modules.config_text import flatten_config, mask_secrets
 
 RUN_FILE = "mlflow_run.json"

@@ -7,8 +7,8 @@ import torch
 
 from emmdit.networks import EMMDiTTransformer2DModel
 from lightning_modules import TextToImage
-from lightning_modules.cli import main
-from lightning_modules.config_errors import sentence
+from lightning_modules.commands.config_errors import sentence
+from lightning_modules.commands.main import main
 from tests.command_line import ON_CPU, SHAPES, STAGES, change, cli, files
 from tests.command_line import elsewhere as elsewhere
 
@@ -111,8 +111,8 @@ WRONG = {
         "model.denoiser.modulation: Expected one of 'affine', 'single', 'zero', got gauss."
     ),
     "model: {init_args: {sampling: {steps: a}}}": "model.sampling.steps: Expected int, got a.",
-    "model: {init_args: {codec: {class_path: emmdit.encoders.ShapesText}}}": (
-        "model.codec: emmdit.encoders.ShapesText is not a subclass of ImageCodec."
+    "model: {init_args: {codec: {class_path: emmdit.shapes.ShapesText}}}": (
+        "model.codec: emmdit.shapes.ShapesText is not a subclass of ImageCodec."
     ),
     "model: {init_args: {denoiser: {class_path: torch.nn.Linear}}}": (
         "model.denoiser: Expected 'torch.nn.Linear' to be a subclass of ModelMixin."
@@ -123,8 +123,8 @@ WRONG = {
     "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": (
         "data: the following arguments are required: source."
     ),
-    "trainer: {strategy: {class_path: lightning_modules.strategies.FSDP3}}": (
-        "trainer.strategy: module 'lightning_modules.strategies' has no attribute 'FSDP3'."
+    "trainer: {strategy: {class_path: lightning_modules.parallel.FSDP3}}": (
+        "trainer.strategy: module 'lightning_modules.parallel' has no attribute 'FSDP3'."
     ),
 }
 

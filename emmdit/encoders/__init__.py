@@ -18,7 +18,6 @@ from emmdit.encoders.vision import DINOv2
 
 if TYPE_CHECKING:
     from emmdit.encoders.dct import BlockDCT, DCTCodec
-    from emmdit.encoders.shapes_text import ShapesText
 
 __all__ = [
     "BlockDCT",
@@ -34,7 +33,6 @@ __all__ = [
     "Condition",
     "ImageCodec",
     "MissingModelError",
-    "ShapesText",
     "TextConditioner",
     "TextEncoder",
     "VisionFeatures",
@@ -42,7 +40,7 @@ __all__ = [
 ]
 
 # Their files import diffusers or transformers.
-_LATER = {"BlockDCT": "dct", "DCTCodec": "dct", "ShapesText": "shapes_text"}
+_LATER = {"BlockDCT": "dct", "DCTCodec": "dct"}
 
 
 def __getattr__(name: str) -> Any:

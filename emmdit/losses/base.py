@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emmdit.encoders import Condition
 
 if TYPE_CHECKING:
-    from .distillation import TeacherOutput
+    from emmdit.losses.distillation import TeacherOutput
 
 
 @dataclass
