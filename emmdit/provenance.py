@@ -54,21 +54,28 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_commit() -> str | None:
-    """The checked-out commit, with "-dirty" where tracked files differ; None outside a git checkout.
+def git_state() -> tuple[str, bool] | None:
+    """The checked-out commit and whether tracked files differ from it; None outside a git checkout.
 
     Results and the documents that show them do not count: writing one must not make the next one look dirty.
     """
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        options = {"capture_output": True, "text": True, "check": True, "timeout": 20, "env": environment}
+        return subprocess.run(["git", *arguments], cwd=ROOT, **options).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!docs")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
+        return git("rev-parse", "HEAD"), bool(changed)
+    except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git_commit() -> str | None:
+    """The commit, with "-dirty" where tracked files differ; None outside a git checkout."""
+    found = git_state()
+    return None if found is None else found[0] + "-dirty" * found[1]
 
 
 def machine_line(found: dict[str, Any]) -> str:

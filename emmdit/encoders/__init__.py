@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from emmdit.encoders.autoencoders import DCAE, SD3VAE, SDXLVAE, AutoencoderKLCodec
-from emmdit.encoders.base import Condition, ImageCodec, TextConditioner, VisionFeatures
+from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
 from emmdit.encoders.clip_vision import CLIPVision
 from emmdit.encoders.loading import MissingModelError
 from emmdit.encoders.standins import STANDINS, standin
@@ -30,7 +30,6 @@ __all__ = [
     "SDXLVAE",
     "STANDINS",
     "AutoencoderKLCodec",
-    "Condition",
     "ImageCodec",
     "MissingModelError",
     "TextConditioner",

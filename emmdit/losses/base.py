@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emmdit.encoders import Condition
+from emmdit.types import Condition
 
 if TYPE_CHECKING:
     from emmdit.losses.distillation import TeacherOutput

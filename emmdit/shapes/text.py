@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from emmdit.encoders.base import Condition, TextConditioner, as_dtype, frozen
+from emmdit.encoders.base import TextConditioner, as_dtype, frozen
 from emmdit.shapes.world import TASKS, ShapesWorld
+from emmdit.types import Condition
 
 PAD, BOS, UNKNOWN = "<pad>", "<bos>", "<unk>"
 WEIGHTS = Path(__file__).with_name("text.safetensors")
