@@ -25,7 +25,7 @@ def ema_update(ema_params: Sequence[torch.Tensor], params: Sequence[torch.Tensor
     """
     ema_params, params = local_tensors(ema_params), local_tensors(params)
     if len(ema_params) != len(params):
-        raise ValueError(f"The average has {len(ema_params)} tensors, the network {len(params)}: they must be alike.")
+        raise ValueError(f"The EMA has {len(ema_params)} tensors, the network {len(params)}: they must be alike.")
     if not params:
         return
     # same dtype on both sides: mixed dtypes fall off the fused path and, with lerp, fail

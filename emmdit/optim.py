@@ -18,18 +18,19 @@ from torch.optim.adamw import adamw
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def parameter_groups(network: nn.Module, blocks: str = "blocks") -> list[dict[str, Any]]:
-    """Two groups for an optimizer: the matrices inside `network.blocks` (`matrix: True`) and all the rest.
+def parameter_groups(network: nn.Module, *others_too: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the matrices inside the network's blocks (`matrix: True`) and all the rest.
 
-    AdamW ignores the mark; `MuonAdamW` reads it. Frozen parameters are left out. Works for any network with a
-    module list of that name (E-MMDiT) or `transformer_blocks` (diffusers).
+    AdamW ignores the mark; `MuonAdamW` reads it. Frozen parameters are left out. Blocks are a module list named
+    `blocks` (E-MMDiT) or `transformer_blocks` (diffusers); parameters of `others_too` are none of the matrices.
     """
     matrices, others = [], []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            in_blocks = name.split(".")[0] in (blocks, "transformer_blocks")
+            in_blocks = name.split(".")[0] in ("blocks", "transformer_blocks")
             is_matrix = in_blocks and parameter.ndim == 2 and name.endswith("weight")
             (matrices if is_matrix else others).append(parameter)
+    others += [p for module in others_too for p in module.parameters() if p.requires_grad]
     groups = [{"params": matrices, "matrix": True}, {"params": others, "matrix": False}]
     return [group for group in groups if group["params"]]
 

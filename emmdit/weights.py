@@ -21,16 +21,18 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
 
     Args:
         source: see above. A hub id works for diffusers repositories.
-        weights: "ema" or "raw" of a checkpoint; None: the average where there is one.
+        weights: "ema" or "raw" of a checkpoint; None: EMA if available.
 
     Raises:
         FileNotFoundError, ValueError: with one sentence.
     """
     state, kind = read_weights(source, weights, type(network))
+    if not any("lora_" in key for key in state):  # weights to begin with, of the network before its adapters
+        state = base_weights(state, network)
     own = network.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    extra = [key for key in extra if not key.startswith("repa_projector.")]  # training only
+    extra = [key for key in extra if not key.startswith("repa_projector.")]  # of runs before REPA had its own
     if missing or extra or shapes:
         problems = [f"{len(missing)} missing"] * bool(missing) + [f"{len(extra)} unknown"] * bool(extra)
         problems += [f"{len(shapes)} of another shape"] * bool(shapes)
@@ -41,6 +43,30 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
         )
     network.load_state_dict({key: state[key] for key in own})
     return kind
+
+
+def base_weights(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights of a network without adapters under the keys of `network`, which may have some (kept as they are)."""
+    own = network.state_dict()
+    names = {key.replace(".base_layer.", "."): key for key in own if ".base_layer." in key}
+    adapters = {key: tensor for key, tensor in own.items() if "lora_" in key}
+    return adapters | {names.get(key, key): tensor for key, tensor in state.items()}
+
+
+def component_weights(source: str | Path, name: str) -> dict[str, Tensor]:
+    """State dict of the loss component `name` in `source`; {} where there is none.
+
+    A Lightning checkpoint holds components as `components.<name>.*`, a Nitro-E training file REPA's projector.
+    """
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        prefix = "projectors.0."
+        found = {key: tensor for key, tensor in load_file(path).items() if name == "repa" and key.startswith(prefix)}
+        return {f"projector.{key.removeprefix(prefix)}": tensor for key, tensor in found.items()}
+    if is_diffusers_folder(path) or is_hub_id(source):
+        return {}
+    prefix, state = f"components.{name}.", checkpoint_state(find_checkpoint(path))
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def read_weights(

@@ -27,7 +27,7 @@ class Points(torch.utils.data.Dataset):
 
 
 class Toy(pl.LightningModule):
-    """The contract that the callbacks rely on: denoiser, ema_denoiser, samples_seen."""
+    """The contract that the callbacks rely on: denoiser, ema_denoiser, samples_seen, training_steps."""
 
     def __init__(self, dataset=None, momentum: float = 0.0, **loader) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Toy(pl.LightningModule):
         self.denoiser = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, affine=False))
         self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.dataset, self.loader, self.momentum = dataset or Points(), {"global_batch": 4} | loader, momentum
-        self.samples_seen = 0
+        self.samples_seen = self.training_steps = 0
         self.history, self.ids = [], []
 
     def train_dataloader(self):
@@ -49,6 +49,10 @@ class Toy(pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.training_steps += 1
+
     def on_train_batch_end(self, *args):
         self.history.append(copy.deepcopy(self.denoiser.state_dict()))
 
@@ -56,10 +60,10 @@ class Toy(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=self.momentum, weight_decay=0.1)
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["samples_seen"] = self.samples_seen
+        checkpoint["samples_seen"], checkpoint["training_steps"] = self.samples_seen, self.training_steps
 
     def on_load_checkpoint(self, checkpoint):
-        self.samples_seen = checkpoint["samples_seen"]
+        self.samples_seen, self.training_steps = checkpoint["samples_seen"], checkpoint["training_steps"]
 
 
 def trainer(folder: Path, callbacks=(), **options) -> pl.Trainer:

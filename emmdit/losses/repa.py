@@ -1,4 +1,4 @@
-"""Representation alignment (REPA, arXiv 2410.06940) as E-MMDiT uses it: papers.md B8."""
+"""Representation alignment (REPA, arXiv 2410.06940), as E-MMDiT uses it (docs/papers.md, B8)."""
 
 from __future__ import annotations
 
@@ -7,69 +7,103 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emmdit.encoders import VisionFeatures
-from emmdit.losses.base import LossComponent, TrainingStep
+from emmdit.losses.base import LossComponent, LossInputs
+from emmdit.networks.emmdit.nitro_e import PROJECTOR
+from emmdit.networks.hooks import OutputRecorder
 
 
 class REPA(LossComponent):
-    """Minus the mean cosine between the network's projected tokens and a frozen vision encoder's patch features.
+    """Minus the mean cosine between projected tokens of one block and a frozen vision encoder's patch features.
 
-    Where the vision grid differs from the token grid (1024 px), the features are resized bilinearly to the tokens;
-    the paper does not say what it does there.
+    The projector (three Linears with SiLU between them, the released one) belongs to this component: any denoiser is
+    aligned by naming one of its blocks. Where the vision grid differs from the token grid (1024 px), the features are
+    resized bilinearly to the tokens; the paper does not say what it does there.
 
     Args:
+        block: the submodule whose output tokens are aligned, such as `blocks.3`, the last one before E-MMDiT's
+            compression, which is where the released code taps.
         vision: computes the features from `batch["image"]`; None: they come with the batch as `features` (B, N, F).
+        feature_dim: width F of the features (DINOv2-base: 768).
+        projector_dim: hidden width of the projector.
         weight: 0.5 in the paper.
+        output: which of the block's outputs holds the image tokens (SD3's joint blocks give them second: 1).
     """
 
     name = "repa"
-    network_kwargs = {"return_repa": True}
 
-    def __init__(self, vision: VisionFeatures | None = None, weight: float = 0.5) -> None:
-        super().__init__(weight)
-        self.vision = vision
+    def __init__(
+        self,
+        block: str,
+        vision: VisionFeatures | None = None,
+        feature_dim: int = 768,
+        projector_dim: int = 2048,
+        weight: float = 0.5,
+        output: int = 0,
+    ) -> None:
+        super().__init__(repa=weight)
+        self.block, self.vision, self.output = block, vision, output
+        self.feature_dim, self.projector_dim = feature_dim, projector_dim
 
-    def __call__(self, step: TrainingStep) -> Tensor:
-        patch = step.x0.shape[-1] * step.x0.shape[-2] / step.output.repa.shape[1]
-        rows, columns = (round(side / patch**0.5) for side in step.x0.shape[-2:])
-        return repa_loss(step.output.repa, self.targets(step, rows, columns))
+    def check(self, denoiser: nn.Module) -> None:
+        try:
+            denoiser.get_submodule(self.block)
+        except AttributeError:
+            raise ValueError(f"REPA aligns {self.block}, which {type(denoiser).__name__} does not have.") from None
+        if self.vision is not None and self.vision.feature_dim != self.feature_dim:
+            raise ValueError(
+                f"REPA projects to feature_dim {self.feature_dim}, but {type(self.vision).__name__} gives features of "
+                f"width {self.vision.feature_dim}: make them equal."
+            )
+        if hasattr(denoiser, "check_token_grid"):
+            denoiser.check_token_grid(self.block)
+
+    def attach(self, denoiser: nn.Module) -> None:
+        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
+        hidden = self.projector_dim
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, self.feature_dim),
+        )
+        released = getattr(denoiser, "training_tensors", {})  # of a Nitro-E file from training
+        if released:
+            self.projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in released.items()})
+        self.recorder = OutputRecorder({self.block: denoiser.get_submodule(self.block)})
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        tokens = self.recorder.take()[self.block][self.output]
+        patch = (inputs.x0.shape[-1] * inputs.x0.shape[-2] / tokens.shape[1]) ** 0.5
+        rows, columns = (round(side / patch) for side in inputs.x0.shape[-2:])
+        return repa_loss(self.projector(tokens), self.targets(inputs, rows, columns))
 
     @torch.no_grad()
-    def targets(self, step: TrainingStep, rows: int, columns: int) -> Tensor:
-        """(B, rows * columns, F)."""
-        if "features" in step.batch:
-            features = step.batch["features"]
-            scale = (features.shape[1] / (rows * columns)) ** 0.5  # the same picture, so the same shape
+    def targets(self, inputs: LossInputs, rows: int, columns: int) -> Tensor:
+        """Features on the grid of the tokens, (B, rows * columns, F)."""
+        if "features" in inputs.batch:
+            features = inputs.batch["features"]
+            scale = (features.shape[1] / (rows * columns)) ** 0.5  # the same image, so the same shape
             grid = (round(rows * scale), round(columns * scale))
             if grid[0] * grid[1] != features.shape[1]:
                 raise ValueError(
-                    f"The {features.shape[1]} precomputed features of an image make no grid of the shape of its "
+                    f"The {features.shape[1]} precomputed features of an image do not form a grid of the shape of its "
                     f"{rows} x {columns} tokens: compute them from the same crop."
                 )
-        elif self.vision is None or "image" not in step.batch:
+        elif self.vision is None or "image" not in inputs.batch:
             raise ValueError(
-                "REPA needs vision features: give it a vision encoder and a data set with images, or a data set with "
+                "REPA needs vision features: give it a vision encoder and a dataset with images, or a dataset with "
                 "precomputed `features`."
             )
         else:
-            image = step.batch["image"]
+            image = inputs.batch["image"]
             features, grid = self.vision(image), self.vision.grid(*image.shape[-2:])
         if grid == (rows, columns):
             return features
         maps = features.float().transpose(1, 2).unflatten(2, grid)
         return F.interpolate(maps, (rows, columns), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
 
-    def check(self, denoiser: nn.Module) -> None:
-        projector = getattr(denoiser, "repa_projector", None)
-        if projector is None:
-            raise ValueError("REPA needs a network with a projector: set the denoiser's repa_feature_dim.")
-        width = denoiser.config.repa_feature_dim
-        if self.vision is not None and self.vision.feature_dim != width:
-            raise ValueError(
-                f"The denoiser projects to repa_feature_dim {width}, but {type(self.vision).__name__} gives features "
-                f"of width {self.vision.feature_dim}: make them equal."
-            )
-
-    def to(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
         if self.vision is not None:
             self.vision.to(device)
 

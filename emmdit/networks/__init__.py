@@ -8,11 +8,12 @@ from emmdit.networks.edit.linearize import (
     attention_layers,
     linearize,
     parameter_names,
+    teacher_of,
     train_only,
 )
 from emmdit.networks.emmdit.model import EMMDiTOutput, EMMDiTTransformer2DModel
 from emmdit.networks.emmdit.nitro_e import load_nitro_e, save_nitro_e
-from emmdit.networks.hooks import attention_outputs
+from emmdit.networks.hooks import OutputRecorder
 
 __all__ = [
     "BASELINES",
@@ -22,11 +23,12 @@ __all__ = [
     "EMMDiTTransformer2DModel",
     "HybridEMMDiTTransformer2DModel",
     "MMEDiTTransformer2DModel",
+    "OutputRecorder",
     "attention_layers",
-    "attention_outputs",
     "linearize",
     "load_nitro_e",
     "parameter_names",
     "save_nitro_e",
+    "teacher_of",
     "train_only",
 ]

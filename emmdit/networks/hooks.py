@@ -1,37 +1,54 @@
-"""What the attention layers of a network give out, read from outside while it runs."""
+"""Recording of layer outputs by forward hooks, under torch.compile too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from emmdit.networks.edit.linearize import attention_layers
 
+class OutputRecorder:
+    """Keeps the outputs of named layers of each forward pass, with their graph, until they are taken.
 
-@contextmanager
-def attention_outputs(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, ...]]]:
-    """Keep the outputs of all layers that `linearize` replaces (in teacher and student alike), inside a `with`.
+    Install it once, before compilation: a graph traced without hooks does not see later ones. Every layer gets the same
+    hook function, which reads nothing of its own layer, so that equal blocks share one compiled graph.
 
-    Gives a dict that each forward pass fills: name of the layer -> its outputs (B, tokens, width), of the image and, in
-    joint attention, of the prompt. They are taken as they are: with their graph, where there is one.
+    Args:
+        layers: by the name under which the outputs are wanted.
+        when: "training": only passes in training mode (validation and sampling leave nothing behind); "always".
     """
-    outputs: dict[str, tuple[Tensor, ...]] = {}
 
-    def keeper(name: str):
-        def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor | None, ...]) -> None:
-            found = output if isinstance(output, tuple) else (output,)
-            # diffusers gives the prompt's rows of the last block, too, which nothing uses
-            if getattr(module, "context_pre_only", False):
-                found = found[:1]
-            outputs[name] = tuple(part for part in found if part is not None)
+    def __init__(self, layers: Mapping[str, nn.Module], when: Literal["training", "always"] = "training") -> None:
+        self.layers = dict(layers)
+        hook = _record_in_training if when == "training" else _record
+        self._handles = [layer.register_forward_hook(hook) for layer in self.layers.values()]
 
-        return keep
+    def take(self) -> dict[str, tuple[Tensor, ...]]:
+        """Name -> the outputs (B, tokens, width) of the latest pass; they are kept no longer.
 
-    handles = [layer.register_forward_hook(keeper(name)) for name, layer in attention_layers(network).items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
+        Outputs that are None are left out, and the prompt's rows of a last block, which diffusers computes for nothing.
+        """
+        taken = {}
+        for name, layer in self.layers.items():
+            found = layer.__dict__.pop("recorded_output", None)
+            if found is None:
+                raise RuntimeError(f"The layer {name} has not run since its output was last taken.")
+            found = found if isinstance(found, tuple) else (found,)
+            found = found[:1] if getattr(layer, "context_pre_only", False) else found
+            taken[name] = tuple(part for part in found if part is not None)
+        return taken
+
+    def remove(self) -> None:
+        """Uninstall the hooks."""
+        for handle in self._handles:
             handle.remove()
+
+
+def _record(module: nn.Module, args: Any, output: Any) -> None:
+    module.recorded_output = output
+
+
+def _record_in_training(module: nn.Module, args: Any, output: Any) -> None:
+    if module.training:
+        module.recorded_output = output

@@ -11,16 +11,16 @@ from emmdit.ema import ema_decay, ema_update, local_tensors
 
 
 class EMA(Callback):
-    """Moves `pl_module.ema_denoiser` towards `pl_module.denoiser` after each optimizer step.
+    """Moves `pl_module.ema_denoiser` towards `pl_module.denoiser` after each training step.
 
-    The average is a frozen copy made in `configure_model` and sharded by the same calls, so it is saved and
-    loaded with the module. It is updated in the callback hook rather than the module's, which runs after
-    checkpoints are written: there, every checkpoint would hold the average of one step before.
+    It is a frozen copy made in `configure_model` and sharded by the same calls, so it is saved and loaded with the
+    module. It is updated in the callback hook rather than the module's, which runs after checkpoints are written: there,
+    every checkpoint would hold the EMA of one step before.
 
     Args:
         decay: of each update.
         warmup: begin with (1 + n) / (10 + n) at update n until that exceeds `decay`.
-        every_n_steps: optimizer steps from one update to the next.
+        every_n_steps: training steps from one update to the next.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True, every_n_steps: int = 1) -> None:
@@ -37,13 +37,13 @@ class EMA(Callback):
         if ema is None:
             raise ValueError("The EMA callback found no pl_module.ema_denoiser: turn its EMA on or drop the callback.")
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in ema.parameters()):
-            raise ValueError("The EMA weights are 16 bit, in which an average can not move: use 32-true or bf16-mixed.")
-        self._last_step = trainer.global_step
+            raise ValueError("The EMA weights are 16 bit, in which small updates are lost: use 32-true or bf16-mixed.")
+        self._last_step = pl_module.training_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = pl_module.training_steps
         if step == self._last_step:  # a micro batch of gradient accumulation
             return
         self._last_step = step
@@ -59,7 +59,7 @@ class EMA(Callback):
 
 
 def update(ema: torch.nn.Module, network: torch.nn.Module, decay: float) -> None:
-    """One update of a whole network: parameters are averaged, buffers copied. Works on FSDP2 shards."""
+    """One update of a whole network: parameters are averaged, buffers are copied. Works on FSDP2 shards."""
     for module in ema.modules():
         if hasattr(module, "reshard"):  # FSDP2 leaves a root unsharded after a forward without backward
             module.reshard()

@@ -1,4 +1,4 @@
-"""Pictures of fixed prompts and seeds during training: one PNG a time, in the run folder and in the tracker."""
+"""Image grids of fixed prompts and seeds during training, in the run folder and in the tracker."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_modules.callbacks.throughput import Throughput
 
 
 class ImageGrid(Callback):
-    """Samples `prompts` every `every_n_steps` optimizer steps and when training ends.
+    """Samples `prompts` every `every_n_steps` training steps and when training ends.
 
-    The work is shared over ranks; each makes the same number of forward passes (the list is padded). Picture i has
-    seed `seed + i` for good, so grids of a run, and of different runs, can be laid side by side.
+    The work is shared over ranks; each makes the same number of forward passes (the list is padded). Image i always
+    has seed `seed + i`, so grids of a run, and of different runs, can be laid side by side.
 
     Args:
         prompts: None turns the callback off.
         every_n_steps: 0: only at the end.
         columns: of the grid.
-        weights: which of "ema" and "raw" to show; None: the average if there is one. Several give one file each.
+        weights: which of "ema" and "raw" to show; None: EMA if available. Several give one file each.
         steps, guidance: in place of the model's own sampling settings.
-        scale: enlargement of each pixel, for small pictures.
+        scale: enlargement of each pixel, for small images.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class ImageGrid(Callback):
         self._last = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
-        step = trainer.global_step
+        step = pl_module.training_steps
         if self.every_n_steps and step % self.every_n_steps == 0:
-            self.draw(trainer, pl_module)
+            self.save_grid(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer, pl_module)
+        self.save_grid(trainer, pl_module)
 
-    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
+    def save_grid(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = pl_module.training_steps
         if not self.prompts or step == self._last:
             return
         self._last = step
@@ -74,7 +74,7 @@ class ImageGrid(Callback):
                 log_image(trainer, picture, key=f"samples_{weights}" if weights else "samples", step=step)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule, weights: str | None) -> Tensor:
-        """All pictures, on every rank."""
+        """All images, on every rank."""
         world, rank = trainer.world_size, trainer.global_rank
         share = math.ceil(len(self.prompts) / world)
         numbers = [min(i, len(self.prompts) - 1) for i in range(rank * share, (rank + 1) * share)]

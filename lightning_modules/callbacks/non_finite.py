@@ -66,7 +66,7 @@ class NonFinite(Callback):
         if self.policy == "raise" or self.consecutive >= self.limit:
             many = f"for {self.consecutive} steps in a row " if self.policy == "skip" else ""
             raise ValueError(
-                f"Gradients were not finite {many}(step {trainer.global_step}, sample ids {ids}): look at "
+                f"Gradients were not finite {many}(step {pl_module.training_steps}, sample ids {ids}): look at "
                 "these samples (non_finite.jsonl), lower the learning rate, or resume earlier."
             )
 
@@ -82,7 +82,7 @@ class NonFinite(Callback):
         folder = trainer.log_dir  # broadcasts
         if trainer.is_global_zero and folder is not None:
             row = {
-                "step": trainer.global_step,
+                "step": pl_module.training_steps,
                 "grad_norm": str(norm),
                 "sample_id": ids,
                 "position": positions,
@@ -93,7 +93,7 @@ class NonFinite(Callback):
         shown = ", ".join(map(str, ids[:16])) + (", ..." if len(ids) > 16 else "") if ids else "unknown"
         if self.policy == "skip":
             rank_zero_warn(
-                f"Skipped step {trainer.global_step}: gradient norm {norm}, sample ids {shown} "
+                f"Skipped step {pl_module.training_steps}: gradient norm {norm}, sample ids {shown} "
                 f"({self.skipped} skipped so far)."
             )
         return shown

@@ -51,7 +51,7 @@ class ProgressBar(LightningProgressBar):
     ) -> None:
         if not self._enabled:
             return
-        now, step, samples = time.perf_counter(), trainer.global_step, pl_module.samples_seen
+        now, step, samples = time.perf_counter(), pl_module.training_steps, pl_module.samples_seen
         if self._first is None:
             self._first = (now, step, samples)
             self._before = (now, samples)
@@ -88,7 +88,7 @@ class ProgressBar(LightningProgressBar):
             values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/loss")}
             if values:
                 line = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(values.items()))
-                self._write(f"step {trainer.global_step:,}  {line}", redraw=False)
+                self._write(f"step {pl_module.training_steps:,}  {line}", redraw=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close_line()

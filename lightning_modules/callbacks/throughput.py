@@ -38,7 +38,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class Throughput(Callback):
-    """Logs `throughput/*` at each logging step, over the latest `window` optimizer steps.
+    """Logs `throughput/*` at each logging step, over the latest `window` training steps.
 
     - `images_per_second` of all ranks together and `seconds_per_step`, by the wall clock;
     - `data_wait`: share of that time spent waiting for the loader (if the loader counts `wait_seconds`);
@@ -50,7 +50,7 @@ class Throughput(Callback):
     `Throughput.exclude(trainer)`.
 
     Args:
-        window: optimizer steps to average over.
+        window: training steps to average over.
         peak_tflops: of one device in the precision used; by default looked up by its name, for bfloat16.
         flops_per_sample: of a training step (forward and backward) on one sample; by default
             `pl_module.flops_per_sample` if there is one.
@@ -79,16 +79,16 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.clear()
-        self._mark, self._last_step = None, trainer.global_step
+        self._mark, self._last_step = None, pl_module.training_steps
         if self.peak_tflops is None and pl_module.device.type == "cuda":
             self.peak_tflops = peak_tflops(torch.cuda.get_device_name(pl_module.device))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:  # a micro batch of gradient accumulation
+        if pl_module.training_steps == self._last_step:  # a micro batch of gradient accumulation
             return
-        self._last_step = trainer.global_step
+        self._last_step = pl_module.training_steps
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         mark = (time.perf_counter(), pl_module.samples_seen, waited)
         if self._mark is not None:

@@ -94,6 +94,16 @@ def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
     raise ValueError(f"There is no list of attention layers for a {type(network).__name__}.")
 
 
+def teacher_of(network: nn.Module) -> nn.Module:
+    """A new network of the kind and size that a student was made of; of another network: of its own kind and size."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    kind = next((teacher for teacher, student in STUDENTS.items() if isinstance(network, student)), None)
+    if kind is None:
+        return type(network)(**config)
+    config.pop("attention")
+    return kind(**config)
+
+
 # -- students ----------------------------------------------------------------------------------------
 
 
@@ -220,9 +230,7 @@ class HybridEMMDiTTransformer2DModel(EMMDiTTransformer2DModel):
     def attention_kwargs(self, index: int, height: int, width: int) -> dict[str, Any] | None:
         if not isinstance(self.blocks[index].attn, HybridAttention):
             return None
-        if self.compressor is not None and self._group(index) == 1:
-            return {"grids": tuple((height // r, width // r) for r in self.config.compression_ratios)}
-        return {"grids": ((height, width),)}
+        return {"grids": self.token_grids(index, height, width)}
 
     def fuse_qkv_projections(self) -> None:
         raise ValueError("A linearized E-MMDiT has no fused projections: its queries and keys read different tokens.")

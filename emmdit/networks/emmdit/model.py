@@ -4,7 +4,7 @@
             -> multi-path compression  -> blocks (few tokens)
             -> reconstruction + position once more -> blocks (full resolution) -> velocity
 
-Text tokens run beside the image tokens through all blocks. `facts` for every choice: papers.md B2-B6.
+Text tokens run beside the image tokens through all blocks. The source of every choice: docs/papers.md, B2-B6.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from emmdit.networks.emmdit.layers import EMMDiTBlock, Modulation, Subregion, Su
 
 @dataclass
 class EMMDiTOutput(BaseOutput):
-    """`sample`: prediction (B, C, H, W). `repa`: projected features (B, N, F), only when asked for."""
+    """`sample`: prediction (B, C, H, W)."""
 
     sample: Tensor
-    repa: Tensor | None = None
 
 
 class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -51,11 +50,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         subregion_groups, subregion_run: number of groups, and the run length of "chunked".
         modulation: "affine" (E-MMDiT), "single" (PixArt) or "zero" (DiT).
         init: "faithful" (torch's defaults, random modulation) or "zero" (every gate and the output start at zero).
-        pos_embed_max_size: side of the position table, of which the centre is used.
-        pos_embed_spacing: distance of neighbouring positions; 1/6 in the released networks at 512 and 1024 px.
-        repa_feature_dim: width of the vision features that `repa_projector` predicts; None: no projector.
-        repa_projector_dim: hidden width of that projector.
-        repa_depth: number of blocks before the REPA tap; None: after the first group, as in the released code.
+        pos_embed_max_size: side of the position table, of which the center is used.
+        pos_embed_spacing: distance of neighboring positions; 1/6 in the released networks at 512 and 1024 px.
 
     Raises:
         ValueError: for a configuration that contradicts itself, before any layer is built.
@@ -87,9 +83,6 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         init: Literal["faithful", "zero"] = "faithful",
         pos_embed_max_size: int = 96,
         pos_embed_spacing: float = 1 / 6,
-        repa_feature_dim: int | None = None,
-        repa_projector_dim: int = 2048,
-        repa_depth: int | None = None,
     ) -> None:
         super().__init__()
         check_config(self.config)
@@ -120,21 +113,12 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * patch_size**2)
-        self.repa_projector = None
-        if repa_feature_dim is not None:
-            self.repa_projector = nn.Sequential(
-                nn.Linear(dim, repa_projector_dim),
-                nn.SiLU(),
-                nn.Linear(repa_projector_dim, repa_projector_dim),
-                nn.SiLU(),
-                nn.Linear(repa_projector_dim, repa_feature_dim),
-            )
         self.gradient_checkpointing = False
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What differs from torch's own initialisation."""
+        """What differs from torch's own initialization."""
         if self.config.modulation == "zero":
             for block in self.blocks:
                 for adaln in (block.modulation, block.modulation_context):
@@ -162,9 +146,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor | None = None,
-        return_repa: bool = False,
         return_dict: bool = True,
-    ) -> EMMDiTOutput | tuple[Tensor, ...]:
+    ) -> EMMDiTOutput | tuple[Tensor]:
         """Predict the velocity.
 
         Args:
@@ -173,7 +156,6 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             encoder_hidden_states: text features (B, T, caption_channels).
             encoder_attention_mask: (B, T), true where the text may be attended. The released network attends to
                 padding too: pass nothing to be faithful.
-            return_repa: also return the projected features for representation alignment.
 
         Raises:
             ValueError: when H, W or T do not fit compression and subregions.
@@ -181,8 +163,6 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         p = self.config.patch_size
         self.check_sizes(*hidden_states.shape[2:], encoder_hidden_states.shape[1])
         height, width = hidden_states.shape[2] // p, hidden_states.shape[3] // p
-        if return_repa and self.repa_projector is None:
-            raise ValueError("This network has no REPA projector: set repa_feature_dim in its configuration.")
 
         # from_pretrained(torch_dtype=...) casts parameters, but not the table
         position = self.position(height, width).to(self.patch_embed.weight.dtype)
@@ -193,50 +173,57 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             time = self.time_modulation(nn.functional.silu(time)).unflatten(1, (6, -1))
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
 
-        before, middle, _ = self.config.block_groups
-        repa, skip = None, None
-        for i, block in enumerate(self.blocks):
-            if i == before and self.compressor is not None:
-                skip, x = x, self.compressor(x, height, width)
-            if i == before + middle:
-                if self.reconstructor is not None:
-                    x = self.reconstructor(x, skip, height, width)
-                if self.config.position_reinforcement:
-                    x = x + position
-            extra = self.attention_kwargs(i, height, width)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, c = self._gradient_checkpointing_func(block, x, c, time, mask, extra)
-            else:
-                x, c = block(x, c, time, mask, extra)
-            if return_repa and i + 1 == self.repa_depth:
-                repa = self.repa_projector(x)
+        def run(group: int, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            for i in self.groups[group]:
+                extra = self.attention_kwargs(i, height, width)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    x, c = self._gradient_checkpointing_func(self.blocks[i], x, c, time, mask, extra)
+                else:
+                    x, c = self.blocks[i](x, c, time, mask, extra)
+            return x, c
+
+        x, c = run(0, x, c)
+        skip, x = x, x if self.compressor is None else self.compressor(x, height, width)
+        x, c = run(1, x, c)
+        x = x if self.reconstructor is None else self.reconstructor(x, skip, height, width)
+        x = x + position if self.config.position_reinforcement else x
+        x, c = run(2, x, c)
 
         x = self.proj_out(self.norm_out(x))
         sample = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # B, h, w, p, p, C
         sample = sample.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        if not return_dict:
-            return (sample, repa) if return_repa else (sample,)
-        return EMMDiTOutput(sample=sample, repa=repa)
+        return EMMDiTOutput(sample=sample) if return_dict else (sample,)
 
     def attention_kwargs(self, index: int, height: int, width: int) -> dict[str, Any] | None:
-        """What block `index` tells its attention beside tokens and mask; a linearized network needs the grid."""
+        """What block `index` tells its attention beside tokens and mask; a linearized network needs the grids."""
         return None
 
+    @property
+    def groups(self) -> tuple[range, range, range]:
+        """Indices of the blocks before compression, on compressed tokens, and after reconstruction."""
+        before, middle, after = self.config.block_groups
+        return range(before), range(before, before + middle), range(before + middle, before + middle + after)
+
+    def token_grids(self, index: int, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """The grids, one after the other, that the image tokens of block `index` form; (height, width) uncompressed."""
+        if self.compressor is None or index not in self.groups[1]:
+            return ((height, width),)
+        return tuple((height // ratio, width // ratio) for ratio in self.config.compression_ratios)
+
     def position(self, height: int, width: int) -> Tensor:
-        """The centre of the position table, (1, height * width, D)."""
+        """The center of the position table, (1, height * width, D)."""
         size = self.config.pos_embed_max_size
         top, left = (size - height) // 2, (size - width) // 2
         return self.pos_table[top : top + height, left : left + width].flatten(0, 1)[None]
 
-    @property
-    def repa_depth(self) -> int:
-        depth = self.config.repa_depth
-        return self.config.block_groups[0] if depth is None else depth
-
-    def drop_repa_projector(self) -> None:
-        """Forget what only training needs; inference files do not carry it."""
-        self.repa_projector = None
-        self.register_to_config(repa_feature_dim=None)
+    def check_token_grid(self, block: str) -> None:
+        """Raise a ValueError unless the tokens of `block`, a submodule's name, lie one for each patch of the image."""
+        compressed = [f"blocks.{i}" for i in self.groups[1]] if self.compressor is not None else []
+        if block in compressed:
+            raise ValueError(
+                f"{block} lies among the compressed tokens ({compressed[0]} to {compressed[-1]}), which are no grid of "
+                "the image: name a block before or after them."
+            )
 
     def check_sizes(self, height: int, width: int, text_length: int) -> None:
         """Raise a ValueError that names the number when latents (height, width) or the text length do not fit."""
@@ -253,25 +240,16 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"A grid of {height} x {width} tokens is larger than the position table of side "
                 f"{config.pos_embed_max_size}: raise pos_embed_max_size."
             )
-        compressed = sum(height * width // r**2 for r in config.compression_ratios)
         for i, block in enumerate(self.blocks):
-            few = self.compressor is not None and self._group(i) == 1
-            tokens = compressed if few else height * width
+            tokens = sum(h * w for h, w in self.token_grids(i, height, width))
             need = block.attn.subregions.multiple
-            for count, what in (
-                (tokens, "compressed image tokens" if few else "image tokens"),
-                (text_length, "text tokens"),
-            ):
+            for count, what in ((tokens, "image tokens"), (text_length, "text tokens")):
                 if count % need:
                     raise ValueError(
-                        f"{count} {what} can not be cut into the {block.attn.subregions.kind} subregions of block {i}: "
+                        f"{count} {what} cannot be split into the {block.attn.subregions.kind} subregions of block {i}: "
                         f"the count must be divisible by {need} (subregion_groups x run); change the size, or turn "
                         f'subregions off with subregion_pattern ["full"].'
                     )
-
-    def _group(self, index: int) -> int:
-        before, middle, _ = self.config.block_groups
-        return 0 if index < before else 1 if index < before + middle else 2
 
     # -- speed ---------------------------------------------------------------------------------------
 
@@ -321,16 +299,3 @@ def check_config(config) -> None:
         raise ValueError(f"modulation must be affine, single or zero, got {config.modulation!r}.")
     if config.init not in ("faithful", "zero"):
         raise ValueError(f"init must be faithful or zero, got {config.init!r}.")
-    if config.repa_depth is None and config.repa_feature_dim is not None and not groups[0]:
-        raise ValueError(
-            "REPA taps after the first group, but there is no block before the compression: set repa_depth."
-        )
-    if config.repa_depth is not None:
-        depth = sum(groups)
-        if not 1 <= config.repa_depth <= depth:
-            raise ValueError(f"repa_depth {config.repa_depth} lies beyond the network of {depth} blocks.")
-        if ratios and groups[0] < config.repa_depth <= groups[0] + groups[1]:
-            raise ValueError(
-                f"repa_depth {config.repa_depth} lies among the compressed tokens (blocks {groups[0] + 1} to "
-                f"{groups[0] + groups[1]}), which have no vision feature each: tap before or after them."
-            )

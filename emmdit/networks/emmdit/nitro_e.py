@@ -1,4 +1,8 @@
-"""Released Nitro-E weights <-> our network: only names and, for 1x1 convolutions, two trailing axes differ."""
+"""Conversion between released Nitro-E files and our network.
+
+Only names and, for 1x1 convolutions, two trailing axes differ. Files from training also hold the projector of REPA,
+`projectors.0.*`, which is no part of the network (`emmdit.losses.REPA` has it): it travels as `network.training_tensors`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from emmdit.networks.emmdit.layers import sincos_2d
 from emmdit.networks.emmdit.model import EMMDiTTransformer2DModel
@@ -24,7 +28,6 @@ _RENAMES = [
     ("reconstructor.paths.{i}.proj_out.", "tokenreconstructor.0.0.body{r}x.3."),
     ("reconstructor.merge.proj_in.", "tokenreconstructor.0.0.mergers.0."),
     ("reconstructor.merge.proj_out.", "tokenreconstructor.0.0.mergers.2."),
-    ("repa_projector.", "projectors.0."),
 ]
 _BLOCK_RENAMES = [
     ("modulation.", "scale_shift_", ""),
@@ -38,6 +41,8 @@ _BLOCK_PLAIN = {
     "ff_context.proj_out.": "ff_context.net.2.",
 }
 _POSITION = "pos_embed.pos_embed"
+PROJECTOR = "projectors.0."
+_PROJECTOR_KEYS = {f"{PROJECTOR}{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 _RESOLUTIONS = {512: (16, ("full", "strided", "chunked")), 1024: (32, ("full",))}
 
 
@@ -68,8 +73,9 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
     """Read a released Nitro-E `.safetensors` file, strictly.
 
     Widths, heads, depths and table size are read off the tensors. `resolution` picks what they can not tell: 512 is
-    subregion attention on a 16 x 16 grid, 1024 plain attention on 32 x 32. Files from training also carry the REPA
-    projector, which the network then has too.
+    subregion attention on a 16 x 16 grid, 1024 plain attention on 32 x 32. What a file from training holds beside the
+    network, REPA's projector, becomes the attribute `training_tensors` (key -> tensor; {} for inference files): no part
+    of the state dict, adopted by `REPA.attach`, and written back by `save_nitro_e`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -85,6 +91,9 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
     except Exception as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
     config = infer_config(released, resolution, path)
+    training = {key: released.pop(key).clone() for key in sorted(released) if key.startswith(PROJECTOR)}
+    if training and training.keys() != _PROJECTOR_KEYS:
+        raise ValueError(f"{path} holds another projector than REPA's ({', '.join(training)}).")
     with torch.device("meta"):
         network = EMMDiTTransformer2DModel(**config)
 
@@ -108,11 +117,16 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
     if not torch.allclose(table.float(), expected, atol=1e-2):
         raise ValueError(f"{path}: its position table is not the one of Nitro-E (spacing 1/6).")
     network.pos_table = table.clone()
+    network.training_tensors = training
     return network.eval()
 
 
-def save_nitro_e(network: EMMDiTTransformer2DModel, path: str | Path) -> None:
-    """Write a network of the released kind as a Nitro-E file; bit for bit the file it was loaded from."""
+def save_nitro_e(network: EMMDiTTransformer2DModel, path: str | Path, projector: nn.Module | None = None) -> None:
+    """Write a network of the released kind as a Nitro-E file; bit for bit the file it was loaded from.
+
+    Args:
+        projector: that of a trained `REPA`, for a file to train on with; by default what the network was loaded with.
+    """
     config = network.config
     if tuple(config.compression_ratios) != (2, 4) or config.modulation != "affine" or config.patch_size != 1:
         raise ValueError(
@@ -125,6 +139,10 @@ def save_nitro_e(network: EMMDiTTransformer2DModel, path: str | Path) -> None:
         raise ValueError("A Nitro-E file has no fused projections: call unfuse_qkv_projections() before saving.")
     released = to_released(network.state_dict(), config)
     released[_POSITION] = network.pos_table.flatten(0, 1)[None].contiguous()
+    if projector is not None:
+        released |= {f"{PROJECTOR}{name}": tensor.contiguous() for name, tensor in projector.state_dict().items()}
+    else:
+        released |= getattr(network, "training_tensors", {})
     save_file({key: tensor.cpu() for key, tensor in released.items()}, path)
 
 
@@ -155,14 +173,13 @@ def infer_config(released: Mapping[str, Tensor], resolution: int, path: str | Pa
             groups[int(match[1])] = max(groups[int(match[1])], int(match[2]) + 1)
     required = ["pos_embed.proj.weight", _POSITION, "context_embedder.weight", "proj_out.weight"]
     required += ["block_groups.0.0.attn.norm_q.weight", "block_groups.0.0.ff.net.0.proj.weight"]
-    required += ["projectors.0.4.weight"] if "projectors.0.0.weight" in released else []
     missing = [key for key in required if key not in released]
     if missing or not all(groups):
         raise ValueError(f"{path} is not a Nitro-E network: {', '.join(missing) or 'block groups'} not found in it.")
     dim, in_channels = released["pos_embed.proj.weight"].shape[:2]
     head_dim = released["block_groups.0.0.attn.norm_q.weight"].shape[0]
     sample_size, pattern = _RESOLUTIONS[resolution]
-    config = dict(
+    return dict(
         sample_size=sample_size,
         in_channels=in_channels,
         out_channels=released["proj_out.weight"].shape[0],
@@ -174,7 +191,3 @@ def infer_config(released: Mapping[str, Tensor], resolution: int, path: str | Pa
         subregion_pattern=list(pattern),
         pos_embed_max_size=int(released[_POSITION].shape[1] ** 0.5),
     )
-    if "projectors.0.0.weight" in released:
-        config["repa_projector_dim"] = released["projectors.0.0.weight"].shape[0]
-        config["repa_feature_dim"] = released["projectors.0.4.weight"].shape[0]
-    return config
