@@ -48,10 +48,6 @@ class LoRA:
             parameter.requires_grad_("lora_" in name)
 
 
-def has_adapters(network: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
-
-
 def merge(network: nn.Module) -> nn.Module:
     """Add the adapters to the weights they stand beside and remove them, in place: the network it was, retrained."""
     for name, module in list(network.named_modules()):

@@ -1,4 +1,4 @@
-"""Base of every way of training: builds, adapts, loads, averages, compiles, shards, samples and validates a denoiser."""
+"""Base of every way of training: the life of a denoiser from its initial weights to samples and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from emmdit.adapters import LoRA
+from emmdit.adapters import LoRA, merge
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import Path, RectifiedFlow, flow_loss
 from emmdit.generate import Sampling, generate
@@ -129,6 +129,14 @@ class DenoiserModule(LightningModule):
         denoiser = self.seeded(self.denoiser_factory)
         self.check(denoiser)
         return denoiser
+
+    def load_denoiser(self, source: str, weights: str | None = None) -> tuple[nn.Module, str]:
+        """A network with weights of this module's checkpoint, adapters merged, for inference; "ema" or "raw"."""
+        denoiser = self.build_denoiser()
+        if self.adapter is not None:
+            self.adapter.add_to(denoiser)
+        kind = load_weights(denoiser, source, weights)
+        return merge(denoiser).requires_grad_(False).eval(), kind
 
     def freeze(self, denoiser: nn.Module) -> None:
         """Freeze what is not to be trained; with adapters, all else is frozen already."""

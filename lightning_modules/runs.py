@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from emmdit.encoders.base import FrozenModel
 from emmdit.pipeline import EMMDiTPipeline
-from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, load_weights, run_folder
+from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, run_folder
 from lightning_modules.callbacks.save_config import latest_config
 
 
@@ -58,11 +58,8 @@ def load_pipeline(
     checkpoint = find_checkpoint(source)
     config = read_config(checkpoint)
     module = build_module(config)
-    network = module.build_denoiser()
-    kind = load_weights(network, checkpoint, weights)
-    if hasattr(network, "drop_repa_projector"):
-        network.drop_repa_projector()
-    pipeline = make_pipeline(module, network.eval(), config["model"]["init_args"], include_encoders)
+    network, kind = module.load_denoiser(checkpoint, weights)
+    pipeline = make_pipeline(module, network, config["model"]["init_args"], include_encoders)
     return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}
 
 

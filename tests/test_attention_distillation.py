@@ -15,11 +15,11 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from emmdit.encoders import DCTCodec
-from emmdit.losses import FeatureDistillation, OutputDistillation, Teacher, TeacherOutput, TrainingStep
-from emmdit.networks import MMEDiTTransformer2DModel, attention_outputs, parameter_names
+from emmdit.losses import LossInputs, TeacherDistillation
+from emmdit.networks import MMEDiTTransformer2DModel, OutputRecorder, attention_layers, parameter_names
 from emmdit.shapes import ShapesText
 from emmdit.weights import checkpoint_state, find_checkpoint
 from lightning_modules import AttentionDistillation
@@ -72,70 +72,68 @@ def batch() -> dict:
     return {"latents": latents, "caption": CAPTIONS, "sample_id": torch.arange(4)}
 
 
-def step_of(student: AttentionDistillation) -> TrainingStep:
-    student._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0})()
+def inputs_of(student: AttentionDistillation) -> LossInputs:
+    student._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0, "precision": "32-true"})()
     return student.forward_step(batch())
+
+
+def losses_of(student: AttentionDistillation) -> dict[str, Tensor]:
+    return student.components["distillation"].by_name(inputs_of(student))
 
 
 # -- losses ------------------------------------------------------------------------------------------
 
 
-def test_losses_in_closed_form() -> None:
-    image, prompt = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
-    teacher = TeacherOutput(torch.zeros(2, 1, 2, 2), {"a": (image, prompt), "b": (10 * image,)})
-    step = TrainingStep({}, *[torch.full((2, 1, 2, 2), 3.0)] * 8, None)
-    step.teacher = teacher
-    step.prediction = torch.full((2, 1, 2, 2), 3.0)
-    step.attention = {"a": (1.1 * image, prompt), "b": (10 * 1.2 * image,)}
-    assert OutputDistillation(1.0)(step).item() == pytest.approx(9)
-    step.weight = torch.tensor([0.0, 0.5])  # of the timesteps
-    assert OutputDistillation(1.0)(step).item() == pytest.approx(9 * 0.25)
-    # relative: 0.1^2, 0 and 0.2^2, whatever a layer's scale
-    assert FeatureDistillation(1.0)(step).item() == pytest.approx((0.01 + 0 + 0.04) / 3, rel=1e-4)
-    square = image.square().mean().item()
-    plain = FeatureDistillation(1.0, relative=False)(step).item()
-    assert plain == pytest.approx((0.01 * square + 0 + 0.04 * 100 * square) / 3, rel=1e-4)
-
-
 def test_the_teacher_is_the_network_it_was_loaded_from() -> None:
     student, network = module(), sd3()
-    step = step_of(student)
-    with torch.no_grad(), attention_outputs(network) as attention:
-        expected = network(step.x_t, timestep=step.t, **step.condition).sample
-    torch.testing.assert_close(step.teacher.prediction, expected)
-    assert attention.keys() == step.teacher.attention.keys() == step.attention.keys()
-    assert set(attention) == {f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn", "1.attn2")}
-    for name, outputs in attention.items():
-        assert len(outputs) == (2 if name.endswith("0.attn") else 1)  # the last block gives no prompt
-        for ours, theirs in zip(step.teacher.attention[name], outputs, strict=True):
-            torch.testing.assert_close(ours, theirs)
+    distillation, inputs = student.components["distillation"], inputs_of(student)
+    recorder = OutputRecorder(attention_layers(network), when="always")
+    with torch.no_grad():
+        expected = network(inputs.x_t, timestep=inputs.t, **inputs.condition).sample
+    wanted = recorder.take()
+    torch.testing.assert_close(distillation.predict(inputs.x_t, inputs.t, inputs.condition), expected)
+    own, theirs = distillation.student_layers.take(), distillation.teacher_layers.take()
+    assert own.keys() == theirs.keys() == wanted.keys()
+    assert set(own) == {f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn", "1.attn2")}
+    for name, outputs in wanted.items():
+        assert len(own[name]) == len(outputs) == (2 if name.endswith("0.attn") else 1)  # no prompt in the last block
+        assert all(output.requires_grad for output in own[name])
+        for ours, output in zip(theirs[name], outputs, strict=True):
+            torch.testing.assert_close(ours, output)
             assert not ours.requires_grad
-    rounded = Teacher(sd3())(step.x_t, step.t, step.condition).prediction  # bfloat16, without the trainer's autocast
+    rounded = TeacherDistillation("teacher")
+    rounded.attach(student.denoiser)
+    rounded = rounded.predict(inputs.x_t, inputs.t, inputs.condition)  # bfloat16, without the trainer's autocast
     assert rounded.dtype == torch.float32
     assert 1e-4 < ((rounded - expected).norm() / expected.norm()).item() < 2e-2
 
 
-def test_a_student_with_the_teachers_attention_has_nothing_to_learn() -> None:
-    identity = dict(query="linear", key="linear", value="linear", kernel="softmax", joint="softmax")
-    step = step_of(module(attention=identity, train="all"))
-    assert OutputDistillation(1.0)(step).item() < 1e-10 and FeatureDistillation(1.0)(step).item() < 1e-10
-    step = step_of(module())
-    assert OutputDistillation(1.0)(step).item() > 1e-6 and FeatureDistillation(1.0)(step).item() > 1e-3
+def test_the_losses_are_distances_to_the_teacher() -> None:
+    """The output loss by hand; a weight of the timesteps counts in it; a fresh student has both to learn."""
+    student = module()
+    distillation, inputs = student.components["distillation"], inputs_of(student)
+    losses = distillation.by_name(inputs)
+    assert losses.keys() == {"output", "features"} and losses["features"] > 1e-3
+    difference = inputs.prediction - distillation.predict(inputs.x_t, inputs.t, inputs.condition)
+    squares = difference.square().flatten(1).mean(1)
+    torch.testing.assert_close(losses["output"], squares.mean())
+    distillation.teacher_layers.take()
+    inputs = inputs_of(student)
+    inputs.weight = torch.tensor([0.0, 0.5, 1.0, 2.0])
+    torch.testing.assert_close(distillation.by_name(inputs)["output"], (squares * inputs.weight).mean())
 
 
 @pytest.mark.parametrize("part", ["new", "attention", "all"])
 def test_exactly_the_chosen_parameters_train(part: str) -> None:
     student = module(train=part)
-    teacher = copy.deepcopy(student.teacher.network.state_dict())
+    network = student.components["distillation"].teacher.network
+    teacher = copy.deepcopy(network.state_dict())
     before = {name: parameter.detach().clone() for name, parameter in student.denoiser.named_parameters()}
     optimizer = student.configure_optimizers()
     for _ in range(2):  # a branch that starts at zero hands a gradient on only then
-        step = step_of(student)
-        loss = (
-            OutputDistillation(1.0)(step)
-            + FeatureDistillation(1.0)(step)
-            + (step.prediction - step.target).square().mean()
-        )
+        inputs = inputs_of(student)
+        losses = student.components["distillation"].by_name(inputs)
+        loss = losses["output"] + losses["features"] + (inputs.prediction - inputs.target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -149,25 +147,24 @@ def test_exactly_the_chosen_parameters_train(part: str) -> None:
         if "1.attn." in name and ("add_q" in name or "added_q" in name)
     }
     assert moved == set(parameter_names(student.denoiser, part)) - idle
-    assert all(torch.equal(value, teacher[key]) for key, value in student.teacher.network.state_dict().items())
-    assert not any(key.startswith("teacher") for key in student.state_dict())
+    assert all(torch.equal(value, teacher[key]) for key, value in network.state_dict().items())
+    assert {key.split(".")[0] for key in student.state_dict()} == {"denoiser"}
     held = {id(p) for p in student.parameters()} | {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held.isdisjoint({id(p) for p in student.teacher.network.parameters()})
+    assert held.isdisjoint({id(p) for p in network.parameters()})
 
 
 def test_each_weight_counts_and_the_task_alone_needs_no_teacher() -> None:
-    assert [c.name for c in module().components] == ["output", "features"]
     without = module(feature_weight=0.0)
-    assert [c.name for c in without.components] == ["output"]
-    step = step_of(without)
-    assert step.teacher.prediction.shape == step.prediction.shape
-    assert step.attention == step.teacher.attention == {}  # nothing is kept for nothing
+    assert losses_of(without).keys() == {"output"}
+    assert without.components["distillation"].student_layers is None  # nothing is recorded for nothing
+    assert losses_of(module(output_weight=0.0)).keys() == {"features"}
+    assert set(without.networks()) == {"raw", "teacher"}
     alone = module(output_weight=0.0, feature_weight=0.0)
-    assert alone.teacher is None and step_of(alone).teacher is None and set(alone.networks()) == {"raw"}
+    assert not alone.components and set(alone.networks()) == {"raw"}
 
 
 def test_what_contradicts_itself_is_said_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match="weights of task, output and features"):
+    with pytest.raises(ValueError, match="task_weight"):
         module(task_weight=0.0, output_weight=0.0, feature_weight=0.0)
     with pytest.raises(ValueError, match='no "new" parameters'):
         module(attention={"baseline": "linear"}, train="new")
@@ -195,14 +192,15 @@ def test_the_teachers_that_lie_in_assets_are_trained(name: str, teacher: str, bo
     run = cli(*files(f"shapes/{name}.yaml"), *ON_CPU, f"--model.init_args.teacher={ROOT / teacher}")
     assert model_args(cli(*files(f"shapes/{name}.yaml"), *ON_CPU)).teacher == teacher
     run.model.configure_model()
-    run.model._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0})()
+    run.model._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0, "precision": "32-true"})()
     data = run.datamodule.validation_dataset()
     samples = [data[i] for i in range(64)]
     images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
     with torch.no_grad():
-        step = run.model.forward_step({"image": images, "caption": [sample["caption"] for sample in samples]})
-    of_teacher = (step.teacher.prediction - step.target).square().mean().item()
-    of_student = (step.prediction - step.target).square().mean().item()
+        inputs = run.model.forward_step({"image": images, "caption": [sample["caption"] for sample in samples]})
+        prediction = run.model.components["distillation"].predict(inputs.x_t, inputs.t, inputs.condition)
+    of_teacher = (prediction - inputs.target).square().mean().item()
+    of_student = (inputs.prediction - inputs.target).square().mean().item()
     assert of_teacher < bound and of_student > 1.5 * of_teacher
 
 

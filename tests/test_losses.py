@@ -1,15 +1,20 @@
-"""The auxiliary losses: REPA's formula, its targets on other grids, and what is refused."""
+"""The auxiliary losses: REPA's formula, its targets on other grids, what is refused; distances of a distillation."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
 
 from emmdit.encoders import VisionFeatures
-from emmdit.losses import REPA, TrainingStep
+from emmdit.losses import REPA, LossComponent, LossInputs, TeacherDistillation
+from emmdit.losses.distillation import feature_distance
 from emmdit.losses.repa import repa_loss
-from emmdit.networks import EMMDiTOutput, EMMDiTTransformer2DModel
+from emmdit.networks import EMMDiTTransformer2DModel
+
+SIZES = dict(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1), caption_channels=8)
+SIZES |= dict(sample_size=8, in_channels=4, out_channels=4, compression_ratios=(2,), subregion_pattern=("full",))
 
 
 class Ramp(VisionFeatures):
@@ -34,10 +39,23 @@ class Ramp(VisionFeatures):
         return self
 
 
-def step_of(repa: Tensor, latents: tuple[int, int], **batch) -> TrainingStep:
-    x = torch.zeros(len(repa), 4, *latents)
-    t = torch.zeros(len(repa))
-    return TrainingStep(batch, x, x, t, x, {}, x, x, EMMDiTOutput(sample=x, repa=repa))
+def inputs_of(size: int, latents: tuple[int, int], **batch) -> LossInputs:
+    x = torch.zeros(size, 4, *latents)
+    t = torch.zeros(size)
+    return LossInputs(batch, x, x, t, x, {}, x, x)
+
+
+def aligned(block: str = "blocks.0", vision: VisionFeatures | None = None, **sizes) -> tuple[REPA, nn.Module]:
+    torch.manual_seed(0)
+    network = EMMDiTTransformer2DModel(**SIZES | sizes).train()
+    repa = REPA(block, vision, feature_dim=3, projector_dim=7)
+    repa.check(network)
+    repa.attach(network)
+    return repa, network
+
+
+def run(network: nn.Module, height: int = 8, width: int = 8) -> Tensor:
+    return network(torch.randn(2, 4, height, width), torch.tensor([10.0, 900.0]), torch.randn(2, 4, 8)).sample
 
 
 def test_loss_is_minus_the_mean_cosine():
@@ -52,35 +70,61 @@ def test_loss_is_minus_the_mean_cosine():
     assert repa_loss(prediction.bfloat16(), features.bfloat16()).dtype == torch.float32
 
 
-def test_features_of_the_batch_as_they_are():
-    prediction, features = torch.randn(2, 32, 3, requires_grad=True), torch.randn(2, 32, 3)
-    loss = REPA()(step_of(prediction, (4, 8), features=features))
-    torch.testing.assert_close(loss, repa_loss(prediction, features))
+@pytest.mark.parametrize(("block", "height", "width"), [("blocks.0", 8, 8), ("blocks.0", 4, 8), ("blocks.2", 8, 8)])
+def test_the_named_blocks_tokens_are_projected_and_both_learn(block: str, height: int, width: int):
+    repa, network = aligned(block)
+    seen = {}
+    network.get_submodule(block).register_forward_hook(lambda module, args, output: seen.update(x=output[0]))
+    run(network, height, width)
+    features = torch.randn(2, height * width, 3)
+    loss = repa(inputs_of(2, (height, width), features=features))
+    torch.testing.assert_close(loss, repa_loss(repa.projector(seen["x"]), features))
     loss.backward()
-    assert prediction.grad.any()
+    assert all(p.grad.any() for p in repa.parameters())
+    assert network.blocks[0].attn.to_q.weight.grad.any()
+    if block == "blocks.0":
+        assert network.blocks[1].attn.to_q.weight.grad is None
+    with pytest.raises(RuntimeError, match=block):  # an output is taken once
+        repa(inputs_of(2, (height, width), features=features))
+
+
+def test_any_denoiser_is_aligned_by_naming_a_block():
+    sizes = dict(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
+    network = PixArtTransformer2DModel(**sizes, in_channels=4, out_channels=4, caption_channels=8, patch_size=2).train()
+    repa = REPA("transformer_blocks.1", Ramp(), feature_dim=3, projector_dim=7)
+    repa.check(network)
+    repa.attach(network)
+    network(
+        torch.randn(2, 4, 8, 8),
+        encoder_hidden_states=torch.randn(2, 3, 8),
+        timestep=torch.tensor([1, 2]),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    )
+    repa(inputs_of(2, (8, 8), image=torch.zeros(2, 3, 16, 16))).backward()
+    assert network.transformer_blocks[1].attn1.to_q.weight.grad.any()
+
+
+def test_validation_and_sampling_leave_nothing_behind():
+    repa, network = aligned()
+    run(network.eval())
+    assert "recorded_output" not in network.blocks[0].__dict__
 
 
 def test_features_of_the_vision_encoder_where_grids_agree():
     images = torch.zeros(2, 3, 16, 32)
-    targets = REPA(Ramp()).targets(step_of(torch.zeros(2, 32, 3), (4, 8), image=images), 4, 8)
+    targets = REPA("b", Ramp(), 3).targets(inputs_of(2, (4, 8), image=images), 4, 8)
     assert torch.equal(targets, Ramp()(images))
 
 
-@pytest.mark.parametrize(("latents", "tokens"), [((8, 16), (8, 16)), ((16, 32), (8, 16)), ((2, 4), (2, 4))])
-def test_features_are_resized_to_the_tokens_grid(latents: tuple[int, int], tokens: tuple[int, int]):
-    """From 4 x 8 features to another grid, also with patches: rows stay rows, columns columns."""
-    step = step_of(torch.randn(1, tokens[0] * tokens[1], 3), latents, image=torch.zeros(1, 3, 16, 32))
-    seen = {}
-    repa = REPA(Ramp())
-    original = repa.targets
-    repa.targets = lambda *args: seen.setdefault("targets", original(*args))
-    loss = repa(step)
-    targets = seen["targets"]
+@pytest.mark.parametrize("tokens", [(8, 16), (2, 4)])
+def test_features_are_resized_to_the_tokens_grid(tokens: tuple[int, int]):
+    """From 4 x 8 features to another grid: rows stay rows, columns columns."""
+    inputs = inputs_of(1, tokens, image=torch.zeros(1, 3, 16, 32))
+    targets = REPA("b", Ramp(), 3).targets(inputs, *tokens)
     assert targets.shape == (1, tokens[0] * tokens[1], 3)
-    torch.testing.assert_close(loss, repa_loss(step.output.repa, targets))
     rows, columns, ones = targets[0].T.unflatten(1, tokens)
     torch.testing.assert_close(ones, torch.ones(tokens))
-    # a coarse index, sampled at the centres of the fine cells, away from the border
+    # a coarse index, sampled at the centers of the fine cells, away from the border
     scale = 4 / tokens[0]
     assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
     inner = slice(1, -1) if scale < 1 else slice(None)
@@ -93,43 +137,77 @@ def test_features_are_resized_to_the_tokens_grid(latents: tuple[int, int], token
 def test_precomputed_features_serve_a_larger_grid():
     """1024 px: 256 features for 1024 tokens."""
     features = torch.randn(1, 16, 3)
-    targets = REPA().targets(step_of(torch.zeros(1, 64, 3), (8, 8), features=features), 8, 8)
-    assert targets.shape == (1, 64, 3)
+    repa = REPA("b", feature_dim=3)
+    assert repa.targets(inputs_of(1, (8, 8), features=features), 8, 8).shape == (1, 64, 3)
     wide = Ramp()(torch.zeros(1, 3, 16, 32))  # 4 x 8
-    rows, columns, _ = REPA().targets(step_of(torch.zeros(1, 128, 3), (8, 16), features=wide), 8, 16)[0].T
+    rows, columns, _ = repa.targets(inputs_of(1, (8, 16), features=wide), 8, 16)[0].T
     assert (rows.view(8, 16)[:, :1] == rows.view(8, 16)).all() and (
         columns.view(8, 16)[:1] == columns.view(8, 16)
     ).all()
-    with pytest.raises(ValueError, match="12 precomputed features .* 8 x 8"):
-        REPA().targets(step_of(torch.zeros(1, 64, 3), (8, 8), features=features[:, :12]), 8, 8)
+    with pytest.raises(ValueError, match="12.*8 x 8"):
+        repa.targets(inputs_of(1, (8, 8), features=features[:, :12]), 8, 8)
 
 
 def test_targets_carry_no_gradient():
     features = torch.randn(1, 4, 3, requires_grad=True)
-    assert not REPA().targets(step_of(torch.zeros(1, 16, 3), (4, 4), features=features), 4, 4).requires_grad
+    assert not REPA("b").targets(inputs_of(1, (4, 4), features=features), 4, 4).requires_grad
 
 
 def test_nothing_to_align_with_is_refused():
-    for repa, batch in ((REPA(), {"image": torch.zeros(1, 3, 16, 16)}), (REPA(Ramp()), {})):
-        with pytest.raises(ValueError, match="vision encoder .* or .* `features`"):
-            repa(step_of(torch.zeros(1, 16, 3), (4, 4), **batch))
+    for repa, batch in ((REPA("b"), {"image": torch.zeros(1, 3, 16, 16)}), (REPA("b", Ramp(), 3), {})):
+        with pytest.raises(ValueError, match="vision.*features"):
+            repa.targets(inputs_of(1, (4, 4), **batch), 4, 4)
 
 
 def test_network_and_vision_must_agree():
-    config = dict(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1), caption_channels=8)
-    with pytest.raises(ValueError, match="repa_feature_dim"):
-        REPA(Ramp()).check(EMMDiTTransformer2DModel(**config))
-    with pytest.raises(ValueError, match="width 3"):
-        REPA(Ramp()).check(EMMDiTTransformer2DModel(**config, repa_feature_dim=5))
-    REPA(Ramp()).check(EMMDiTTransformer2DModel(**config, repa_feature_dim=3))
-    REPA().check(EMMDiTTransformer2DModel(**config, repa_feature_dim=5))
+    network = EMMDiTTransformer2DModel(**SIZES)
+    with pytest.raises(ValueError, match="blocks.7.*EMMDiTTransformer2DModel"):
+        REPA("blocks.7").check(network)
+    with pytest.raises(ValueError, match="blocks.1"):  # among the compressed tokens
+        REPA("blocks.1").check(network)
+    with pytest.raises(ValueError, match="768.*Ramp.*3"):
+        REPA("blocks.0", Ramp()).check(network)
+    REPA("blocks.0", Ramp(), feature_dim=3).check(network)
+    REPA("blocks.0", feature_dim=5).check(network)
 
 
-def test_weight_and_frozen_parts():
-    assert REPA().weight == 0.5 and REPA().network_kwargs == {"return_repa": True}
-    with pytest.raises(ValueError, match="REPA must not be negative"):
-        REPA(weight=-0.1)
+def test_weights_and_frozen_parts():
+    assert REPA("b").weights == {"repa": 0.5}
+    for weight in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="repa.*REPA"):
+            REPA("b", weight=weight)
     vision = Ramp()
-    REPA(vision).to(torch.device("cpu"))
+    REPA("b", vision).move(torch.device("cpu"))
     assert vision.device == torch.device("cpu")
-    REPA().to(torch.device("cpu"))
+    assert not list(REPA("b", vision).children())  # a frozen encoder is no submodule
+
+
+def test_one_loss_or_several_by_name():
+    class Two(LossComponent):
+        name = "two"
+
+        def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+            return {"a": inputs.x0.mean(), "b": inputs.t.mean()}
+
+    assert Two(a=1.0, b=0.0).by_name(inputs_of(1, (2, 2))).keys() == {"a", "b"}
+    repa, network = aligned()
+    run(network)
+    assert repa.by_name(inputs_of(2, (8, 8), features=torch.randn(2, 64, 3))).keys() == {"repa"}
+
+
+def test_feature_distance_in_closed_form():
+    image, prompt = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
+    teacher = {"a": (image, prompt), "b": (10 * image,)}
+    student = {"a": (1.1 * image, prompt), "b": (10 * 1.2 * image,)}
+    # relative: 0.1^2, 0 and 0.2^2, whatever a layer's scale
+    assert feature_distance(student, teacher).item() == pytest.approx((0.01 + 0 + 0.04) / 3, rel=1e-4)
+    square = image.square().mean().item()
+    plain = feature_distance(student, teacher, relative=False).item()
+    assert plain == pytest.approx((0.01 * square + 0 + 0.04 * 100 * square) / 3, rel=1e-4)
+
+
+def test_a_distillation_without_a_weight_is_refused():
+    with pytest.raises(ValueError, match="output_weight.*feature_weight"):
+        TeacherDistillation("teacher", output_weight=0.0, feature_weight=0.0)
+    with pytest.raises(ValueError, match="output"):
+        TeacherDistillation("teacher", output_weight=-1.0)

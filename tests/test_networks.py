@@ -102,10 +102,6 @@ def test_contradicting_configurations_are_refused():
     refused("full, strided and chunked", subregion_pattern=())
     refused("affine, single or zero", modulation="double")
     refused("faithful or zero", init="ones")
-    refused("beyond the network of 6 blocks", repa_depth=7, repa_feature_dim=4)
-    refused("beyond the network", repa_depth=0, repa_feature_dim=4)
-    refused("among the compressed tokens .blocks 3 to 4", repa_depth=4, repa_feature_dim=4)
-    refused("no block before the compression", block_groups=(0, 4, 2), repa_feature_dim=4)
 
 
 # -------------------------------------------------------------------------------- geometry
@@ -194,7 +190,6 @@ SWITCHES = {
     "patches": {"patch_size": 2, "subregion_pattern": FULL},
     "no_first_group": {"block_groups": (0, 3, 1)},
     "no_middle_group": {"block_groups": (2, 0, 1)},
-    "repa": {"repa_feature_dim": 5, "repa_projector_dim": 7},
 }
 
 
@@ -202,10 +197,7 @@ SWITCHES = {
 def test_every_switch_trains_all_of_its_parameters(switch: str):
     torch.manual_seed(0)
     network = tiny(**SWITCHES[switch])
-    with_repa = network.repa_projector is not None
-    output = network(**inputs(8, 16), return_repa=with_repa)
-    loss = (output.sample - 1).square().mean() + (output.repa.square().mean() if with_repa else 0)
-    loss.backward()
+    (network(**inputs(8, 16)).sample - 1).square().mean().backward()
     idle = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
     # the last block's text queries are in the released files, but their output is dropped there, too
     last = f"blocks.{len(network.blocks) - 1}.attn"
@@ -253,12 +245,11 @@ def test_faithful_init_is_not_zero():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    network = tiny(repa_feature_dim=5).train()
+    network = tiny().train()
 
     def gradients() -> list[Tensor]:
         network.zero_grad()
-        output = network(**inputs(), return_repa=True)
-        (output.sample.square().mean() + output.repa.square().mean()).backward()
+        network(**inputs()).sample.square().mean().backward()
         return [p.grad.clone() for p in network.parameters()]
 
     plain, calls = gradients(), []
@@ -305,27 +296,17 @@ def test_a_mask_of_ones_changes_nothing_and_of_zeros_leaves_the_image():
     assert run(network, **given, encoder_attention_mask=~ones).isfinite().all()
 
 
-# -------------------------------------------------------------------------------- REPA
+# -------------------------------------------------------------------------------- token grids
 
 
-@pytest.mark.parametrize(("depth", "block"), [(None, 1), (1, 0), (2, 1), (5, 4), (6, 5)])
-def test_repa_is_tapped_after_the_asked_block(depth: int | None, block: int):
-    network, seen = tiny(repa_feature_dim=5, repa_projector_dim=7, repa_depth=depth), {}
-    network.blocks[block].register_forward_hook(lambda module, args, out: seen.update(x=out[0]))
-    with torch.no_grad():
-        output = network(**inputs(8, 16), return_repa=True)
-    assert output.repa.shape == (2, 8 * 16, 5)
-    assert torch.equal(output.repa, network.repa_projector(seen["x"]))
-    assert network(**inputs(8, 16)).repa is None
-    sample, repa = network(**inputs(8, 16), return_repa=True, return_dict=False)
-    assert torch.equal(sample, output.sample) and torch.equal(repa, output.repa)
-
-
-def test_repa_depth_without_compression_is_free():
-    network = tiny(repa_feature_dim=5, repa_depth=4, compression_ratios=())
-    assert network(**inputs(), return_repa=True).repa.shape == (2, 64, 5)
-
-
-def test_repa_needs_a_projector():
-    with pytest.raises(ValueError, match="repa_feature_dim"):
-        tiny()(**inputs(), return_repa=True)
+def test_the_grids_of_each_group():
+    network = tiny()
+    before, middle, after = network.groups
+    assert [*before, *middle, *after] == list(range(6)) and middle
+    for i in range(6):
+        expected = ((4, 8), (2, 4)) if i in middle else ((8, 16),)
+        assert network.token_grids(i, 8, 16) == expected
+    network.check_token_grid("blocks.0")
+    with pytest.raises(ValueError, match=f"blocks.{middle[0]}.*blocks.{middle[-1]}"):
+        network.check_token_grid(f"blocks.{middle[0]}")
+    tiny(compression_ratios=()).check_token_grid(f"blocks.{middle[0]}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emmdit.networks import attention_layers, attention_outputs
+from emmdit.networks import OutputRecorder, attention_layers
 from emmdit.timing import interleaved, peak_memory
 
 PARTS = ("image", "prompt")  # what a joint attention layer gives out; another one gives the first alone
@@ -138,10 +138,10 @@ def feature_errors(student: nn.Module, teacher: nn.Module, trajectories: Iterabl
 
 def _squares(student: nn.Module, teacher: nn.Module, call: Call) -> dict[tuple[str, str], Tensor]:
     """(part, layer) -> sum of squares of the difference, and of the teacher's."""
-    with attention_outputs(teacher) as expected:
-        prediction = call(teacher)
-    with attention_outputs(student) as got:
-        found = {("prediction", ""): _two_sums(call(student), prediction)}
+    with OutputRecorder(attention_layers(teacher), when="always") as recorder:
+        prediction, expected = call(teacher), recorder.take()
+    with OutputRecorder(attention_layers(student), when="always") as recorder:
+        found, got = {("prediction", ""): _two_sums(call(student), prediction)}, recorder.take()
     for layer in common_layers(student, teacher):
         # One of both may lack the prompt: nothing reads it behind the last block.
         for part, own, other in zip(PARTS, got[layer], expected[layer], strict=False):

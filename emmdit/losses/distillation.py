@@ -1,4 +1,4 @@
-"""Distillation of a linear attention student from its teacher (EDiT / MM-EDiT, arXiv 2503.16726; docs/papers.md, A7)."""
+"""Distillation of a linear attention student from its teacher (arXiv 2503.16726; docs/papers.md, A7)."""
 
 from __future__ import annotations
 

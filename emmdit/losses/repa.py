@@ -59,14 +59,9 @@ class REPA(LossComponent):
 
     def attach(self, denoiser: nn.Module) -> None:
         width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
-        hidden = self.projector_dim
-        self.projector = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, self.feature_dim),
-        )
+        hidden, features = self.projector_dim, self.feature_dim
+        linears = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, features)
+        self.projector = nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
         released = getattr(denoiser, "training_tensors", {})  # of a Nitro-E file from training
         if released:
             self.projector.load_state_dict({key.removeprefix(PROJECTOR): value for key, value in released.items()})

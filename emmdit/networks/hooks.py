@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -43,6 +43,14 @@ class OutputRecorder:
         """Uninstall the hooks."""
         for handle in self._handles:
             handle.remove()
+        for layer in self.layers.values():
+            layer.__dict__.pop("recorded_output", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 def _record(module: nn.Module, args: Any, output: Any) -> None:

@@ -14,8 +14,8 @@ class EMA(Callback):
     """Moves `pl_module.ema_denoiser` towards `pl_module.denoiser` after each training step.
 
     It is a frozen copy made in `configure_model` and sharded by the same calls, so it is saved and loaded with the
-    module. It is updated in the callback hook rather than the module's, which runs after checkpoints are written: there,
-    every checkpoint would hold the EMA of one step before.
+    module. It is updated in the callback's hook, since the module's runs after checkpoints are written: there, every
+    checkpoint would hold the EMA of one step before.
 
     Args:
         decay: of each update.

@@ -241,12 +241,13 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{config.pos_embed_max_size}: raise pos_embed_max_size."
             )
         for i, block in enumerate(self.blocks):
-            tokens = sum(h * w for h, w in self.token_grids(i, height, width))
-            need = block.attn.subregions.multiple
-            for count, what in ((tokens, "image tokens"), (text_length, "text tokens")):
+            grids = self.token_grids(i, height, width)
+            tokens, compressed = sum(h * w for h, w in grids), "compressed " * (grids != ((height, width),))
+            need, kind = block.attn.subregions.multiple, block.attn.subregions.kind
+            for count, what in ((tokens, f"{compressed}image tokens"), (text_length, "text tokens")):
                 if count % need:
                     raise ValueError(
-                        f"{count} {what} cannot be split into the {block.attn.subregions.kind} subregions of block {i}: "
+                        f"{count} {what} cannot be split into the {kind} subregions of block {i}: "
                         f"the count must be divisible by {need} (subregion_groups x run); change the size, or turn "
                         f'subregions off with subregion_pattern ["full"].'
                     )

@@ -1,7 +1,7 @@
 """Conversion between released Nitro-E files and our network.
 
 Only names and, for 1x1 convolutions, two trailing axes differ. Files from training also hold the projector of REPA,
-`projectors.0.*`, which is no part of the network (`emmdit.losses.REPA` has it): it travels as `network.training_tensors`.
+`projectors.0.*`, which is no part of the network (`emmdit.losses.REPA` has it): see `load_nitro_e`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
     config = infer_config(released, resolution, path)
     training = {key: released.pop(key).clone() for key in sorted(released) if key.startswith(PROJECTOR)}
     if training and training.keys() != _PROJECTOR_KEYS:
-        raise ValueError(f"{path} holds another projector than REPA's ({', '.join(training)}).")
+        odd = ", ".join(sorted(training.keys() ^ _PROJECTOR_KEYS))
+        raise ValueError(f"{path} does not hold the projector of Nitro-E's REPA: missing or unknown are {odd}.")
     with torch.device("meta"):
         network = EMMDiTTransformer2DModel(**config)
 
