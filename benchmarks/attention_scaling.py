@@ -42,8 +42,8 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.teachers import TEACHERS, Teacher, build
-from emmdit.machine import machine
-from emmdit.networks.linear_attention import LinearAttention
+from emmdit.networks.edit.attention import LinearAttention
+from emmdit.provenance import machine
 
 PARTS = ("image", "joint", "block", "network")
 MODES = {"forward": 1, "forward + backward": 3}  # and its work: a backward pass computes twice as much

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.attention_scaling import clock_of
 from benchmarks.common import Run, argument_parser, interleaved, markdown_table, show, write_json
 from benchmarks.teachers import TEACHERS, Teacher, build
-from emmdit.machine import machine
-from emmdit.networks.hybrid_attention import HybridAttention
-from emmdit.networks.layers import attention
-from emmdit.networks.linear_attention import LinearAttention
+from emmdit.networks.edit.attention import LinearAttention
+from emmdit.networks.edit.hybrid import HybridAttention
+from emmdit.networks.emmdit.layers import attention
+from emmdit.provenance import machine
 
 REST = "norms, mixture, copies"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from emmdit import timing
-from emmdit.machine import machine_line
+from emmdit.provenance import machine_line
 from emmdit.timing import Run, Timing, peak_memory, seconds_of, synchronize  # noqa: F401  for the benchmarks
 
 ROOT = Path(__file__).parents[1]

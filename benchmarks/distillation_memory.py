@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import argument_parser, markdown_table, show, write_json
 from benchmarks.teachers import TEACHERS, Teacher, build
-from emmdit.machine import machine
 from emmdit.networks import attention_outputs, parameter_names
+from emmdit.provenance import machine
 
 NETWORKS = ("PixArt-Sigma", "SD3.5-Medium")
 TRAINED = ("new", "attention", "all")

@@ -28,9 +28,9 @@ from benchmarks.common import (
     tensor_bytes,
     write_json,
 )
-from emmdit.machine import machine
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.networks.flops import forward_flops
+from emmdit.provenance import machine
 
 TEXT_TOKENS = 128
 CONFIGS: dict[int, dict[str, Any]] = {

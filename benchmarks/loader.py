@@ -32,10 +32,10 @@ from PIL import Image
 from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
 from datamodules import HubDataModule, LatentsDataModule, TextImageDataModule
 from emmdit.data.images import load_image
-from emmdit.data.manifest import KIND, VERSION
-from emmdit.data.precompute import finish, write_arrow
-from emmdit.data.shards import ShardedJob
-from emmdit.machine import machine
+from emmdit.data.precompute.job import ShardedJob
+from emmdit.data.precompute.manifest import KIND, VERSION
+from emmdit.data.precompute.precompute import finish, write_arrow
+from emmdit.provenance import machine
 
 SHAPE = (32, 16, 16)
 CAPTION = "a photograph of a wooden hall behind trees, its roof of grey tiles, in the light of a late afternoon"

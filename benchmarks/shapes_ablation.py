@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from emmdit.evaluation import ledger
-from emmdit.machine import machine
+from emmdit.provenance import machine
 from emmdit.weights import checkpoint_progress, find_checkpoint
 from lightning_modules.mlflow_evaluation import history
 
@@ -151,7 +151,7 @@ def call(command: Sequence[str], log: Path, threads: int | None) -> None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with log.open("a") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lightning_modules.cli", *command],
+            [sys.executable, "-m", "lightning_modules", *command],
             cwd=ROOT,
             env=environment,
             stdout=file,

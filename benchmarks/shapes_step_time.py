@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.common import ROOT, argument_parser, interleaved, markdown_table, progress, show, write_json
 from benchmarks.shapes_ablation import FULL, ROWS, Task
-from emmdit.machine import machine
+from emmdit.provenance import machine
 from lightning_modules.callbacks.ema import update
-from lightning_modules.cli import SuiteCLI, _quiet
+from lightning_modules.commands.fit import SuiteCLI, quiet
 
 COLUMNS = {
     "experiment": "row",
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = "gpu" if device.type == "cuda" else device.type
     extra = [f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
     extra += [f"--trainer.precision={args.precision}"] if args.precision else []
-    _quiet()
+    quiet()
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     found = machine(device)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.shapes_ablation import COLUMNS, Task, common_arguments, state, work
-from emmdit.machine import machine
+from emmdit.provenance import machine
 
 # name in experiments/shapes: what the row is
 TEACHERS = {"pixart_teacher": "PixArt", "mmdit_teacher": "SD3.5 kind"}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from emmdit.data.shapes import PALETTE, SHAPES, TASKS, Scene, ShapeObject, ShapesWorld
-from emmdit.data.shapes.render import coverage
-from emmdit.data.shapes.world import RELATIONS, Spec
 from emmdit.evaluation.geneval.judge import POSITION_SLACK
+from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapeObject, ShapesWorld
+from emmdit.shapes.render import coverage
+from emmdit.shapes.world import RELATIONS, Spec
 
 SURE, SURELY_NOT = 0.55, 0.45  # GenEval's rule for a relation says 0.5
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -20,7 +20,7 @@ from benchmarks.shapes_ablation import FULL, LEDGER, ROWS
 from benchmarks.shapes_students import ABLATIONS, STUDENTS, TEACHER_OF, TEACHERS, base_of
 from emmdit.evaluation import ledger
 from emmdit.evaluation.report import flatten
-from emmdit.machine import machine, machine_line
+from emmdit.provenance import machine, machine_line
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = {

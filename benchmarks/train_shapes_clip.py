@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
 from benchmarks.shapes_truth import Captions, near_misses, patch_targets, sides, stated_sides
-from emmdit.data.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesWorld, render_scene
-from emmdit.data.shapes.world import RELATIONS
-from emmdit.evaluation.clip import CLIP
-from emmdit.machine import machine
+from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.optim import MuonAdamW, WarmupDecay
+from emmdit.provenance import machine
+from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesWorld, render_scene
+from emmdit.shapes.world import RELATIONS
 
 IMAGE, PATCH, MAX_LENGTH = 32, 4, 16
 VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)

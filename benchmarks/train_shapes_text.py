@@ -1,6 +1,6 @@
 """Pretrains the shapes world's text model: features from which a linear map reads what a caption asks for.
 
-    python -m benchmarks.train_shapes_text    # two minutes on one thread: emmdit/encoders/shapes_text.safetensors
+    python -m benchmarks.train_shapes_text    # two minutes on one thread: emmdit/shapes/text.safetensors
 
 A denoiser is used to text features that a trained language model has put in order: who stands left of whom, which
 colour belongs to which shape. A random transformer holds this, too, but only for a reader that undoes its mixing, and
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emmdit.data.shapes import TASKS, ShapesWorld
-from emmdit.data.shapes.world import RELATIONS, Spec
-from emmdit.encoders.shapes_text import MAX_LENGTH, WEIGHTS, scale_norm, shapes_text_model, shapes_tokenizer
+from emmdit.shapes import TASKS, ShapesWorld
+from emmdit.shapes.text import MAX_LENGTH, WEIGHTS, scale_norm, shapes_text_model, shapes_tokenizer
+from emmdit.shapes.world import RELATIONS, Spec
 
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 

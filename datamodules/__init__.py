@@ -1,7 +1,7 @@
 """One LightningDataModule per kind of source."""
 
 from datamodules.base import TextImageDataModule
-from datamodules.hub import HubDataModule
+from datamodules.captioned import HubDataModule
 from datamodules.latents import LatentsDataModule
 from datamodules.mixture import MixtureDataModule
 from datamodules.shapes import ShapesDataModule

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from emmdit.data.buckets import codes_of, size
 from emmdit.data.loader import ResumableLoader
 from emmdit.data.order import Order
-from emmdit.data.report import report, report_text
+from emmdit.data.precompute.report import report, report_text
 from emmdit.data.sampler import ResumableSampler
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from datamodules.base import TextImageDataModule
 from emmdit.data.captions import check_weights
-from emmdit.data.latents import LatentsRows
-from emmdit.data.manifest import check, check_text, read_manifest
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.manifest import check, check_text, read_manifest
 
 
 class LatentsDataModule(TextImageDataModule):

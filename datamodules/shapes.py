@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datamodules.base import TextImageDataModule
-from emmdit.data.shapes import ShapesDataset, ShapesWorld
+from emmdit.shapes import ShapesDataset, ShapesWorld
 
 
 class ShapesDataModule(TextImageDataModule):
@@ -15,7 +15,7 @@ class ShapesDataModule(TextImageDataModule):
         batch_size, num_workers, seed, validation_samples: see `TextImageDataModule`.
     """
 
-    source = "rendered by emmdit.data.shapes"
+    source = "rendered by emmdit.shapes"
     licence = "Apache-2.0"
     card = "docs/shapes_world.md"
 

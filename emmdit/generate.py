@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emmdit.encoders import Condition, ImageCodec, TextConditioner
+from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import Path, generator, guided, sample
+from emmdit.types import Condition
 
 
 @dataclass(frozen=True)

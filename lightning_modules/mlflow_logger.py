@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
-from emmdit.images import grid
+from emmdit.files import grid
+from emmdit.provenance import git_state
 from lightning_modules.config_text import flatten_config, mask_secrets
 
 RUN_FILE = "mlflow_run.json"
@@ -345,17 +345,6 @@ class MLflowLogger(MLFlowLogger):
 
 
 def git_tags() -> dict[str, str]:
-    """Commit of this source tree and whether tracked files differ from it; nothing outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20, env=environment
-        ).stdout.strip()
-
-    try:
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": str(dirty).lower()}
-    except (OSError, subprocess.SubprocessError):
-        return {}
+    """Commit of this source tree and whether it has local changes, as MLflow tags; {} outside a checkout."""
+    found = git_state()
+    return {} if found is None else {"mlflow.source.git.commit": found[0], "git.dirty": str(found[1]).lower()}

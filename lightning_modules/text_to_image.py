@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from emmdit.encoders import Condition, ImageCodec, TextConditioner
+from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import (
     LogitNormalGrid,
     Path,
@@ -27,6 +27,7 @@ from emmdit.generate import Sampling, generate
 from emmdit.losses import LossComponent, TrainingStep
 from emmdit.networks.flops import forward_flops
 from emmdit.optim import parameter_groups
+from emmdit.types import Condition
 from emmdit.weights import check_source, load_weights
 from lightning_modules.parallel import attention_kernels, parallelise
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import yaml
 
-from lightning_modules.cli import SuiteCLI
+from lightning_modules.commands.fit import SuiteCLI
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHAPES = "shapes/emmdit.yaml"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.train_shapes_text import train
-from emmdit.data.shapes.read import main_color
-from emmdit.evaluation import AskedColor, ShapesPrompts
-from emmdit.evaluation.base import Sample
-from emmdit.evaluation.bounds import renders
+from emmdit.evaluation.metrics.base import Sample
+from emmdit.shapes import AskedColor, ShapesPrompts
+from emmdit.shapes.bounds import renders
+from emmdit.shapes.reader import main_color
 
 
 def samples() -> list[Sample]:

@@ -17,12 +17,13 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
 
-from emmdit.encoders import DCTCodec, ShapesText
+from emmdit.encoders import DCTCodec
 from emmdit.losses import FeatureDistillation, OutputDistillation, Teacher, TeacherOutput, TrainingStep
 from emmdit.networks import MMEDiTTransformer2DModel, attention_outputs, parameter_names
+from emmdit.shapes import ShapesText
 from emmdit.weights import checkpoint_state, find_checkpoint
 from lightning_modules import AttentionDistillation
-from lightning_modules.cli import main
+from lightning_modules.commands.main import main
 from tests.command_line import ON_CPU, change, cli, files, model_args
 from tests.command_line import elsewhere as elsewhere
 from tests.recorder import read
@@ -255,12 +256,12 @@ def test_one_process_and_fsdp_agree_and_a_killed_run_goes_on(tmp_path: Path) -> 
     sd3().save_pretrained("teacher")
     common = [*tiny(), "--model.init_args.teacher=teacher", "--samples.prompts=null"]
     common += ["--model.init_args.teacher_dtype=float32", "--trainer.max_steps=4"]
-    strategy = "--trainer.strategy={class_path: lightning_modules.strategies.FSDP2Strategy}"
+    strategy = "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}"
 
     def fit(name: str, *extra: str, kill: int | None = None) -> int:
         arguments = {"folder": f"{name}/record"} | ({"kill_at": kill} if kill else {})
         recorder = {"class_path": "tests.recorder.Recorder", "init_args": arguments}
-        command = [sys.executable, "-m", "lightning_modules.cli", "fit", *common, f"--trainer.callbacks+={recorder}"]
+        command = [sys.executable, "-m", "lightning_modules", "fit", *common, f"--trainer.callbacks+={recorder}"]
         command += [f"--trainer.default_root_dir={name}", *extra]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, emmdit_forward
 from benchmarks.emmdit_forward import CONFIGS, COUNTS, Case, Networks, benchmark, count, with_speedup
-from emmdit import machine
+from emmdit import provenance as machine
 
 TINY = dict(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1), caption_channels=24)
 

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from lightning_modules.callbacks import EMA, NonFinite, Throughput
-from lightning_modules.strategies import FSDP2Strategy
+from lightning_modules.parallel import FSDP2Strategy
 from tests.toy import Points, Toy, trainer
 
 class Sharded(Toy):

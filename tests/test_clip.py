@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from emmdit.encoders import CLIPVision, MissingModelError, standin
-from emmdit.evaluation.clip import CLIP, short_name
+from emmdit.evaluation.metrics.clip import CLIP, short_name
 
 STANDIN = "standin:clip_model"
 

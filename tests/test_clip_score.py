@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from emmdit.encoders import standin
-from emmdit.evaluation.base import Sample
-from emmdit.evaluation.clip import CLIP
-from emmdit.evaluation.clip_score import CLIPScore
+from emmdit.evaluation.metrics.base import Sample
+from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.evaluation.metrics.clip_score import CLIPScore
 
 CAPTIONS = ["a red circle", "two squares", "a star left of a cross", "a photo of a blue square"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from emmdit import EMMDiTPipeline
-from lightning_modules.cli import USAGE, main
+from lightning_modules.commands.main import USAGE, main
 
 GOLDEN = Path(__file__).parent / "data/emmdit/emmdit_512_small.weights.safetensors"
 STANDINS = ("--text-encoder", "standin:llama?caption_channels=24", "--autoencoder", "standin:dc_ae")

@@ -7,8 +7,8 @@ import torch
 
 from emmdit.networks import EMMDiTTransformer2DModel
 from lightning_modules import TextToImage
-from lightning_modules.cli import main
-from lightning_modules.config_errors import sentence
+from lightning_modules.commands.config_errors import sentence
+from lightning_modules.commands.main import main
 from tests.command_line import ON_CPU, SHAPES, STAGES, change, cli, files
 from tests.command_line import elsewhere as elsewhere
 
@@ -116,9 +116,9 @@ WRONG = {
         "gauss",
     ),
     "model: {init_args: {sampling: {steps: a}}}": ("model.sampling.steps", "int", " a"),
-    "model: {init_args: {codec: {class_path: emmdit.encoders.ShapesText}}}": (
+    "model: {init_args: {codec: {class_path: emmdit.shapes.ShapesText}}}": (
         "model.codec",
-        "emmdit.encoders.ShapesText",
+        "emmdit.shapes.ShapesText",
         "ImageCodec",
     ),
     "model: {init_args: {denoiser: {class_path: torch.nn.Linear}}}": (
@@ -128,9 +128,9 @@ WRONG = {
     ),
     "model: {init_args: {optimizer: {class_path: emmdit.optim.Muon}}}": ("model.optimizer", "'emmdit.optim'", "'Muon'"),
     "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": ("data", "source"),
-    "trainer: {strategy: {class_path: lightning_modules.strategies.FSDP3}}": (
+    "trainer: {strategy: {class_path: lightning_modules.parallel.FSDP3}}": (
         "trainer.strategy",
-        "'lightning_modules.strategies'",
+        "'lightning_modules.parallel'",
         "'FSDP3'",
     ),
 }

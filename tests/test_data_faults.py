@@ -16,12 +16,12 @@ from PIL import Image
 
 from datamodules import LatentsDataModule
 from emmdit.data.images import load_image
-from emmdit.data.latents import LatentsRows
-from emmdit.data.manifest import read_manifest, verify
-from emmdit.data.precompute import Settings, precompute
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.manifest import read_manifest, verify
+from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCTCodec
-from lightning_modules.cli import main
+from lightning_modules.commands.main import main
 from tests.command_line import change, files
 from tests.command_line import elsewhere as elsewhere
 from tests.test_precompute import jpeg, picture

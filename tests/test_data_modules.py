@@ -16,10 +16,10 @@ from PIL import Image
 from datamodules import HubDataModule, LatentsDataModule, MixtureDataModule, TextImageDataModule
 from emmdit.data.buckets import Buckets, code, cropped, image_sizes, size
 from emmdit.data.images import fit, image_size, open_image, to_tensor
-from emmdit.data.latents import LatentsRows
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.precompute import Settings, precompute
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCTCodec, TextEncoder
 from lightning_modules import TextToImage
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from emmdit.data import MDSDataset
-from emmdit.data.generate import Prompts, generate
 from emmdit.data.images import load_image
-from emmdit.data.latents import LatentsRows
-from emmdit.data.manifest import read_manifest
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.generate import Prompts, generate
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.manifest import read_manifest
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE
-from lightning_modules.cli import main
+from lightning_modules.commands.main import main
 from tests.command_line import change, files
 from tests.command_line import elsewhere as elsewhere
 from tests.test_sources import write_mds

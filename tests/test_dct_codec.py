@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emmdit.data import ShapesDataset
 from emmdit.encoders.base import ImageCodec
 from emmdit.encoders.dct import BlockDCT, DCTCodec, block_matrices, coefficient_order, fold_blocks
+from emmdit.shapes import ShapesDataset
 
 
 @pytest.fixture(scope="module")

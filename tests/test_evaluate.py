@@ -17,17 +17,18 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from emmdit.encoders.standins import standin
 from emmdit.evaluation.geneval import read_results
-from emmdit.evaluation.images import ImageSet
-from emmdit.evaluation.prompts import GenEvalPrompts, PromptFile, ShapesPrompts
+from emmdit.evaluation.image_set import ImageSet
+from emmdit.evaluation.prompts import GenEvalPrompts, PromptFile
+from emmdit.shapes import ShapesPrompts
 from tests.test_training import ROOT, emmdit
 
 MODEL = str(ROOT / "assets/shapes_emmdit")
 CLIP = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {ROOT}/assets/shapes_clip}}}}"
 CONFIG = f"""
-prompts: {{class_path: emmdit.evaluation.ShapesPrompts, init_args: {{per_task: 1, images: 3}}}}
+prompts: {{class_path: emmdit.shapes.ShapesPrompts, init_args: {{per_task: 1, images: 3}}}}
 metrics:
   - class_path: emmdit.evaluation.GenEval
-    init_args: {{detector: {{class_path: emmdit.evaluation.ShapesDetector}}}}
+    init_args: {{detector: {{class_path: emmdit.shapes.ShapesDetector}}}}
   - class_path: emmdit.evaluation.CLIPScore
     init_args: {{clip: {CLIP}}}
   - class_path: emmdit.evaluation.FID
@@ -160,7 +161,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, config: str) -> Non
     arguments.append("--bounds")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launcher, "-m", "lightning_modules.cli", "evaluate", *arguments],
+        [*launcher, "-m", "lightning_modules", "evaluate", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

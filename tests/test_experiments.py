@@ -17,15 +17,16 @@ from PIL import Image
 
 from datamodules import LatentsDataModule, MixtureDataModule
 from emmdit.data.buckets import Buckets
-from emmdit.data.precompute import Settings, precompute
+from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.encoders import DCAE
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
 from lightning_modules import TextToImage
-from lightning_modules.cli import SuiteCLI, default_run_dir, main
-from lightning_modules.evaluate import evaluation_parser
-from lightning_modules.precompute import precompute_parser
+from lightning_modules.commands.evaluate import evaluation_parser
+from lightning_modules.commands.fit import SuiteCLI, default_run_dir
+from lightning_modules.commands.main import main
+from lightning_modules.commands.precompute import precompute_parser
 from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, STAGES, change, cli, files, model_args, stack
 from tests.command_line import elsewhere as elsewhere
 

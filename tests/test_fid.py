@@ -14,13 +14,13 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from emmdit.encoders.loading import MissingModelError
-from emmdit.evaluation import features as features_module
-from emmdit.evaluation.cmmd import CMMD, cmmd
-from emmdit.evaluation.features import INCEPTION, CleanInception, CLIPFeatures
-from emmdit.evaluation.fid import FID, frechet_distance
-from emmdit.evaluation.kid import KID, kernel_distance
-from emmdit.evaluation.reference import write_reference
-from emmdit.evaluation.statistics import FeatureStatistics
+from emmdit.evaluation.metrics import features as features_module
+from emmdit.evaluation.metrics.cmmd import CMMD, cmmd
+from emmdit.evaluation.metrics.features import INCEPTION, CleanInception, CLIPFeatures
+from emmdit.evaluation.metrics.fid import FID, frechet_distance
+from emmdit.evaluation.metrics.kid import KID, kernel_distance
+from emmdit.evaluation.metrics.reference import write_reference
+from emmdit.evaluation.metrics.statistics import FeatureStatistics
 from tests.tiny_features import TinyFeatures, pictures, samples, write_folder
 
 METRICS = {"fid": FID, "kid": KID, "cmmd": CMMD}
@@ -132,7 +132,7 @@ def test_kid_is_clean_fids(tmp_path: Path) -> None:
 
 
 def test_cmmd_is_the_plain_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emmdit.evaluation.cmmd.ROWS", 7)
+    monkeypatch.setattr("emmdit.evaluation.metrics.cmmd.ROWS", 7)
     real, drawn, features = pictures(20, seed=1), pictures(16, seed=2), TinyFeatures()
 
     def unit(images: Tensor) -> list[Tensor]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from emmdit.evaluation.cmmd import CMMD
-from emmdit.evaluation.fid import FID
-from emmdit.evaluation.kid import KID
+from emmdit.evaluation.metrics.cmmd import CMMD
+from emmdit.evaluation.metrics.fid import FID
+from emmdit.evaluation.metrics.kid import KID
 from tests.test_fid import reference_of, scored
 from tests.tiny_features import TinyFeatures, pictures
 
@@ -20,9 +20,9 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch.distributed as dist
-from emmdit.evaluation.cmmd import CMMD
-from emmdit.evaluation.fid import FID
-from emmdit.evaluation.kid import KID
+from emmdit.evaluation.metrics.cmmd import CMMD
+from emmdit.evaluation.metrics.fid import FID
+from emmdit.evaluation.metrics.kid import KID
 from tests.tiny_features import TinyFeatures, pictures, samples
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from emmdit.data.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesWorld, render_scene
 from emmdit.encoders.loading import MissingModelError
-from emmdit.evaluation.geneval import CLASSES, COLORS, CLIPColors, Detection, Mask2Former, ShapesDetector, judge
+from emmdit.evaluation.geneval import CLASSES, COLORS, CLIPColors, Detection, Mask2Former, judge
 from emmdit.evaluation.geneval.mask2former import fit, same_outputs
 from emmdit.evaluation.geneval.mask2former import probe_picture as picture
+from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesDetector, ShapesWorld, render_scene
 
 # -------------------------------------------------------------------------------- the shapes world
 

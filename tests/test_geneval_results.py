@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.base import Sample
 from emmdit.evaluation.geneval import (
     Detection,
     Detector,
     GenEval,
-    ShapesDetector,
     official_prompts,
     read_results,
     summary,
     write_results,
 )
+from emmdit.evaluation.metrics.base import Sample
+from emmdit.shapes import ShapesDetector
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from datamodules import HubDataModule
 from emmdit.data.images import load_image
 from emmdit.data.loader import ResumableLoader
-from lightning_modules.config_errors import sentence
+from lightning_modules.commands.config_errors import sentence
 
 COUNT = 10
 LATENTS = np.random.default_rng(0).standard_normal((COUNT, 4, 2, 2)).astype(np.float16)

@@ -21,11 +21,11 @@ from emmdit.data.inspect import (
     histogram,
     made_buckets,
 )
-from emmdit.data.precompute import Settings, precompute
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCTCodec
-from emmdit.images import read_settings
-from lightning_modules.cli import main
+from emmdit.files import read_settings
+from lightning_modules.commands.main import main
 from tests.command_line import EXPERIMENTS, change, files
 from tests.command_line import elsewhere as elsewhere
 from tests.test_precompute import folder, jpeg, picture

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emmdit.networks.attention_choices import BASELINES, AttentionChoices
-from emmdit.networks.baselines import MixFeedForward, TokenMLP
-from emmdit.networks.grids import on_grids
-from emmdit.networks.hybrid_attention import HybridAttention
-from emmdit.networks.linear_attention import (
+from emmdit.networks.edit.attention import (
     ConvFusion,
     LinearAttention,
     SpatialCompressor,
     linear_attention,
     softmax_attention,
 )
+from emmdit.networks.edit.baselines import MixFeedForward, TokenMLP
+from emmdit.networks.edit.config import BASELINES, AttentionChoices
+from emmdit.networks.edit.grids import on_grids
+from emmdit.networks.edit.hybrid import HybridAttention
 
 DIM, HEADS, HEIGHT, WIDTH, TEXT = 16, 2, 4, 6, 5
 GRIDS = ((HEIGHT, WIDTH),)

@@ -33,8 +33,8 @@ from emmdit.networks import (
     save_nitro_e,
     train_only,
 )
-from emmdit.networks.hybrid_attention import HybridAttention
-from emmdit.networks.linear_attention import LinearAttention
+from emmdit.networks.edit.attention import LinearAttention
+from emmdit.networks.edit.hybrid import HybridAttention
 
 
 def pixart(**config) -> PixArtTransformer2DModel:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emmdit.networks.compression import Path, TokenCompressor, TokenReconstructor, shuffle, unshuffle
-from emmdit.networks.layers import (
+from emmdit.networks.emmdit.compression import Path, TokenCompressor, TokenReconstructor, shuffle, unshuffle
+from emmdit.networks.emmdit.layers import (
     AdaLN,
     EMMDiTBlock,
     FeedForward,

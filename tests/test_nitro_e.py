@@ -19,7 +19,7 @@ from torch import Tensor
 from emmdit.flow import RectifiedFlow, flow_loss, guided, sample, timestep_grid
 from emmdit.losses import REPA, TrainingStep
 from emmdit.networks import EMMDiTTransformer2DModel, load_nitro_e, save_nitro_e
-from emmdit.networks.nitro_e import to_released
+from emmdit.networks.emmdit.nitro_e import to_released
 
 DATA = Path(__file__).parent / "data" / "emmdit"
 TOLERANCE = 1e-4  # relative, float32

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from emmdit.data.loader import ResumableLoader
 from emmdit.data.order import WINDOW, Order, epoch_order
-from emmdit.data.report import report, report_text
+from emmdit.data.precompute.report import report, report_text
 from emmdit.data.sampler import ResumableSampler
 
 

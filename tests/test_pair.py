@@ -24,13 +24,13 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from emmdit.encoders import SD3TextEncoders
 from emmdit.encoders.standins import standin
-from emmdit.evaluation.pair import Call, check_pair, compared, feature_errors, latency, recorded_calls, spread_over
+from emmdit.evaluation.compare import Call, check_pair, compared, feature_errors, latency, recorded_calls, spread_over
 from emmdit.evaluation.report import write_report
-from emmdit.images import read_settings
+from emmdit.files import read_settings
 from emmdit.networks import attention_layers, linearize
 from emmdit.pipeline import EMMDiTPipeline
-from lightning_modules.drawing import open_model
-from lightning_modules.pair import _part, open_teacher
+from lightning_modules.commands.compare import _part, open_teacher
+from lightning_modules.commands.load_model import open_model
 from tests.test_evaluate import CLIP, CONFIG, MODEL
 from tests.test_linearize import TEACHERS, awake, each, inputs, pixart, sd3
 from tests.test_training import emmdit as command

@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 
 from emmdit import EMMDiTPipeline
-from emmdit.encoders import DCAE, DCTCodec, MissingModelError, ShapesText, TextEncoder
+from emmdit.encoders import DCAE, DCTCodec, MissingModelError, TextEncoder
+from emmdit.files import grid, read_settings, save_png, to_uint8
 from emmdit.flow import RectifiedFlow, guided, sample
 from emmdit.generate import Sampling, generate, initial_noise
-from emmdit.images import grid, read_settings, save_png, to_uint8
 from emmdit.networks import EMMDiTTransformer2DModel
+from emmdit.shapes import ShapesText
 
 ROOT = Path(__file__).parents[1]
 RED, TWO = "a photo of a red circle", "a photo of two squares"
 CODEC = {"class_path": "emmdit.encoders.DCTCodec", "init_args": {}}
-TEXT = {"class_path": "emmdit.encoders.ShapesText", "init_args": {"with_mask": True}}
+TEXT = {"class_path": "emmdit.shapes.ShapesText", "init_args": {"with_mask": True}}
 
 
 def network(**config) -> EMMDiTTransformer2DModel:
@@ -242,7 +243,7 @@ def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
         ("codec", "os.system", r"os\.system.*emmdit"),
         ("text", "emmditious.Text", r"emmditious\.Text"),
         ("codec", "emmdit.encoders.import_module", "import_module.*ImageCodec"),  # a function, and it imports
-        ("codec", "emmdit.encoders.ShapesText", "ShapesText.*ImageCodec"),
+        ("codec", "emmdit.shapes.ShapesText", "ShapesText.*ImageCodec"),
         ("text", "emmdit.encoders.standin", "standin.*TextConditioner"),
         ("path", "emmdit.encoders.DCTCodec", r"DCTCodec.*\bPath\b"),
         ("path", "emmdit.flow.Absent", r"emmdit\.flow\.Absent.*\bPath\b"),

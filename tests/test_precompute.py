@@ -16,11 +16,11 @@ from PIL import Image
 
 from datamodules import HubDataModule, LatentsDataModule
 from emmdit.data.images import load_image
-from emmdit.data.latents import LatentsRows
-from emmdit.data.manifest import check, read_manifest, verify
-from emmdit.data.precompute import Settings, precompute
-from emmdit.data.shards import ShardedJob
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.job import ShardedJob
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.manifest import check, read_manifest, verify
+from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE, SD3VAE, DCTCodec
 
 COUNT = 23

@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from emmdit.data.shapes import ShapesDataset
-from emmdit.evaluation.features import CleanInception
-from emmdit.evaluation.fid import FID
-from emmdit.evaluation.kid import KID
-from lightning_modules.reference_stats import build_features, reference_stats
+from emmdit.evaluation.metrics.features import CleanInception
+from emmdit.evaluation.metrics.fid import FID
+from emmdit.evaluation.metrics.kid import KID
+from emmdit.shapes import ShapesDataset
+from lightning_modules.commands.reference_stats import build_features, reference_stats
 from tests.tiny_features import TinyFeatures, pictures, samples, write_folder
 
 TINY = "class_path: tests.tiny_features.TinyFeatures\ninit_args: {dim: 8}\n"

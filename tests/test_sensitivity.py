@@ -10,17 +10,16 @@ import pytest
 import torch
 from scipy import ndimage
 
-from emmdit.data.shapes import ShapesWorld, render_scene
-from emmdit.evaluation.base import ImageMetric, Sample
-from emmdit.evaluation.clip import CLIP
-from emmdit.evaluation.clip_score import CLIPScore
-from emmdit.evaluation.cmmd import CMMD
-from emmdit.evaluation.features import CLIPFeatures
-from emmdit.evaluation.fid import FID
-from emmdit.evaluation.geneval.detectors import ShapesDetector
 from emmdit.evaluation.geneval.metric import GenEval
-from emmdit.evaluation.kid import KID
-from emmdit.evaluation.reference import write_reference
+from emmdit.evaluation.metrics.base import ImageMetric, Sample
+from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.evaluation.metrics.clip_score import CLIPScore
+from emmdit.evaluation.metrics.cmmd import CMMD
+from emmdit.evaluation.metrics.features import CLIPFeatures
+from emmdit.evaluation.metrics.fid import FID
+from emmdit.evaluation.metrics.kid import KID
+from emmdit.evaluation.metrics.reference import write_reference
+from emmdit.shapes import ShapesDetector, ShapesWorld, render_scene
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes_clip"
 N = 210

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks import train_shapes_clip as script
 from benchmarks.shapes_truth import Captions, near_misses, patch_targets
-from emmdit.data.shapes import TASKS, ShapesWorld, render_scene
 from emmdit.encoders import CLIPVision
-from emmdit.evaluation.clip import CLIP
 from emmdit.evaluation.geneval.judge import Detection, judge
+from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.shapes import TASKS, ShapesWorld, render_scene
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes_clip"
 WORLD = ShapesWorld()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emmdit.data.shapes import FIXED_PROMPTS, TASKS, ShapesWorld
 from emmdit.encoders.base import TextConditioner
-from emmdit.encoders.shapes_text import ShapesText, shapes_text_model, shapes_tokenizer
+from emmdit.shapes import FIXED_PROMPTS, TASKS, ShapesWorld
+from emmdit.shapes.text import ShapesText, shapes_text_model, shapes_tokenizer
 
 WORLD = ShapesWorld()
 

@@ -16,19 +16,21 @@ import pytest
 import torch
 from scipy import ndimage
 
-from emmdit.data import FIXED_PROMPTS, ShapesDataset, ShapesWorld
-from emmdit.data.shapes import (
+from emmdit.shapes import (
+    FIXED_PROMPTS,
     GROUND,
     PALETTE,
     SHAPES,
     TASKS,
     Scene,
+    ShapesDataset,
+    ShapesWorld,
     contents_match,
     read_scene,
     render_scene,
     unknown_words,
 )
-from emmdit.data.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
+from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 
 WORLD = ShapesWorld()
 DIGEST = "70b50c14ee9d15596a4f13a3c152c908aa55ade045aa62d320b50177ee739c0d"

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from emmdit.data import MDSDataset, tars
+from emmdit.data import MDSDataset
+from emmdit.data.dataset import CaptionedRows
 from emmdit.data.images import BadRow, load_image, open_image
-from emmdit.data.rows import CaptionedRows
-from emmdit.data.sources import fingerprint, open_source, select_columns
-from emmdit.data.tars import TarRows
+from emmdit.data.readers import tars
+from emmdit.data.readers.open import fingerprint, open_source, select_columns
+from emmdit.data.readers.tars import TarRows
 
 MDS = Path(__file__).parent / "data/mds"
 

@@ -19,13 +19,13 @@ from PIL import Image
 
 from emmdit import EMMDiTPipeline
 from emmdit.data.buckets import Buckets
-from emmdit.data.precompute import Settings, precompute
-from emmdit.data.shapes import ShapesWorld
-from emmdit.data.sources import open_source
+from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCTCodec
-from emmdit.images import read_settings
+from emmdit.files import read_settings
+from emmdit.shapes import ShapesWorld
 from emmdit.weights import checkpoint_state, find_checkpoint
-from lightning_modules.cli import main
+from lightning_modules.commands.main import main
 from tests.recorder import read
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def fit(
         *(
             sys.executable,
             "-m",
-            "lightning_modules.cli",
+            "lightning_modules",
             "fit",
             "-c",
             "experiments/shapes/emmdit.yaml",
@@ -91,7 +91,7 @@ def evaluations(folder: Path, every_n_steps: int = 0) -> tuple[str, ...]:
     return tuple(
         f"--trainer.callbacks+={{class_path: lightning_modules.callbacks.{name}, init_args: {{{common}, {own}}}}}"
         for name, own in (
-            ("GenEvalCallback", "detector: {class_path: emmdit.evaluation.ShapesDetector}"),
+            ("GenEvalCallback", "detector: {class_path: emmdit.shapes.ShapesDetector}"),
             ("CLIPScoreCallback", f"clip: {clip}"),
             ("FIDCallback", f"features: {features}, reference: {reference}"),
         )
@@ -166,7 +166,7 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     fit(
         tmp_path / "fsdp",
         *two,
-        "--trainer.strategy={class_path: lightning_modules.strategies.FSDP2Strategy}",
+        "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}",
         ranks=2,
     )
 

@@ -10,8 +10,8 @@ from cleanfid.resize import build_resizer
 from PIL import Image
 from torch import Tensor, nn
 
-from emmdit.evaluation.base import Sample
-from emmdit.evaluation.features import FeatureExtractor
+from emmdit.evaluation.metrics.base import Sample
+from emmdit.evaluation.metrics.features import FeatureExtractor
 
 LINE = {"prompt": "a photo of a red circle"}
 

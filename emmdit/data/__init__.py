@@ -1,7 +1,6 @@
 """Captions and images to samples. No Lightning here."""
 
-from .batch import Batch
-from .mds import MDSDataset
-from .shapes import FIXED_PROMPTS, ShapesDataset, ShapesWorld
+from emmdit.data.batch import Batch
+from emmdit.data.readers.mds import MDSDataset
 
-__all__ = ["FIXED_PROMPTS", "Batch", "MDSDataset", "ShapesDataset", "ShapesWorld"]
+__all__ = ["Batch", "MDSDataset"]

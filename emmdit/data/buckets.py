@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from emmdit.data.images import image_size
-from emmdit.data.sources import fingerprint, value
+from emmdit.data.readers.open import fingerprint, value
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from emmdit.data.arrow import ArrowRows
 from emmdit.data.buckets import Buckets, code, cropped, size
 from emmdit.data.images import BadRow, first_line, open_image
-from emmdit.data.latents import LatentsRows
-from emmdit.data.precompute import Item, Items, Settings
-from emmdit.images import to_uint8
+from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.precompute.precompute import Item, Items, Settings
+from emmdit.files import to_uint8
 
 STEPS = (128, 64, 32, 16, 8)  # of buckets, where the data name none: the first with at least four to a side
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from emmdit.data.precompute import Item
+from emmdit.data.precompute.precompute import Item
 
 
 def as_text(report: dict[str, Any], bar: int = 40, rejects: int = 20) -> str:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from emmdit.encoders.autoencoders import DCAE, SD3VAE, SDXLVAE, AutoencoderKLCodec
-from emmdit.encoders.base import Condition, ImageCodec, TextConditioner, VisionFeatures
+from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
 from emmdit.encoders.clip_vision import CLIPVision
 from emmdit.encoders.loading import MissingModelError
 from emmdit.encoders.standins import STANDINS, standin
@@ -18,7 +18,6 @@ from emmdit.encoders.vision import DINOv2
 
 if TYPE_CHECKING:
     from emmdit.encoders.dct import BlockDCT, DCTCodec
-    from emmdit.encoders.shapes_text import ShapesText
 
 __all__ = [
     "BlockDCT",
@@ -31,10 +30,8 @@ __all__ = [
     "SDXLVAE",
     "STANDINS",
     "AutoencoderKLCodec",
-    "Condition",
     "ImageCodec",
     "MissingModelError",
-    "ShapesText",
     "TextConditioner",
     "TextEncoder",
     "VisionFeatures",
@@ -42,7 +39,7 @@ __all__ = [
 ]
 
 # Their files import diffusers or transformers.
-_LATER = {"BlockDCT": "dct", "DCTCodec": "dct", "ShapesText": "shapes_text"}
+_LATER = {"BlockDCT": "dct", "DCTCodec": "dct"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,11 +17,7 @@ import torch
 from torch import nn
 
 from emmdit.encoders.loading import load_model
-
-Condition = dict[str, torch.Tensor]
-"""Keyword arguments of a denoiser beside latents and time, batch first: `encoder_hidden_states` (B,T,D)
-always; `encoder_attention_mask` (B,T) bool, True = a real token, and `pooled_projections` (B,P) where the
-network takes them."""
+from emmdit.types import Condition
 
 
 class ImageCodec(ABC):

@@ -215,7 +215,7 @@ def coefficient_order(n: int) -> list[int]:
 
 def _measure(count: int = 20_000) -> None:
     """Prints the constants above."""
-    from emmdit.data.shapes import ShapesDataset
+    from emmdit.shapes import ShapesDataset
 
     data = ShapesDataset(seed=1, length=count)
     images = torch.stack([data[i]["image"] for i in range(count)]).double()

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emmdit.encoders.base import Condition, FrozenModel, TextConditioner, frozen
+from emmdit.encoders.base import FrozenModel, TextConditioner, frozen
 from emmdit.encoders.loading import load_tokenizer, read_config
+from emmdit.types import Condition
 
 # model_type -> the class that is its text encoder alone; every other kind goes through AutoModel.
 _TEXT_CLASSES = {

@@ -9,18 +9,17 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "asked_color": ("AskedColor",),
-    "base": ("ImageMetric", "Sample"),
-    "clip": ("CLIP",),
-    "clip_score": ("CLIPScore",),
-    "cmmd": ("CMMD",),
-    "features": ("CLIPFeatures", "CleanInception", "FeatureExtractor"),
-    "fid": ("FID", "frechet_distance"),
-    "geneval": ("CLIPColors", "GenEval", "Mask2Former", "ShapesDetector"),
-    "images": ("ImageSet",),
-    "kid": ("KID",),
-    "prompts": ("GenEvalPrompts", "HubPrompts", "PromptFile", "PromptSet", "ShapesPrompts"),
-    "run": ("measure", "prepare"),
+    "metrics.base": ("ImageMetric", "Sample"),
+    "metrics.clip": ("CLIP",),
+    "metrics.clip_score": ("CLIPScore",),
+    "metrics.cmmd": ("CMMD",),
+    "metrics.features": ("CLIPFeatures", "CleanInception", "FeatureExtractor"),
+    "metrics.fid": ("FID", "frechet_distance"),
+    "geneval": ("CLIPColors", "GenEval", "Mask2Former"),
+    "image_set": ("ImageSet",),
+    "metrics.kid": ("KID",),
+    "prompts": ("GenEvalPrompts", "HubPrompts", "PromptFile", "PromptSet"),
+    "measure": ("measure", "prepare"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

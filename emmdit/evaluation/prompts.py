@@ -8,8 +8,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any
 
-from emmdit.data.shapes import ShapesWorld
-from emmdit.evaluation.base import Sample
+from emmdit.evaluation.metrics.base import Sample
 
 
 class PromptSet(ABC):
@@ -84,24 +83,6 @@ class GenEvalPrompts(PromptSet):
         return lines
 
 
-class ShapesPrompts(PromptSet):
-    """Prompts of the shapes world with GenEval metadata: at most `per_task` different ones of each of the six tasks.
-
-    Tasks have 4, 12, 12, 24, 48 and 360 different prompts: 200 of each make 300 in all.
-    """
-
-    name = "shapes"
-
-    def __init__(self, per_task: int = 200, images: int = 4) -> None:
-        super().__init__(images)
-        if per_task < 1:
-            raise ValueError(f"ShapesPrompts needs per_task >= 1, got {per_task}.")
-        self.per_task = per_task
-
-    def load(self) -> list[dict[str, Any]]:
-        return ShapesWorld().prompts(self.per_task)
-
-
 class PromptFile(PromptSet):
     """Prompts from a text file, one a line, or from a .jsonl of GenEval lines."""
 
@@ -142,7 +123,7 @@ class HubPrompts(PromptSet):
         self.name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
 
     def load(self) -> list[dict[str, Any]]:
-        from emmdit.data.sources import open_source
+        from emmdit.data.readers.open import open_source
 
         rows = open_source(self.source, self.split, revision=self.revision)
         if self.column not in rows.column_names:

@@ -6,9 +6,8 @@ timestep on the 0..1000 scale (1000 = noise, 0 = data), the number every diffuse
 """
 
 from emmdit.flow.guidance import guided
-from emmdit.flow.losses import MinSNR, TimestepWeight, flow_loss
+from emmdit.flow.loss import MinSNR, TimestepWeight, flow_loss
 from emmdit.flow.paths import EpsilonDDPM, Path, RectifiedFlow
-from emmdit.flow.randomness import generator, step_noise
 from emmdit.flow.samplers import GRIDS, SAMPLERS, dpm_solver, euler, heun, sample, timestep_grid
 from emmdit.flow.timesteps import (
     LogitNormal,
@@ -19,6 +18,7 @@ from emmdit.flow.timesteps import (
     resolution_shift,
     shift_timesteps,
 )
+from emmdit.seeding import generator, step_noise
 
 __all__ = [
     "GRIDS",

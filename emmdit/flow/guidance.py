@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from emmdit.flow.paths import at_least_float32
-
-Condition = dict[str, Tensor]
+from emmdit.types import Condition
 
 
 def guided(

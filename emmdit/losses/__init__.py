@@ -1,8 +1,8 @@
 """Auxiliary losses of the training step, each a component given by configuration, never an `if` in the step."""
 
-from .base import LossComponent, TrainingStep
-from .distillation import FeatureDistillation, OutputDistillation, Teacher, TeacherOutput
-from .repa import REPA
+from emmdit.losses.base import LossComponent, TrainingStep
+from emmdit.losses.distillation import FeatureDistillation, OutputDistillation, Teacher, TeacherOutput
+from emmdit.losses.repa import REPA
 
 __all__ = [
     "FeatureDistillation",

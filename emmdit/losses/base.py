@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from emmdit.encoders import Condition
+from emmdit.types import Condition
 
 if TYPE_CHECKING:
-    from .distillation import TeacherOutput
+    from emmdit.losses.distillation import TeacherOutput
 
 
 @dataclass

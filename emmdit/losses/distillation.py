@@ -10,12 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from emmdit.encoders import Condition
 from emmdit.encoders.base import as_dtype, frozen
 from emmdit.flow import flow_loss
+from emmdit.losses.base import LossComponent, TrainingStep
 from emmdit.networks import attention_layers, attention_outputs
-
-from .base import LossComponent, TrainingStep
+from emmdit.types import Condition
 
 
 @dataclass

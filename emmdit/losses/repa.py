@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emmdit.encoders import VisionFeatures
-
-from .base import LossComponent, TrainingStep
+from emmdit.losses.base import LossComponent, TrainingStep
 
 
 class REPA(LossComponent):

@@ -1,9 +1,7 @@
 """Networks: latents, time and text in, prediction out. They know no loss."""
 
-from .attention_choices import BASELINES, AttentionChoices
-from .capture import attention_outputs
-from .emmdit import EMMDiTOutput, EMMDiTTransformer2DModel
-from .linearize import (
+from emmdit.networks.edit.config import BASELINES, AttentionChoices
+from emmdit.networks.edit.linearize import (
     EDiTTransformer2DModel,
     HybridEMMDiTTransformer2DModel,
     MMEDiTTransformer2DModel,
@@ -12,7 +10,9 @@ from .linearize import (
     parameter_names,
     train_only,
 )
-from .nitro_e import load_nitro_e, save_nitro_e
+from emmdit.networks.emmdit.model import EMMDiTOutput, EMMDiTTransformer2DModel
+from emmdit.networks.emmdit.nitro_e import load_nitro_e, save_nitro_e
+from emmdit.networks.hooks import attention_outputs
 
 __all__ = [
     "BASELINES",

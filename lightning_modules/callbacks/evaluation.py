@@ -12,18 +12,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from emmdit.evaluation.base import ImageMetric
-from emmdit.evaluation.clip import CLIP
-from emmdit.evaluation.clip_score import CLIPScore
-from emmdit.evaluation.features import FeatureExtractor
-from emmdit.evaluation.fid import FID
 from emmdit.evaluation.geneval import GenEval, summary, write_results
 from emmdit.evaluation.geneval.detectors import Detector
-from emmdit.evaluation.images import ImageSet
+from emmdit.evaluation.image_set import ImageSet
+from emmdit.evaluation.measure import gather_rows, labelled, measure, prepare
+from emmdit.evaluation.metrics.base import ImageMetric
+from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.evaluation.metrics.clip_score import CLIPScore
+from emmdit.evaluation.metrics.features import FeatureExtractor
+from emmdit.evaluation.metrics.fid import FID
 from emmdit.evaluation.prompts import PromptSet
-from emmdit.evaluation.run import gather_rows, labelled, measure, prepare
 from lightning_modules.callbacks.throughput import Throughput
-from lightning_modules.counter import counter
+from lightning_modules.commands.counter import counter
 
 
 class EvaluationCallback(Callback, ABC):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from emmdit.images import grid, save_png
+from emmdit.files import grid, save_png
 from lightning_modules.callbacks.throughput import Throughput
 
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .judge import COLORS, Detection, Verdict, judge
-from .prompt_file import read_prompts
-from .prompts import CLASSES, TASKS, generate_prompts, official_prompts, prompts_jsonl, prompts_txt, training_prompts
-from .results import ResultRow, Summary, read_results, summary, write_results
+from emmdit.evaluation.geneval.judge import COLORS, Detection, Verdict, judge
+from emmdit.evaluation.geneval.prompt_file import read_prompts
+from emmdit.evaluation.geneval.prompts import (
+    CLASSES,
+    TASKS,
+    generate_prompts,
+    official_prompts,
+    prompts_jsonl,
+    prompts_txt,
+    training_prompts,
+)
+from emmdit.evaluation.geneval.results import ResultRow, Summary, read_results, summary, write_results
 
 if TYPE_CHECKING:
-    from .colors import CLIPColors
-    from .detectors import Detector, ShapesDetector
-    from .mask2former import Mask2Former
-    from .metric import GenEval
+    from emmdit.evaluation.geneval.colors import CLIPColors
+    from emmdit.evaluation.geneval.detectors import Detector
+    from emmdit.evaluation.geneval.mask2former import Mask2Former
+    from emmdit.evaluation.geneval.metric import GenEval
 
 # Lazily: judging and prompts load neither torchmetrics nor transformers, which take seconds.
 _LAZY = {
@@ -22,7 +30,6 @@ _LAZY = {
     "Detector": ".detectors",
     "GenEval": ".metric",
     "Mask2Former": ".mask2former",
-    "ShapesDetector": ".detectors",
 }
 
 __all__ = [
@@ -35,7 +42,6 @@ __all__ = [
     "GenEval",
     "Mask2Former",
     "ResultRow",
-    "ShapesDetector",
     "Summary",
     "Verdict",
     "generate_prompts",

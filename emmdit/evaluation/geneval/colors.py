@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emmdit.evaluation.clip import CLIP
-
-from .judge import COLORS, Detection
+from emmdit.evaluation.geneval.judge import COLORS, Detection
+from emmdit.evaluation.metrics.clip import CLIP
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = 0x99  # grey #999 in place of all that is not the object

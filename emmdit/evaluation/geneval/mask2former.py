@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from emmdit.encoders.base import FrozenModel, frozen
 from emmdit.encoders.loading import locate
+from emmdit.evaluation.geneval.colors import CLIPColors
+from emmdit.evaluation.geneval.detectors import Detector, check_images
+from emmdit.evaluation.geneval.judge import SCORE_THRESHOLD, Detection
+from emmdit.evaluation.geneval.prompts import CLASSES
 from emmdit.weights import sha256_of
-
-from .colors import CLIPColors
-from .detectors import Detector, check_images
-from .judge import SCORE_THRESHOLD, Detection
-from .prompts import CLASSES
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB in 0..255
 PAD_TO = 32  # pixels; zeros right and below, after normalisation

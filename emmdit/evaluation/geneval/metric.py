@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.base import ImageMetric, Sample
-
-from .detectors import Detector
-from .judge import COUNTING_SCORE_THRESHOLD, MAX_PER_CLASS, POSITION_SLACK, SCORE_THRESHOLD, judge
-from .prompt_file import check_metadata
-from .results import ResultRow, overall_score, result_row, score_tasks
+from emmdit.evaluation.geneval.detectors import Detector
+from emmdit.evaluation.geneval.judge import (
+    COUNTING_SCORE_THRESHOLD,
+    MAX_PER_CLASS,
+    POSITION_SLACK,
+    SCORE_THRESHOLD,
+    judge,
+)
+from emmdit.evaluation.geneval.prompt_file import check_metadata
+from emmdit.evaluation.geneval.results import ResultRow, overall_score, result_row, score_tasks
+from emmdit.evaluation.metrics.base import ImageMetric, Sample
 
 _MISSING, _WRONG, _CORRECT = 0, 1, 2
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .prompts import RELATIONS, Line
+from emmdit.evaluation.geneval.prompts import RELATIONS, Line
 
 
 def read_prompts(path: str | Path) -> list[Line]:

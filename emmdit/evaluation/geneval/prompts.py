@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .judge import COLORS
+from emmdit.evaluation.geneval.judge import COLORS
 
 Line = dict[str, Any]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from .judge import Detection, Verdict, confident
-from .prompts import TASKS
+from emmdit.evaluation.geneval.judge import Detection, Verdict, confident
+from emmdit.evaluation.geneval.prompts import TASKS
 
 
 class ResultRow(TypedDict):

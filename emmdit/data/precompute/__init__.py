@@ -1,0 +1,1 @@
+"""Resumable data jobs: precomputed latents and generated datasets."""

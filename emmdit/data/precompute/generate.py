@@ -1,0 +1,172 @@
+"""Prompts to pictures on disk: webdataset tars or parquet files, resumable, each picture a function of its own seed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from emmdit.data.images import BadRow, first_line
+from emmdit.data.precompute.job import ShardedJob
+from emmdit.data.readers.open import fingerprint, open_source, select_columns, value
+from emmdit.files import to_uint8
+
+KIND = "emmdit generated"
+FORMATS = {"tar": ".tar", "parquet": ".parquet"}
+Draw = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
+
+
+class Prompts:
+    """Lines of a text file, or the caption column of any source.
+
+    Args:
+        source: text file, or what `open_source` takes.
+        column: of a source that is no text file; `json.prompt` reads inside `json`.
+        first, count: a part of them; count None takes all that follow.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        column: str = "prompt",
+        split: str = "train",
+        data_files: str | list[str] | None = None,
+        revision: str | None = None,
+        first: int = 0,
+        count: int | None = None,
+    ) -> None:
+        path = Path(source).expanduser()
+        self.column = None if path.is_file() and path.suffix == ".txt" else column
+        if self.column is None:
+            self.rows: Any = path.read_text(encoding="utf-8").splitlines()
+            digest = hashlib.sha256("\n".join(self.rows).encode()).hexdigest()[:16]
+        else:
+            self.rows = select_columns(open_source(source, split, data_files, revision), {"prompt": column}, source)
+            digest = fingerprint(self.rows)
+        last = len(self.rows) if count is None else min(first + count, len(self.rows))
+        if first < 0 or first >= last:
+            raise ValueError(f"'{source}' has {len(self.rows)} prompts: there are none from number {first} on.")
+        self.range = range(first, last)
+        self.about = {"source": source, "column": self.column, "split": split, "data_files": data_files}
+        self.about |= {"revision": revision, "fingerprint": digest, "first": first, "count": len(self.range)}
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __getitem__(self, index: int) -> str:
+        """BadRow where there is no text."""
+        number = self.range[index]
+        found = self.rows[number] if self.column is None else value(self.rows[number], self.column)
+        if found is not None and not isinstance(found, str):
+            raise BadRow(f"a text was expected, not {found!r:.40}")
+        if not found or not found.strip():
+            raise BadRow("there is no prompt", "empty caption")
+        return found.strip()
+
+
+def generate(
+    prompts: Prompts,
+    draw: Draw,
+    out: str | Path,
+    made_with: dict[str, Any],
+    seed: int = 0,
+    batch_size: int = 8,
+    quality: int = 95,
+    rows_per_shard: int = 1000,
+    kind: str = "tar",
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Do this rank's part of what is not done yet; gives the manifest once every rank's part is done.
+
+    A tar holds for each prompt `KEY.jpg`, `KEY.txt` and `KEY.json` ({"prompt", "seed", "row"}), a parquet file the
+    columns image, caption, key, seed and row; KEY is the prompt's number. Prompt n is drawn with the seed `seed` + n.
+
+    Args:
+        made_with: pipeline, weights and sampling settings, fit for JSON: a folder begun with others is refused.
+        quality: of the JPEGs.
+        rows_per_shard: prompts in one file; a kill costs each rank at most one file.
+        kind: "tar" or "parquet".
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"The format is {' or '.join(FORMATS)}, not '{kind}'.")
+    if batch_size < 1 or not 1 <= quality <= 100:
+        raise ValueError("batch_size must be at least 1, and quality from 1 to 100.")
+    about = {"kind": KIND, "version": 1, "prompts": prompts.about, "made_with": made_with}
+    about |= {"seed": seed, "quality": quality, "batch_size": batch_size, "format": kind}
+    with ShardedJob(out, about, len(prompts), rows_per_shard, FORMATS[kind], rank, world) as job:
+        units = job.pending()
+        total, done = sum(len(job.rows(unit)) for unit in units), 0
+        for unit in units:
+            good: list[tuple[int, str]] = []
+            rejects: list[dict[str, Any]] = []
+            for row in job.rows(unit):
+                try:
+                    good.append((row, prompts[row]))
+                except BadRow as error:
+                    rejects.append(_reject(row, error.reason, first_line(error)))
+            done += len(rejects)
+            made: list[dict[str, Any]] = []
+            for first in range(0, len(good), batch_size):
+                chunk = good[first : first + batch_size]
+                with torch.no_grad():
+                    images = draw([prompt for _, prompt in chunk], [seed + row for row, _ in chunk])
+                finite = images.isfinite().flatten(1).all(1).tolist()
+                pixels = to_uint8(images.nan_to_num())
+                for (row, prompt), picture, fine in zip(chunk, pixels, finite, strict=True):
+                    if not fine or picture.min() == picture.max():  # overflow in float16, or a safety checker
+                        rejects.append(_reject(row, "blank picture", prompt[:80]))
+                    else:
+                        made.append(_record(row, prompt, seed + row, picture, quality))
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+            write = _write_tar if kind == "tar" else _write_parquet
+            job.commit(unit, lambda path, made=made, write=write: write(path, made), len(made), rejects)
+        return job.manifest(about)
+
+
+def _reject(row: int, reason: str, detail: str) -> dict[str, Any]:
+    return {"row": row, "key": f"{row:09d}", "reason": reason, "detail": detail}
+
+
+def _record(row: int, prompt: str, seed: int, picture: np.ndarray, quality: int) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    image = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": image, "caption": prompt, "key": f"{row:09d}", "seed": seed, "row": row}
+
+
+def _write_tar(path: Path, records: list[dict[str, Any]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for record in records:
+            about = {"prompt": record["caption"], "seed": record["seed"], "row": record["row"]}
+            for suffix, data in (
+                ("jpg", record["image"]["bytes"]),
+                ("txt", record["caption"].encode()),
+                ("json", json.dumps(about, ensure_ascii=False).encode()),
+            ):
+                member = tarfile.TarInfo(f"{record['key']}.{suffix}")  # no time, no owner: the same file every time
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = {"caption": "string", "key": "string", "seed": "int64", "row": "int64"}
+    features = {"image": datasets.Image(), **{name: datasets.Value(kind) for name, kind in names.items()}}
+    table = pa.Table.from_pylist(records, schema=datasets.Features(features).arrow_schema)
+    pq.write_table(table, path, row_group_size=100)  # pictures: small groups, or a reader holds gigabytes

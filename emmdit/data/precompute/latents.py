@@ -1,0 +1,156 @@
+"""A folder made by `emmdit precompute` as training samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from emmdit.data.arrow import ArrowRows
+from emmdit.data.buckets import code
+from emmdit.data.captions import candidates
+from emmdit.data.images import first_line, load_image
+from emmdit.data.precompute.manifest import read_manifest
+
+
+class LatentsRows(Dataset):
+    """Samples with `caption`, `sample_id`, `latents` (C, h, w) float32, and `features` (N, D), `image` or `condition`
+    (the tensors of the text condition by their names) where kept.
+
+    `sample_id` is the index here; `manifest["source"]` and the column of the same name on disk lead back to the source.
+
+    Args:
+        folder: made by `emmdit precompute`.
+        first, last: these rows of it.
+        images: read the kept pictures, too.
+        text: read the kept text conditions, too.
+        captions: where a picture has several captions, give them all as `captions`, (text, weight) pairs for the loader
+            to choose from; else the first alone.
+        caption_weights: of the first, second, ... caption of a row; None: equal ones.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is unfinished, or a file is missing or truncated.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        first: int = 0,
+        last: int | None = None,
+        images: bool = True,
+        text: bool = False,
+        captions: bool = False,
+        caption_weights: list[float] | None = None,
+    ) -> None:
+        import datasets
+
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder)
+        if not self.manifest["shards"]:
+            raise ValueError(f"'{folder}' has no samples: all rows were rejected, see its rejects.jsonl.")
+        rows = datasets.load_from_disk(str(self.folder))
+        names = [name for name in ("caption", "latents", "features") if name in rows.column_names]
+        names += ["width", "height"] if self.manifest.get("buckets") else []
+        names += ["captions"] if captions and "captions" in rows.column_names else []
+        names += [name for name in rows.column_names if text and name.startswith("text.")]
+        self.table, self.caption_weights = rows, caption_weights
+        if images and "image" in rows.column_names:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+            names.append("image")
+        self.rows = rows.select_columns(names)
+        self.first, self.last = first, len(self.rows) if last is None else last
+        self._arrow: ArrowRows | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrow": None}
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def buckets(self) -> np.ndarray | int:
+        """Size of each sample, or of all, as `emmdit.data.buckets.code`."""
+        if not self.manifest.get("buckets"):
+            return code(self.manifest["resolution"], self.manifest["resolution"])
+        sizes = self._sizes("height", "width")
+        return sizes[:, 0] << 16 | sizes[:, 1]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) height and width of the pictures before resize and crop."""
+        return self._sizes("original_height", "original_width")
+
+    def _sizes(self, *names: str) -> np.ndarray:
+        columns = [self.table.data.column(name).to_numpy()[self.first : self.last] for name in names]
+        return np.stack(columns, axis=1).astype(np.int32)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Reads and decodes a batch at once: a call for each row costs more than its bytes."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
+        numbers = [self.first + int(index) for index in indices]
+        if self._arrow is None:  # in each process anew
+            self._arrow = ArrowRows(self.rows.data, self.rows.column_names)
+        stored = self._arrow.take(numbers)
+        codec, columns = self.manifest["codec"], self.manifest["columns"]
+        sizes = [(self.manifest["resolution"],) * 2] * len(numbers)
+        if "height" in stored:
+            sizes = list(zip(stored["height"], stored["width"], strict=True))
+        grids = [(codec["latent_channels"], h // codec["downsample"], w // codec["downsample"]) for h, w in sizes]
+        samples: list[dict[str, Any]] = [
+            {"sample_id": index, "caption": caption, "latents": latents}
+            for index, caption, latents in zip(
+                indices, stored["caption"], self._tensors("latents", stored, grids, numbers, torch.float32), strict=True
+            )
+        ]
+        for sample, captions in zip(samples, stored.get("captions", ()), strict=False):
+            if pairs := candidates(captions, self.caption_weights):
+                sample |= {"caption": pairs[0][0], "captions": pairs}
+        if "features" in stored:  # their number goes with the size of the picture
+            shapes = [(-1, columns["features"]["shape"][-1])] * len(numbers)
+            found = self._tensors("features", stored, shapes, numbers, torch.float32)
+            for sample, features in zip(samples, found, strict=True):
+                sample["features"] = features
+        for name in stored:
+            if name.startswith("text."):
+                found = self._tensors(name, stored, [tuple(columns[name]["shape"])] * len(numbers), numbers)
+                for sample, tensor in zip(samples, found, strict=True):
+                    sample.setdefault("condition", {})[name.removeprefix("text.")] = tensor
+        if "image" in stored:
+            for sample, image, size, number in zip(samples, stored["image"], sizes, numbers, strict=True):
+                try:
+                    sample["image"] = load_image(image, size)
+                except ValueError as error:
+                    raise ValueError(self._unreadable(number, first_line(error))) from error
+        return samples
+
+    def _tensors(
+        self,
+        name: str,
+        stored: dict[str, list[Any]],
+        shapes: list[tuple[int, ...]],
+        numbers: list[int],
+        dtype: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
+        """One column's tensors, decoded (and brought to `dtype`) together."""
+        kept = getattr(torch, self.manifest["columns"][name]["dtype"])
+        for data, shape, number in zip(stored[name], shapes, numbers, strict=True):
+            unit = kept.itemsize * abs(math.prod(shape))
+            if data is None or not len(data) or (len(data) % unit if -1 in shape else len(data) != unit):
+                held = 0 if data is None else len(data)
+                raise ValueError(self._unreadable(number, f"its {name} of {held:,} bytes are not of shape {shape}"))
+        lengths = [len(data) // kept.itemsize for data in stored[name]]
+        values = torch.frombuffer(bytearray().join(stored[name]), dtype=kept).to(dtype or kept)
+        if len(set(shapes)) == len(set(lengths)) == 1:
+            return list(values.view(len(shapes), *shapes[0]).unbind())
+        return [part.view(shape) for part, shape in zip(values.split(lengths), shapes, strict=True)]
+
+    def _unreadable(self, number: int, why: str) -> str:
+        return f"Row {number} of '{self.folder}' can not be read ({why})."

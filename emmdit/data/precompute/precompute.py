@@ -1,0 +1,338 @@
+"""A source of captioned images to latents on disk, once, so that training need not encode the same images every epoch.
+
+The result is a folder that `datasets.load_from_disk` opens: Arrow files, `manifest.json`
+and `rejects.jsonl`, one line for each row that was left out. Columns:
+
+- `sample_id` int64: the row's number in the source; `key`: its place there, as far as the source has names
+- `caption` str: the first that is not empty; `captions` list of str: all, where there are several, else []
+- `latents` binary: the bytes of an array (C, height / d, width / d) in the type the manifest gives, scaled as
+  `codec.encode` gives them
+- `width`, `height` int32: of the encoded image in pixels; `original_width`, `original_height`: before resize and crop
+- `image` (asked for): the encoded image as JPEG, for a REPA that computes its features during training
+- `features` (asked for): binary, (tokens, feature_dim) float16
+- `text.NAME` (asked for): binary, the text condition's tensors
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from emmdit.data.buckets import Buckets
+from emmdit.data.buckets import size as size_of
+from emmdit.data.images import MAX_PIXELS, BadRow, first_line, fit, open_image, to_tensor
+from emmdit.data.precompute.job import ShardedJob, replace
+from emmdit.data.precompute.manifest import KIND, VERSION, describe
+from emmdit.data.readers.open import fingerprint, origin, select_columns, value
+from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures, as_dtype
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides about the result beside source and encoders.
+
+    Args:
+        resolution: short side after the resize, both sides after the crop. In pixels.
+        buckets: bring images to the nearest of several sizes of about resolution x resolution pixels instead.
+        image_column: of the source.
+        caption_columns: of the source; each holds a text or a list of texts.
+        dtype: latents are stored in.
+        min_side: images with a shorter side are left out; None: whatever would have to be enlarged.
+        max_pixels: images with more are not decoded.
+        keep_images: quality of a JPEG of the encoded image; None keeps none.
+        batch_size: images in a call of the codec. A part of the plan, because it may change the last bits of a latent.
+        seed: of codecs that draw their latents.
+        rows_per_shard: rows of the source in one file.
+    """
+
+    resolution: int
+    image_column: str = "image"
+    caption_columns: tuple[str, ...] = ("caption",)
+    dtype: str = "float16"
+    min_side: int | None = None
+    max_pixels: int = MAX_PIXELS
+    keep_images: int | None = None
+    batch_size: int = 32
+    seed: int = 0
+    rows_per_shard: int = 10_000
+    buckets: Buckets | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "batch_size", "max_pixels", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.caption_columns:
+            raise ValueError("caption_columns must name at least one column.")
+        if self.keep_images is not None and not 1 <= self.keep_images <= 100:
+            raise ValueError(f"keep_images is a JPEG quality from 1 to 100, not {self.keep_images}.")
+        as_dtype(self.dtype)
+        self.size_for((1, 1))  # raises where the buckets do not fit the resolution
+
+    def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that an image of this height and width is brought to."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        return size_of(int(self.buckets.assign(np.array([size]), self.resolution)[0]))
+
+
+@dataclass
+class Item:
+    """A row that is ready for the codec, or (`reason` set) one that is not."""
+
+    row: int
+    key: str
+    reason: str = ""
+    detail: str = ""
+    captions: list[str] = field(default_factory=list)
+    pixels: np.ndarray | None = None
+    original: tuple[int, int] = (0, 0)
+
+    def reject(self) -> dict[str, Any]:
+        return {"row": self.row, "key": self.key, "reason": self.reason, "detail": self.detail}
+
+
+class Items(Dataset):
+    """Reads, judges and decodes rows, in loader processes; `rows` as `open_source` and `select_columns` give them."""
+
+    def __init__(self, rows: Any, settings: Settings) -> None:
+        self.rows, self.settings = rows, settings
+
+    def __getitem__(self, number: int) -> Item:
+        item = Item(number, "")
+        try:
+            item.key = origin(self.rows, number)
+            self._fill(item)
+        except BadRow as error:
+            item.reason, item.detail, item.pixels = error.reason, first_line(error), None
+        except Exception as error:
+            item.reason, item.detail, item.pixels = "corrupt", first_line(error), None
+        return item
+
+    def _fill(self, item: Item) -> None:
+        settings = self.settings
+        row = self.rows[item.row]
+        for column in settings.caption_columns:
+            found = value(row, column)
+            for text in found if isinstance(found, (list, tuple)) else [found]:
+                if text is not None and not isinstance(text, str):
+                    raise BadRow(f"in '{column}' a text was expected, not {text!r:.40}", "corrupt")
+                item.captions.append((text or "").strip())
+        if not any(item.captions):
+            raise BadRow(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
+        image = open_image(value(row, settings.image_column), settings.max_pixels)
+        item.original = image.size
+        height, width = settings.size_for((image.height, image.width))
+        needed = (width, height) if settings.min_side is None else (settings.min_side, settings.min_side)
+        if image.width < needed[0] or image.height < needed[1]:
+            short = f"the short side must have {needed[0]}" if needed[0] == needed[1] else f"it must have {needed}"
+            raise BadRow(f"{image.width} x {image.height} pixels, {short}", "too small")
+        item.pixels = fit(image, height, width)
+
+
+def precompute(
+    rows: Any,
+    source: dict[str, Any],
+    codec: ImageCodec,
+    out: str | Path,
+    settings: Settings,
+    text: TextConditioner | None = None,
+    vision: VisionFeatures | None = None,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Do this rank's part of what is not done yet; gives the manifest once every rank's part is done.
+
+    Args:
+        rows: what `open_source` gives.
+        source: what the manifest says of it: `source`, `licence`, `card`, ...
+        out: folder of the result. Called again with the same arguments (another number of ranks is fine), it goes on.
+        num_workers: processes that read and decode.
+        progress: called with rows done and rows to do of this rank.
+
+    Raises:
+        ValueError: settings that contradict each other or the folder, in one sentence, before anything is written.
+    """
+    if settings.resolution % codec.downsample:
+        raise ValueError(
+            f"Images of resolution {settings.resolution} do not fit {type(codec).__name__}, whose sides divide by "
+            f"{codec.downsample}: change the resolution."
+        )
+    columns = {"image": settings.image_column}
+    columns |= {f"caption {i}" if i else "caption": name for i, name in enumerate(settings.caption_columns)}
+    rows = select_columns(rows, columns, str(source.get("source", "the source")))
+    encoders = {"codec": codec, "text": text, "vision": vision}
+    encoders = {name: encoder.to(device) for name, encoder in encoders.items() if encoder is not None}
+    about = {
+        "kind": KIND,
+        "version": VERSION,
+        "source": {**source, "fingerprint": fingerprint(rows), "rows": len(rows)},
+        **{name: describe(encoder) for name, encoder in encoders.items()},
+        **{key: found for key, found in asdict(settings).items() if key != "rows_per_shard"},
+        "scaling": "as codec.encode gives them: (raw - shift_factor) * scaling_factor",
+    }
+    with ShardedJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
+        _work(job, Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
+        return finish(job, about)
+
+
+def _batches(job: ShardedJob, units: list[int], size: int) -> Iterator[tuple[int, bool, list[int]]]:
+    """(unit, whether it ends here, rows): batches never span units, so they are the same for any number of ranks."""
+    for unit in units:
+        rows = job.rows(unit)
+        for first in range(0, len(rows), size):
+            yield unit, first + size >= len(rows), list(rows[first : first + size])
+
+
+class _Order:
+    def __init__(self, job: ShardedJob, units: list[int], size: int) -> None:
+        self.arguments = (job, units, size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows for *_, rows in _batches(*self.arguments))
+
+
+def _work(
+    job: ShardedJob,
+    items: Items,
+    settings: Settings,
+    encoders: dict[str, Any],
+    device: torch.device,
+    num_workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    units = job.pending()
+    order = (job, units, settings.batch_size)
+    loader = DataLoader(items, batch_sampler=_Order(*order), num_workers=num_workers, collate_fn=list)
+    total, done = sum(len(job.rows(unit)) for unit in units), 0
+    kept: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    tensors: dict[str, Any] = {}
+    for (unit, last, numbers), batch in zip(_batches(*order), loader, strict=True):
+        good = [item for item in batch if not item.reason]
+        for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
+            alike = [item for item in good if item.pixels.shape == shape]
+            tensors |= _encode(alike, settings, encoders, device, kept, numbers[0])
+        rejects += [item.reject() for item in batch if item.reason]
+        done += len(batch)
+        if last:
+            made = sorted(kept, key=lambda record: record["sample_id"])
+            job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
+            kept, rejects = [], []
+        if progress is not None:
+            progress(done, total)
+
+
+def _encode(
+    items: list[Item],
+    settings: Settings,
+    encoders: dict[str, Any],
+    device: torch.device,
+    kept: list[dict[str, Any]],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Append a record for each item to `kept`; items whose latents are not finite get a reason instead.
+
+    Gives {column: {"dtype", "shape"}} of the columns that hold tensors.
+    """
+    images = to_tensor(torch.from_numpy(np.stack([item.pixels for item in items])).to(device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed * 1_000_003 + seed)  # for a codec that draws: a function of the rows
+        latents = encoders["codec"].encode(images).to(as_dtype(settings.dtype))
+    columns = {"latents": latents}
+    if "vision" in encoders:
+        columns["features"] = encoders["vision"](images).to(torch.float16)
+    captions = [next(text for text in item.captions if text) for item in items]
+    if "text" in encoders:
+        columns |= {f"text.{name}": tensor for name, tensor in encoders["text"](captions).items()}
+    finite = latents.isfinite().flatten(1).all(1).tolist()
+    columns = {name: tensor.cpu().contiguous() for name, tensor in columns.items()}
+    for i, (item, caption) in enumerate(zip(items, captions, strict=True)):
+        if not finite[i]:
+            item.reason, item.detail = "non-finite latents", f"in {settings.dtype}"
+            continue
+        height, width = item.pixels.shape[:2]
+        record = {
+            "sample_id": item.row,
+            "key": item.key,
+            "caption": caption,
+            "captions": item.captions if len(item.captions) > 1 else [],
+            "width": width,
+            "height": height,
+            "original_width": item.original[0],
+            "original_height": item.original[1],
+        }
+        if settings.keep_images is not None:
+            buffer = io.BytesIO()
+            Image.fromarray(item.pixels).save(buffer, "JPEG", quality=settings.keep_images)
+            record["image"] = {"bytes": buffer.getvalue(), "path": None}
+        record |= {name: tensor[i].reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in columns.items()}
+        kept.append(record)
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
+        for name, tensor in columns.items()
+    }
+
+
+def write_arrow(path: Path, records: list[dict[str, Any]], batch_bytes: int = 32 << 20) -> None:
+    """An Arrow stream file as `datasets` keeps it, in record batches that a reader can map one by one."""
+    import pyarrow as pa
+
+    schema = features_of(records[0]).arrow_schema
+    size = sum(len(v) for v in records[0].values() if isinstance(v, (bytes, str))) + 64
+    step = max(1, min(1000, batch_bytes // size))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for first in range(0, len(records), step):
+            chunk = records[first : first + step]
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+
+def features_of(record: dict[str, Any]) -> Any:
+    """The columns' types in `datasets`' words."""
+    import datasets
+
+    kinds = {int: "int64", str: "string", bytes: "binary"}
+    features: dict[str, Any] = {}
+    for name, found in record.items():
+        if name == "image":
+            features[name] = datasets.Image()
+        elif isinstance(found, list):
+            features[name] = datasets.List(datasets.Value("string"))
+        else:
+            kind = "int32" if name.endswith(("width", "height")) else kinds[type(found)]
+            features[name] = datasets.Value(kind)
+    return datasets.Features(features)
+
+
+def finish(job: ShardedJob, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
+    import datasets
+    import pyarrow as pa
+
+    records = job.records()
+    if records is None:
+        return None
+    shards = [record for record in records if record["file"]]
+    tensors = shards[0]["tensors"] if shards else {}
+    manifest = job.manifest({**about, "columns": tensors})
+    if shards:
+        with pa.memory_map(str(job.folder / shards[0]["file"])) as source:
+            schema = pa.ipc.open_stream(source).schema
+        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
+        info.write_to_directory(str(job.folder))
+        state = {name: None for name in ("_format_columns", "_format_type", "_split")}
+        state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
+        state["_data_files"] = [{"filename": shard["file"]} for shard in shards]
+        replace(job.folder / "state.json", json.dumps(state, indent=1) + "\n")
+    return manifest

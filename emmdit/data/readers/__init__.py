@@ -1,0 +1,1 @@
+"""Storage formats: one reader a file."""

@@ -1,0 +1,1 @@
+"""Image metrics: FID, KID, CMMD, CLIP score."""

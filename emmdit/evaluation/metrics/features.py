@@ -1,0 +1,188 @@
+"""Images to the feature vectors whose distributions FID, KID and CMMD compare."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emmdit.encoders.base import frozen
+from emmdit.encoders.loading import MissingModelError
+from emmdit.evaluation.metrics.clip import CLIP
+
+INCEPTION = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
+CLEAN_FID_FOLDER = Path("/tmp")  # hard-coded in clean-fid
+RESIZE_THREADS = 8  # Pillow lets go of the interpreter's lock while it resizes
+
+
+class FeatureExtractor(ABC):
+    """A plain object that holds its network, which is loaded by `prepare` and not before.
+
+    `name` goes into the metric's ("clean", "clip_vitl14"), `dim` is the length of the vectors, `resize` says in words
+    what happens to the pixels.
+    """
+
+    name: str
+    dim: int
+    resize: str
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:  # noqa: B027
+        """Load, check and move the network. MissingModelError where it can not be had."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, dim)."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree between two sets of features that are compared."""
+        return {"name": self.name, "dim": self.dim, "resize": self.resize}
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides about the features, fit for JSON."""
+        return self.identity()
+
+    def extract(self, images: Tensor) -> Tensor:
+        """`self(images)` with both ends checked: ValueError for images or features that would spoil a sum silently."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"Features are made of uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: bring "
+                f"others to 0..255 first."
+            )
+        vectors = self(images)
+        if vectors.shape != (len(images), self.dim):
+            raise ValueError(
+                f"The features of '{self.name}' are {tuple(vectors.shape)} for {len(images)} images, not "
+                f"({len(images)}, {self.dim}): its dim or its network is wrong."
+            )
+        if not vectors.isfinite().all():
+            raise ValueError(f"The features of '{self.name}' are not finite: run its network in float32.")
+        return vectors
+
+
+class CleanInception(FeatureExtractor):
+    """clean-fid's mode "clean" by clean-fid's own code: its resize on the CPU, then its Inception, 2048 features.
+
+    The network is a TorchScript file, and loading one runs the code inside it. It is accepted for this file alone,
+    because a number made with any other Inception can not be compared with published ones. It is never downloaded
+    here. Its sha256 is in `settings` and in references, and a reference made with another file is refused.
+
+    Args:
+        weights: the file, or the folder it lies in; else the environment's EMMDIT_INCEPTION, else where clean-fid
+            keeps it.
+    """
+
+    name = "clean"
+    dim = 2048
+    resize = "clean-fid 'clean': Pillow, bicubic with antialias on float channels to 299x299, clipped, not rounded"
+
+    def __init__(self, weights: str | None = None) -> None:
+        self.weights = weights
+        self.device = torch.device("cpu")
+        self._network: nn.Module | None = None
+        self._resizer: Any = None
+        self._sha256 = ""
+
+    def file(self) -> Path:
+        """The weights on this machine. Raises MissingModelError."""
+        path = Path(self.weights or os.environ.get("EMMDIT_INCEPTION") or CLEAN_FID_FOLDER).expanduser()
+        path = path / INCEPTION if path.is_dir() else path
+        if not path.is_file():
+            raise MissingModelError(
+                f"FID's Inception weights '{path}' are missing: get them by `curl -Lo {path} {INCEPTION_URL}`, or "
+                f"name a copy as `weights` or in EMMDIT_INCEPTION."
+            )
+        return path
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        if self._network is None:
+            from cleanfid.inception_torchscript import InceptionV3W
+            from cleanfid.resize import build_resizer
+
+            file = self.file()
+            with file.open("rb") as stream:
+                self._sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            try:
+                # clean-fid takes a folder and expects this name. It reads by torch.jit.load, which is deprecated.
+                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)
+                    (Path(folder) / INCEPTION).symlink_to(file.resolve())
+                    network = InceptionV3W(folder, download=False).eval().requires_grad_(False).to(self.device)
+                with frozen(self.device):
+                    network(torch.zeros(1, 3, 299, 299, device=self.device))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, AttributeError, ValueError) as error:
+                raise MissingModelError(
+                    f"'{file}' is damaged or is not clean-fid's Inception: download it again from {INCEPTION_URL}."
+                ) from error
+            self._network, self._resizer = network, build_resizer("clean")
+        self._network.to(self.device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._network is None:
+            self.prepare(self.device)
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        with ThreadPoolExecutor(RESIZE_THREADS) as pool:
+            resized = [torch.from_numpy(array) for array in pool.map(self._resizer, arrays)]
+        pixels = torch.stack(resized).permute(0, 3, 1, 2).contiguous().to(self.device)
+        with frozen(self.device):
+            return self._network(pixels).float()
+
+    def identity(self) -> dict[str, Any]:
+        if not self._sha256:
+            self.prepare(self.device)
+        return super().identity() | {"sha256": self._sha256}
+
+    def settings(self) -> dict[str, Any]:
+        versions = {name: version(name) for name in ("clean-fid", "pillow", "torch")}
+        return self.identity() | {"weights": INCEPTION, "versions": versions}
+
+
+class CLIPFeatures(FeatureExtractor):
+    """Projected image embeddings of a CLIP, not normalised, as CLIP-FID takes them (arXiv 2203.06026, clean-fid).
+
+    With "openai/clip-vit-base-patch32" model and preprocessing are those of clean-fid's `clip_vit_b_32`.
+    """
+
+    def __init__(self, clip: CLIP) -> None:
+        self.clip = clip
+
+    @property
+    def name(self) -> str:
+        return f"clip_{self.clip.name}"
+
+    @property
+    def dim(self) -> int:
+        return self.clip.dim
+
+    @property
+    def resize(self) -> str:
+        pixels = self.clip.settings()["preprocessing"]
+        crop = f", centre crop {pixels['crop']}" if pixels["crop"] else ""
+        return f"{pixels['resize']}, {pixels['resample']} to {pixels['size']}{crop}"
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        self.clip.prepare(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = self.clip.preprocess(images).to(self.clip.dtype)
+        with frozen(self.clip.device):
+            return self.clip.model.get_image_features(pixel_values=pixels).pooler_output.float()
+
+    def identity(self) -> dict[str, Any]:
+        settings = self.clip.settings()
+        return super().identity() | {key: settings[key] for key in ("sha256", "revision") if settings.get(key)}
+
+    def settings(self) -> dict[str, Any]:
+        return self.identity() | {"clip": self.clip.settings()}

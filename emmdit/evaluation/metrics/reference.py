@@ -1,0 +1,167 @@
+"""Reference statistics in clean-fid's npz format, and what all metrics that compare with one have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_cat
+
+from emmdit.evaluation.metrics.base import ImageMetric, Sample
+from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
+
+MADE_WITH = "made_with"  # an array beside clean-fid's, which clean-fid does not look at: JSON
+
+
+def write_reference(path: Path, arrays: dict[str, np.ndarray], made_with: dict[str, Any]) -> None:
+    """`mu` and `sigma` for FID, `feats` for KID and CMMD, which clean-fid looks for in a file NAME_kid.npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        np.savez_compressed(file, **arrays, **{MADE_WITH: np.array(json.dumps(made_with))})
+    os.replace(part, path)
+
+
+def read_reference(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The named arrays, and what they were made with ({} in a file of clean-fid's own).
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no reference statistics '{path}': make them with `emmdit reference-stats`.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in (*names, MADE_WITH) if name in file.files}
+        made_with = json.loads(str(found.pop(MADE_WITH, "{}")))
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"'{path}' is no npz file of reference statistics: make one with `emmdit reference-stats`."
+        ) from error
+    if len(found) < len(names):
+        held, wanted = ("NAME_kid.npz", " with --feats") if "feats" in names else ("NAME.npz", "")
+        raise ValueError(
+            f"'{path}' lacks {' and '.join(names)}: name the file {held} that `emmdit reference-stats` writes{wanted}."
+        )
+    return found, made_with
+
+
+class ReferenceMetric(ImageMetric):
+    """Compares features of the images with a file of reference statistics.
+
+    Args:
+        features: makes the features; the reference must be made with the same.
+        reference: npz file of `emmdit reference-stats`, or of clean-fid.
+    """
+
+    counted = True
+    family: ClassVar[str]
+    arrays: ClassVar[tuple[str, ...]]  # of the reference file
+
+    def __init__(self, features: FeatureExtractor, reference: str) -> None:
+        super().__init__()
+        self.features, self.reference = features, reference
+        self._reference: dict[str, np.ndarray] | None = None
+        self._made_with: dict[str, Any] = {}
+
+    @property
+    def kind(self) -> str:
+        # Numbers on CLIP's features and on Inception's share a formula and nothing else.
+        return self.family + ("_clip" if isinstance(self.features, CLIPFeatures) else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}_{self.features.name}"
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        """Read the reference, load the extractor, compare the two. FileNotFoundError, ValueError, MissingModelError."""
+        arrays, self._made_with = read_reference(self.reference, self.arrays)
+        self.features.prepare(device)
+        self._compare(arrays)
+        if self._reference is None:
+            self._states()
+        self._reference = arrays
+        self.to(device)
+        self.reset()
+
+    def _states(self) -> None:
+        """`add_state`, once the dimension is known."""
+        raise NotImplementedError
+
+    def _compare(self, arrays: dict[str, np.ndarray]) -> None:
+        again = "make it again with `emmdit reference-stats`, or name another"
+        dim = self.features.dim
+        for name, array in arrays.items():
+            shape = {"mu": (dim,), "sigma": (dim, dim)}.get(name, (len(array) if array.ndim else 0, dim))
+            if array.shape != shape:
+                raise ValueError(
+                    f"The reference '{self.reference}' has {name} of shape {array.shape}, and '{self.features.name}' "
+                    f"makes features of dimension {dim}: {again}."
+                )
+            if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+                raise ValueError(f"The reference '{self.reference}' holds {name} that is not finite: {again}.")
+        if len(arrays.get("feats", "two")) < 2:
+            raise ValueError(f"The reference '{self.reference}' is of fewer than 2 images: {again}.")
+        theirs, ours = self._made_with.get("features", {}), json.loads(json.dumps(self.features.identity()))
+        for key in theirs.keys() & ours.keys():  # a model of the hub has a revision, one in a folder a sha256
+            if theirs[key] != ours[key]:
+                what = {"name": "features", "resize": "a resize", "sha256": "weights"}.get(key, f"a {key}")
+                raise ValueError(
+                    f"The reference '{self.reference}' was made with {what} '{theirs[key]}', the images would be with "
+                    f"'{ours[key]}': {again}."
+                )
+
+    def update(self, images: Tensor, samples: list[Sample]) -> None:
+        if self._reference is None:
+            raise RuntimeError(f"{self.name} must be prepared before its first image: call prepare(device).")
+        self._take(self.features.extract(images), samples)
+
+    def _take(self, vectors: Tensor, samples: list[Sample]) -> None:
+        raise NotImplementedError
+
+    def _enough(self, n: int) -> None:
+        if n < 2:
+            raise ValueError(f"{self.name} needs at least 2 images, got {n}: draw more.")
+
+    def settings(self) -> dict[str, Any]:
+        path = Path(self.reference).expanduser()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        reference = {"file": path.name, "sha256": digest, "made_with": self._made_with}
+        return {"features": self.features.settings(), "reference": reference}
+
+
+class VectorMetric(ReferenceMetric):
+    """One that needs the vectors themselves: 4 bytes x dim for each image, 245 MB for 30,000 x 2048."""
+
+    arrays = ("feats",)
+
+    def _states(self) -> None:
+        self.add_state("vectors", default=[], dist_reduce_fx="cat")
+        self.add_state("order", default=[], dist_reduce_fx="cat")
+
+    def reset(self) -> None:
+        super().reset()
+        if "vectors" in self._defaults:
+            # A rank without an image still takes part in the gathering, which wants equal ranks and types of tensors.
+            self.vectors.append(torch.empty(0, self.features.dim, device=self.device))
+            self.order.append(torch.empty(0, dtype=torch.int64, device=self.device))
+
+    def _take(self, vectors: Tensor, samples: list[Sample]) -> None:
+        self.vectors.append(vectors.to(self.device))
+        self.order.append(torch.tensor([(s.index << 32) + s.number for s in samples], device=self.device))
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        """Vectors of the images, in the order of the set however many ranks made them, and the reference's; float64."""
+        vectors, order = dim_zero_cat(self.vectors), dim_zero_cat(self.order)
+        self._enough(len(vectors))
+        reference = torch.from_numpy(self._reference["feats"]).to(vectors.device, torch.float64)
+        return vectors[order.argsort()].double(), reference

@@ -1,0 +1,78 @@
+"""Files: atomic writes, image grids, PNGs that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, with its suffix: synced and renamed over `path` when the block ends.
+
+    A reader sees the old file or the whole new one; an exception inside leaves the old one as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must outlive a power failure
+    finally:
+        os.close(folder)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    scaled = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: Tensor | list[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures in reading order, `gap` pixels apart, each enlarged `scale` times (nearest)."""
+    if isinstance(images, Tensor):
+        arrays = list(to_uint8(images))
+    else:
+        arrays = [np.asarray(image.convert("RGB")) for image in images]
+    height, width = arrays[0].shape[:2]
+    height, width = height * scale + gap, width * scale + gap
+    rows = -(-len(arrays) // columns)
+    canvas = np.full((rows * height + gap, min(columns, len(arrays)) * width + gap, 3), 255, dtype=np.uint8)
+    for i, array in enumerate(arrays):
+        y, x = divmod(i, columns)
+        large = array.repeat(scale, 0).repeat(scale, 1)
+        canvas[y * height + gap : (y + 1) * height, x * width + gap : (x + 1) * width] = large
+    return Image.fromarray(canvas)
+
+
+def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
+    """Write a PNG whose text chunk `emmdit` is `settings` as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    if settings:
+        info.add_text("emmdit", json.dumps(settings, default=str))
+    image.save(path, pnginfo=info)
+    return path
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What `save_png` wrote beside the picture; {} if nothing."""
+    with Image.open(path) as image:
+        return json.loads(image.text.get("emmdit", "{}"))

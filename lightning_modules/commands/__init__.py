@@ -1,0 +1,1 @@
+"""The `emmdit` command line: one file per subcommand."""

@@ -1,0 +1,178 @@
+"""`emmdit evaluate --teacher`: the teacher of an evaluated student, in the student's own pipeline.
+
+Only the network differs between the two: prompts, noise, text, guidance, sampler and image codec are the student's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from emmdit.evaluation.compare import Call, check_pair, feature_errors, latency, recorded_calls, spread_over
+from emmdit.evaluation.image_set import ImageSet
+from emmdit.evaluation.metrics.base import Sample
+from emmdit.files import grid, save_png
+from emmdit.pipeline import EMMDiTPipeline
+from lightning_modules.commands.load_model import DTYPES, Model, open_model
+
+PARTS = {"text": "text conditioning", "codec": "image codec", "path": "path"}
+SHOWN = 8  # pictures in the report; the errors are taken on their trajectories
+TIMESTEPS = 5
+MAY_DIFFER = ("dtype", "cache_size", "subfolder", "tokenizer_subfolder", "revision", "slicing", "tiling")
+GRID_SIDE = 256  # pixels of a picture in pair.png; larger ones are shrunk, smaller ones enlarged
+
+
+def open_teacher(student: Model, ckpt: str | Path, weights: str | None = None, **released: Any) -> Model:
+    """The teacher of `student`, which draws in the student's pipeline; arguments as for `open_model`.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    found = open_model(ckpt, weights, encoders=False, **released)
+    check_pair(student.network, found.network)
+    check_parts(student.pipeline, found.pipeline)
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        own = student.network
+        student.pipeline.transformer = found.network
+        try:
+            return student.draw(prompts, seeds)
+        finally:
+            student.pipeline.transformer = own
+
+    def to(device: torch.device, dtype: str) -> None:
+        found.network.to(device, DTYPES[dtype])
+
+    return Model(found.source, student.sampling, draw, to, found.pipeline)
+
+
+def check_parts(student: Any, teacher: Any) -> None:
+    """Raise a ValueError with one sentence where the pipelines differ in more than their network.
+
+    Of a pipeline of diffusers itself only what it predicts is compared: it does not say how it encodes.
+    """
+    if isinstance(student, EMMDiTPipeline) and isinstance(teacher, EMMDiTPipeline):
+        for name, words in PARTS.items():
+            (kind, own), (other_kind, other) = (_part(pipeline, name) for pipeline in (student, teacher))
+            if kind is not other_kind:
+                raise ValueError(_refusal(words, f"{kind.__name__} and {other_kind.__name__}"))
+            differ = [key for key in own | other if own.get(key) != other.get(key)]
+            if differ:
+                told = "; ".join(f"{key} {own.get(key)} and {other.get(key)}" for key in differ)
+                raise ValueError(_refusal(words, told))
+    predict = [_prediction(pipeline) for pipeline in (student, teacher)]
+    if predict[0] != predict[1]:
+        raise ValueError(_refusal("prediction", " and ".join(predict)))
+
+
+def _refusal(what: str, told: str) -> str:
+    return f"Student and teacher differ in their {what} ({told}): a pair differs in its network alone."
+
+
+def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
+    """Class and arguments, defaults included, of what decides about a network's inputs."""
+    kind = type(getattr(pipeline, name))
+    parameters = inspect.signature(kind).parameters.items()
+    arguments = {key: p.default for key, p in parameters if p.default is not p.empty}
+    arguments |= pipeline.config[name].get("init_args") or {}
+    arguments = {key: value for key, value in arguments.items() if key not in MAY_DIFFER}
+    if arguments.get("source") is not None:  # a hub id and its copy in some folder
+        arguments["source"] = Path(str(arguments["source"])).name
+    return kind, json.loads(json.dumps(arguments, default=str))  # tuples of defaults as the lists of a YAML
+
+
+def _prediction(pipeline: Any) -> str:
+    if isinstance(pipeline, EMMDiTPipeline):
+        return pipeline.path.diffusers_config()["prediction_type"]
+    return pipeline.scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers do not say it
+
+
+def decisive_parts(student: Model) -> dict[str, Any]:
+    """What, beside network and sampling, decides about pictures drawn in the student's pipeline; fit for JSON."""
+    if not isinstance(student.pipeline, EMMDiTPipeline):
+        return student.source  # its encoders are known by the hash of the whole pipeline alone
+    parts = {name: _part(student.pipeline, name) for name in PARTS}
+    return {name: {"class": kind.__name__, **arguments} for name, (kind, arguments) in parts.items()}
+
+
+# -- what is measured and shown ----------------------------------------------------------------------
+
+
+def measure_pair(
+    student: Model, teacher: Model, images: ImageSet, teacher_images: ImageSet, out: Path, device: torch.device
+) -> dict[str, Any]:
+    """The teacher's source, errors of layers and prediction, latency; and the pictures shown, also in `pair.png`."""
+    samples = chosen_samples(images.all)
+    shown = [
+        {
+            "prompt": sample.line["prompt"],
+            "seed": sample.seed,
+            **{
+                name: Path(os.path.relpath(folder / sample.path, out)).as_posix()
+                for name, folder in (("teacher", teacher_images.folder), ("student", images.folder))
+            },
+        }
+        for sample in samples
+    ]
+    write_grid(out, shown)
+    first: list[Call] = []
+
+    def trajectories() -> Iterator[list[Call]]:
+        for sample in samples:  # one by one: outputs of every layer are kept
+            with recorded_calls(teacher.network) as calls:
+                teacher.draw([sample.line["prompt"]], [sample.seed])
+            chosen = spread_over(calls, TIMESTEPS)
+            first[:] = first or [chosen[len(chosen) // 2]]
+            yield chosen
+
+    features = feature_errors(student.network, teacher.network, trajectories())
+    times = latency(student.network, teacher.network, first[0], device)
+    return {"teacher": teacher.source, "features": features, "latency": times, "shown": shown}
+
+
+def chosen_samples(samples: Sequence[Sample], n: int = SHOWN) -> list[Sample]:
+    """The first pictures of `n` prompts, evenly over the set."""
+    firsts = [sample for sample in samples if sample.number == 0]
+    n = min(n, len(firsts))
+    return [firsts[i * len(firsts) // n] for i in range(n)]
+
+
+def write_grid(out: Path, shown: Sequence[dict[str, Any]]) -> None:
+    """`pair.png`: the teacher's pictures above the student's, each column of one prompt and one noise."""
+    rows = ("teacher", "student")
+    pictures = [Image.open(out / row[name]) for name in rows for row in shown]
+    for picture in pictures:
+        picture.thumbnail((GRID_SIDE, GRID_SIDE))
+    scale = max(1, GRID_SIDE // 2 // max(pictures[0].size))
+    settings = {"rows": rows, **{key: [row[key] for row in shown] for key in ("prompt", "seed")}}
+    save_png(grid(pictures, len(shown), scale), out / "pair.png", settings)
+
+
+def pair_metrics(pair: Mapping[str, Any] | None) -> dict[str, float]:
+    """What MLflow gets of a pair."""
+    if pair is None:
+        return {}
+    numbers = {f"pair_error_{part}": value for part, value in pair["features"]["mean"].items()}
+    return (
+        numbers | {"pair_speedup": pair["latency"]["speedup"]} | {f"teacher_{k}": v for k, v in pair["metrics"].items()}
+    )
+
+
+def teacher_row(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """What a student's row of the ledger keeps of its teacher, evaluated beside it."""
+    errors = {part: value for part, value in pair["features"]["mean"].items() if math.isfinite(value)}
+    return {
+        "metrics": pair["ledger_metrics"],
+        "errors": errors,
+        "speedup": pair["latency"]["speedup"],
+        **{key: pair["teacher"].get(key) for key in ("source", "weights", "sha256")},
+    }

@@ -1,0 +1,90 @@
+"""`emmdit generate-dataset`: prompts to a data set of pictures, by any text-to-image pipeline, on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from emmdit.data.precompute.generate import FORMATS, Prompts, generate
+from emmdit.encoders.loading import one_sentence
+from lightning_modules.commands.counter import counter
+from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
+from lightning_modules.commands.load_model import DTYPES, SETTINGS, Model, of_diffusers, open_model
+from lightning_modules.commands.precompute import report
+from lightning_modules.runs import instantiate
+
+
+def generate_parser() -> ArgumentParser:
+    parser = ArgumentParser("emmdit generate-dataset", description=generate_dataset.__doc__, exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with these options, a trainer's file")
+    parser.add_argument(
+        "--model", required=True, help="run folder, export, folder of a diffusers pipeline, or hub id of one"
+    )
+    parser.add_argument("--revision", type=str | None, help="of a hub id")
+    parser.add_class_arguments(Prompts, "prompts", help="what to draw")
+    parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
+    parser.add_argument(
+        "--steps", type=int | None, help="sampling steps; the model's own by default, as the next three"
+    )
+    parser.add_argument("--guidance", type=float | None)
+    parser.add_argument("--height", type=int | None)
+    parser.add_argument("--width", type=int | None)
+    parser.add_argument("--seed", type=int, default=0, help="of prompt 0; the others count on")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the pipeline")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs")
+    parser.add_argument("--rows_per_shard", type=int, default=1000, help="pictures in one file")
+    parser.add_argument("--format", choices=list(FORMATS), default="tar")
+    add_trainer_arguments(parser)
+    return parser
+
+
+def generate_dataset(argv: list[str]) -> None:
+    """Draw a picture for each prompt, as webdataset tars or parquet: a data set to train on."""
+    parser = generate_parser()
+    args = parser.parse_args(argv)
+    prompts = instantiate(parser, args).prompts
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+
+    def work(device: torch.device, rank: int, world: int) -> None:
+        model = open_drawer(args.model, args.revision, settings)
+        model.to(device, args.dtype)
+        made_with = {"model": model.source, "sampling": model.sampling, "dtype": args.dtype}
+        manifest = generate(
+            prompts,
+            model.draw,
+            args.out,
+            made_with,
+            args.seed,
+            args.batch_size,
+            args.quality,
+            args.rows_per_shard,
+            args.format,
+            rank,
+            world,
+            None if rank else counter("prompts of rank 0"),
+        )
+        if manifest is not None:
+            report(manifest, Path(args.out))
+
+    on_all_ranks(dict(args.trainer), work)
+
+
+def open_drawer(model: str, revision: str | None, settings: dict[str, Any]) -> Model:
+    """What `open_model` opens, and pipelines of the hub."""
+    if Path(model).expanduser().exists():
+        return open_model(Path(model).expanduser(), None, settings)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(f"There is no model '{model}': give a folder or the hub id of a diffusers pipeline.")
+    from diffusers import DiffusionPipeline
+
+    with one_sentence(model):
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, revision=revision, use_safetensors=True, torch_dtype=torch.bfloat16
+        )
+    return of_diffusers(
+        pipeline, settings, {"source": model, "revision": revision, "pipeline": type(pipeline).__name__}
+    )

@@ -1,0 +1,227 @@
+"""`emmdit reference-stats`: statistics of real images for FID, KID and CMMD, in files named by what went in."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from emmdit.data.dataset import CaptionedRows
+from emmdit.data.images import first_line, load_image
+from emmdit.data.readers.open import open_source, select_columns
+from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
+from emmdit.evaluation.metrics.reference import write_reference
+from emmdit.evaluation.metrics.statistics import FeatureStatistics
+from emmdit.files import to_uint8
+from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
+from lightning_modules.commands.counter import counter
+from lightning_modules.runs import instantiate
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """`count` real images; `image(i)` is a uint8 tensor (3, H, W)."""
+
+    label: str
+    count: int
+    image: Callable[[int], Tensor]
+    about: dict[str, Any]
+
+
+def reference_stats(argv: list[str]) -> None:
+    """Write mean and covariance of the features of real images (and the features), as clean-fid reads them."""
+    parser = argparse.ArgumentParser("emmdit reference-stats", description=reference_stats.__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="folder of images, searched with all that is below it")
+    source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
+    source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
+    parser.add_argument(
+        "--per-task",
+        type=int,
+        metavar="K",
+        help="of --shapes: renders of the prompts of `ShapesPrompts(per_task=K)` in turn; by default of all captions",
+    )
+    parser.add_argument("--split", default="train", help="of --data")
+    parser.add_argument("--image-column", default="image", help="of --data")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        help="resize the short side to it and cut out the centre; by default images stay as they are (--shapes: 32)",
+    )
+    parser.add_argument("--num", type=int, help="that many at random of --images or --data; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes, or of the choice that --num makes")
+    parser.add_argument(
+        "--features",
+        default="clean",
+        help="clean (Inception), clip:SOURCE, or a YAML file with class_path and init_args of a FeatureExtractor",
+    )
+    parser.add_argument("--feats", action="store_true", help="also NAME_kid.npz, the features for KID and CMMD")
+    parser.add_argument("--out", type=Path, default=Path("runs/references"), help="folder of the files")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.seed < 0 or (args.resolution or 1) < 1:
+        raise ValueError("--batch-size and --resolution must be at least 1, --seed at least 0.")
+    features = build_features(args.features)
+    images = open_images(args)
+    if images.count < 2:
+        raise ValueError(
+            f"Reference statistics need at least 2 images, and {images.label} has {images.count}: give more."
+        )
+    features.prepare(args.device)
+    for path in make_reference(images, features, args.out, args.feats, args.batch_size, args.device):
+        print(path)
+
+
+def make_reference(
+    images: Source,
+    features: FeatureExtractor,
+    out: Path,
+    feats: bool = False,
+    batch_size: int = 64,
+    device: str = "cpu",
+) -> list[Path]:
+    """Extract, sum and write. The files' name ends in a hash of the pixels and of what made the features of them."""
+    statistics, progress = FeatureStatistics.zeros(features.dim, device), counter("images")
+    digest, vectors = hashlib.sha256(), []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, images.count, batch_size):
+            last = min(first + batch_size, images.count)
+            batch = list(pool.map(images.image, range(first, last)))
+            for shape, group in groupby(batch, key=lambda image: tuple(image.shape)):
+                same = torch.stack(list(group))
+                digest.update(repr(shape).encode() + same.numpy().tobytes())
+                made = features.extract(same.to(device))
+                statistics.add(made)
+                if feats:
+                    vectors.append(made.cpu())
+            progress(last, images.count)
+    mu, sigma = statistics.moments()
+    identity = features.identity()
+    about = images.about | {"n": images.count, "sha256": digest.hexdigest()}
+    made_with = {"features": identity, "settings": features.settings(), "images": about}
+    short = hashlib.sha256((about["sha256"] + json.dumps(identity, sort_keys=True)).encode()).hexdigest()[:8]
+    stem = f"{slug(images.label)}_{about['resolution'] or 'native'}_{slug(features.name)}_{images.count}_{short}"
+    paths = [out / f"{stem}.npz"]
+    write_reference(paths[0], {"mu": mu, "sigma": sigma}, made_with)
+    if feats:
+        paths.append(out / f"{stem}_kid.npz")
+        write_reference(paths[1], {"feats": torch.cat(vectors).numpy()}, made_with)
+    return paths
+
+
+def build_features(text: str) -> FeatureExtractor:
+    """`clean`, `clip:SOURCE`, or a YAML file {class_path: ..., init_args: ...}."""
+    if text == "clean":
+        return CleanInception()
+    if text.startswith("clip:"):
+        return CLIPFeatures(CLIP(text.removeprefix("clip:")))
+    if not Path(text).is_file():
+        raise ValueError(f"--features is 'clean', 'clip:SOURCE' or a YAML file, and '{text}' is none of them.")
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("features", type=FeatureExtractor)
+    try:
+        parsed = parser.parse_object({"features": yaml.safe_load(Path(text).read_text())})
+        return instantiate(parser, parsed).features
+    except (ArgumentError, yaml.YAMLError) as error:
+        raise ValueError(f"'{text}' does not name a FeatureExtractor by class_path and init_args: {error}") from error
+
+
+def open_images(args: argparse.Namespace) -> Source:
+    about = {"resolution": args.resolution, "seed": args.seed}
+    if args.shapes is not None:
+        if args.num is not None:
+            raise ValueError("--num goes with --images or --data; with --shapes N there are N images.")
+        scenes = ShapesDataset(ShapesWorld(args.resolution or 32), args.seed, max(args.shapes, 1))
+        about |= {"source": "shapes world", "resolution": scenes.world.image_size, "per_task": args.per_task}
+        if args.per_task is None:
+            return Source("shapes", args.shapes, lambda i: _tensor(render_scene(scenes.scene(i))), about)
+        asked = [line["prompt"] for line in ShapesPrompts(args.per_task).lines]
+        first = (1 + args.seed) << 32  # seeds of their own: evaluations count from zero
+
+        def scene(i: int) -> Tensor:
+            return _tensor(render_scene(scenes.world.sample_for(asked[i % len(asked)], first + i)))
+
+        return Source(f"shapes_p{args.per_task}", args.shapes, scene, about)
+    if args.per_task is not None:
+        raise ValueError("--per-task goes with --shapes.")
+    if args.images is not None:
+        files = image_files(args.images)
+        label = args.images.resolve().name
+        chosen = choose(len(files), args.num, args.seed, str(args.images))
+        return Source(
+            label,
+            len(chosen),
+            lambda i: read_real(files[chosen[i]], args.resolution),
+            about | {"source": label, "of": len(files)},
+        )
+    if args.resolution is None:
+        raise ValueError("--data needs --resolution, the size to which its images are cut.")
+    columns = {"image": args.image_column}
+    table = select_columns(open_source(args.data, args.split), columns, args.data)
+    rows = CaptionedRows(table, args.data, columns, args.resolution)
+    chosen = choose(len(rows), args.num, args.seed, args.data)
+    label = args.data.rstrip("/").split("/")[-1].removesuffix(".parquet")
+    return Source(
+        label,
+        len(chosen),
+        lambda i: _tensor(to_uint8(rows[chosen[i]]["image"][None])[0]),
+        about | {"source": label, "split": args.split, "of": len(rows)},
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images below, in the order of their names. FileNotFoundError if there is none."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    if not files:
+        raise FileNotFoundError(
+            f"There are no images below '{folder}': name a folder with {', '.join(sorted(ENDINGS))}."
+        )
+    return files
+
+
+def read_real(path: Path, resolution: int | None) -> Tensor:
+    """uint8 (3, H, W); as clean-fid reads it, or cut to a square. ValueError names a file that can not be read."""
+    try:
+        if resolution is not None:
+            return _tensor(to_uint8(load_image(str(path), resolution)[None])[0])
+        with Image.open(path) as image:
+            return _tensor(np.array(image.convert("RGB")))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The image '{path}' can not be read ({first_line(error)}): mend or remove it.") from error
+
+
+def choose(count: int, num: int | None, seed: int, source: str) -> list[int]:
+    """`num` of `count` numbers at random, in rising order; all of them without `num`."""
+    if num is None:
+        return list(range(count))
+    if not 1 <= num <= count:
+        raise ValueError(f"'{source}' has {count} images, and --num asks for {num} of them.")
+    return sorted(np.random.default_rng(seed).choice(count, num, replace=False).tolist())
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).permute(2, 0, 1)
