@@ -116,7 +116,7 @@ def test_the_teacher_is_the_network_it_was_loaded_from() -> None:
 
 
 def test_a_student_with_the_teachers_attention_has_nothing_to_learn() -> None:
-    identity = dict(query="linear", key="linear", value="linear", kernel="softmax", joint="softmax")
+    identity = dict(baseline="kv_compression", key="linear", value="linear")  # softmax over all tokens
     step = step_of(module(attention=identity, train="all"))
     assert OutputDistillation(1.0)(step).item() < 1e-10 and FeatureDistillation(1.0)(step).item() < 1e-10
     step = step_of(module())
