@@ -148,7 +148,7 @@ def test_without_convolutions_image_tokens_may_come_in_any_order():
 def test_tokens_that_do_not_match_the_grid_are_refused(kind: str, query: str):
     attention = student(kind, dict(query=query, key="linear", value="linear"))
     rest = [prompt()] if kind == "joint" else []
-    with pytest.raises(ValueError, match=r"24 image tokens, but the grid 4 x 5 has 20") as error:
+    with pytest.raises(ValueError, match=r"\b24\b.*4 x 5.*\b20\b") as error:
         attention(image(), *rest, grids=((4, 5),))
     assert "\n" not in str(error.value)
 
@@ -336,8 +336,8 @@ def test_plain_linear_baseline_equals_diffusers_sana_attention(monkeypatch: pyte
 
 
 REFUSED = [
-    (dict(kernal="relu"), "'kernal'"),
-    (dict(baseline="sona"), "'sona'"),
+    (dict(kernal="relu"), "'kernal'.*query"),
+    (dict(baseline="sona"), "'sona'.*sana"),
     (dict(query="gelu"), "query .* conv_fusion, mlp, linear, .*'gelu'"),
     (dict(key="linear"), "'linear' .* 'compressor'"),
     (dict(query="mlp"), "mlp.*linfusion"),
