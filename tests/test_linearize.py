@@ -294,6 +294,8 @@ def test_the_teacher_of_a_student_and_of_a_teacher(name: str, tmp_path: Path):
         with torch.device("meta"):
             again = teacher_of(network)
         assert type(again) is type(teacher) is teacher_class(type(network))
+        sharded = type(f"FSDP{type(network).__name__}", (type(network),), {})  # what fully_shard makes of the class
+        assert issubclass(teacher_class(sharded), type(teacher))
         assert {parameter.device.type for parameter in again.parameters()} == {"meta"}
         again = teacher_of(network).eval()
         again.load_state_dict(teacher.state_dict())

@@ -1,8 +1,8 @@
 """Configuration of a linear attention student; the defaults are EDiT and MM-EDiT (arXiv 2503.16726).
 
-[paper] marks what the paper states, by itself or by the notes on it that docs/papers.md names (A1 to A8); [ours] what is
-left open, with the reason. Points that no experiment varies are constants, marked where they stand, in `attention.py`
-and `hybrid.py`.
+[paper] marks what the paper states, by itself or by the notes on it that docs/papers.md names (A1 to A8); [ours] what
+is left open, with the reason. Points that no experiment varies are constants, marked where they stand, in
+`attention.py` and `hybrid.py`.
 """
 
 from __future__ import annotations
