@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.attention_scaling import clock_of
 from benchmarks.common import Run, argument_parser, interleaved, markdown_table, show, write_json
 from benchmarks.teachers import TEACHERS, Teacher, build
-from emmdit.networks.edit.attention import LinearAttention
-from emmdit.networks.edit.hybrid import HybridAttention
-from emmdit.networks.emmdit.layers import attention
+from emmdit.networks.edit.attention import LinearAttention, linear_attention, merge_heads
+from emmdit.networks.edit.hybrid import HybridAttention, join, softmax_attention
 from emmdit.provenance import machine
 
 REST = "norms, mixture, copies"
@@ -28,30 +28,28 @@ REST = "norms, mixture, copies"
 def steps(layer: LinearAttention, x: Tensor, prompt: Tensor, side: int) -> dict[str, Run]:
     """The parts of the paper's form, and "whole": the layer on tokens x (B, N, D) and prompt (B, T, D)."""
     grids = ((side, side),)
-    q, (k, v) = layer.queries(x, grids), layer.keys_values(x, grids)
-    short_k, short_v = (layer.split(t) for t in layer.compress(k, v, grids))
+    q, k, v = layer.queries(x, grids), layer.keys(x, grids), layer.values(x, grids)
+    long_k, long_v = layer.to_k(x), layer.to_v(x)
     found: dict[str, Run] = {
         "ConvFusion": lambda: layer.fuse_q(x, grids),
         "projections of the image": lambda: (
             [linear(x) for linear in (layer.to_q, layer.to_k, layer.to_v)],
-            layer.project(layer.to_out, q),
+            layer.to_out(merge_heads(q)),
         ),
-        "Spatial Compressor": lambda: layer.compress(k, v, grids),
-        "linear product": lambda: layer.normed_image_to_image(q, short_k, short_v, False),
+        "Spatial Compressor": lambda: (layer.compress_k(long_k, grids), layer.compress_v(long_v, grids)),
+        "linear product": lambda: linear_attention(F.relu(q), F.relu(k), v),
     }
     if not isinstance(layer, HybridAttention):
         return found | {"whole": lambda: layer(x, grids=grids)}
-    prompt_q, prompt_k, prompt_v = (
-        layer.split(linear(prompt)) for linear in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
-    )
-    keys, values = torch.cat([short_k, prompt_k], dim=-2), torch.cat([short_v, prompt_v], dim=-2)
+    prompt_k, prompt_v, prompt_q = layer.prompt_keys(prompt), layer.prompt_values(prompt), layer.prompt_queries(prompt)
+    keys, values = join(k, prompt_k), join(v, prompt_v)
     return found | {
         "projections of the prompt": lambda: (
             [linear(prompt) for linear in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)],
-            layer.project(layer.to_add_out, prompt_q),
+            layer.to_add_out(merge_heads(prompt_q)),
         ),
-        "image-to-prompt softmax": lambda: attention(q, prompt_k, prompt_v),
-        "prompt rows": lambda: attention(prompt_q, keys, values),
+        "image-to-prompt softmax": lambda: softmax_attention(q, prompt_k, prompt_v),
+        "prompt rows": lambda: softmax_attention(prompt_q, keys, values),
         "whole": lambda: layer(x, prompt, grids=grids),
     }
 

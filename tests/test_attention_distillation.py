@@ -123,6 +123,14 @@ def test_the_losses_are_distances_to_the_teacher() -> None:
     torch.testing.assert_close(distillation.by_name(inputs)["output"], (squares * inputs.weight).mean())
 
 
+def test_a_student_with_the_teachers_attention_has_nothing_to_learn() -> None:
+    identity = dict(baseline="kv_compression", key="linear", value="linear")  # softmax over all tokens
+    losses = losses_of(module(attention=identity, train="all"))
+    assert losses["output"] < 1e-10 and losses["features"] < 1e-10
+    losses = losses_of(module())
+    assert losses["output"] > 1e-6 and losses["features"] > 1e-3
+
+
 @pytest.mark.parametrize("part", ["new", "attention", "all"])
 def test_exactly_the_chosen_parameters_train(part: str) -> None:
     student = module(train=part)

@@ -1,8 +1,8 @@
-"""Tokens in rows and columns: what convolutions between attention and projections need.
+"""Layout of tokens in rows and columns, which convolutions in attention need.
 
 A sequence may hold several grids one after the other (E-MMDiT's compressed tokens: one for each ratio), so a layout is
 a tuple of (height, width), each grid in row-major order. It is passed with every call and kept nowhere: the layout of
-one forward pass can not leak into another, be it a second resolution or a recomputation under activation checkpointing.
+one forward pass cannot leak into another, be it a second resolution or a recomputation under activation checkpointing.
 """
 
 from __future__ import annotations
