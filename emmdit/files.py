@@ -45,7 +45,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images: Tensor | list[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Pictures in reading order, `gap` pixels apart, each enlarged `scale` times (nearest)."""
+    """Images in reading order, `gap` pixels apart, each enlarged `scale` times (nearest)."""
     if isinstance(images, Tensor):
         arrays = list(to_uint8(images))
     else:
@@ -73,6 +73,6 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | No
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What `save_png` wrote beside the picture; {} if nothing."""
+    """The settings that `save_png` stored with the image; {} if none."""
     with Image.open(path) as image:
         return json.loads(image.text.get("emmdit", "{}"))

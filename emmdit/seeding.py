@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, purpose, samples seen): a resume needs no saved random state.
+"""Random generators as a function of (seed, purpose, samples seen): a resume needs no saved random state.
 
 Every process seeds the same generator and draws for the whole global batch, then keeps its own rows: one
 device and N ranks, or a run and its resume on another number of ranks, train on the same noise and timesteps.

@@ -20,13 +20,12 @@ from emmdit.flow import (
     TimestepSampler,
     TimestepWeight,
     flow_loss,
-    generator,
-    step_noise,
 )
 from emmdit.generate import Sampling, generate
 from emmdit.losses import LossComponent, TrainingStep
 from emmdit.networks.flops import forward_flops
 from emmdit.optim import parameter_groups
+from emmdit.seeding import generator, step_noise
 from emmdit.types import Condition
 from emmdit.weights import check_source, load_weights
 from lightning_modules.parallel import attention_kernels, parallelise

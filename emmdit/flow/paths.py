@@ -59,6 +59,10 @@ class Path(ABC):
 class RectifiedFlow(Path):
     """Straight path: x_t = (1 - s) x0 + s noise, s = t / 1000. The network predicts the velocity noise - x0.
 
+    >>> path = RectifiedFlow()
+    >>> x_t = path.interpolate(x0, noise, t)
+    >>> loss = flow_loss(network(x_t, t, **condition).sample, path.target(x0, noise, t))
+
     No conversion divides, so all hold at both ends.
     """
 

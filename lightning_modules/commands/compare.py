@@ -21,7 +21,7 @@ from emmdit.evaluation.compare import Call, check_pair, feature_errors, latency,
 from emmdit.evaluation.image_set import ImageSet
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.files import grid, save_png
-from emmdit.pipeline import EMMDiTPipeline
+from emmdit.pipeline import TextToImagePipeline
 from lightning_modules.commands.load_model import DTYPES, Model, open_model
 
 PARTS = {"text": "text conditioning", "codec": "image codec", "path": "path"}
@@ -60,7 +60,7 @@ def check_parts(student: Any, teacher: Any) -> None:
 
     Of a pipeline of diffusers itself only what it predicts is compared: it does not say how it encodes.
     """
-    if isinstance(student, EMMDiTPipeline) and isinstance(teacher, EMMDiTPipeline):
+    if isinstance(student, TextToImagePipeline) and isinstance(teacher, TextToImagePipeline):
         for name, words in PARTS.items():
             (kind, own), (other_kind, other) = (_part(pipeline, name) for pipeline in (student, teacher))
             if kind is not other_kind:
@@ -78,7 +78,7 @@ def _refusal(what: str, told: str) -> str:
     return f"Student and teacher differ in their {what} ({told}): a pair differs in its network alone."
 
 
-def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
+def _part(pipeline: TextToImagePipeline, name: str) -> tuple[type, dict[str, Any]]:
     """Class and arguments, defaults included, of what decides about a network's inputs."""
     kind = type(getattr(pipeline, name))
     parameters = inspect.signature(kind).parameters.items()
@@ -91,14 +91,14 @@ def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
 
 
 def _prediction(pipeline: Any) -> str:
-    if isinstance(pipeline, EMMDiTPipeline):
+    if isinstance(pipeline, TextToImagePipeline):
         return pipeline.path.diffusers_config()["prediction_type"]
     return pipeline.scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers do not say it
 
 
 def decisive_parts(student: Model) -> dict[str, Any]:
     """What, beside network and sampling, decides about pictures drawn in the student's pipeline; fit for JSON."""
-    if not isinstance(student.pipeline, EMMDiTPipeline):
+    if not isinstance(student.pipeline, TextToImagePipeline):
         return student.source  # its encoders are known by the hash of the whole pipeline alone
     parts = {name: _part(student.pipeline, name) for name in PARTS}
     return {name: {"class": kind.__name__, **arguments} for name, (kind, arguments) in parts.items()}
