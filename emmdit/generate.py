@@ -96,9 +96,10 @@ def generate_latents(
 ) -> Tensor:
     """What `generate` decodes: latents (B, C, h, w), float32."""
     for i, _, x, _ in generate_trajectory(network, codec, text, prompts, seeds, path, sampling, device):
+        latents = x
         if callback is not None and i > 0:
             callback(i, sampling.steps)
-    return x
+    return latents
 
 
 def generate_trajectory(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Class paths, the modules of a pipeline's components, and its class name. Modules map to the package that exports the
-# class, so that files may move below it.
+# Class paths, the modules of a pipeline's components, and the class of a pipeline.
 CLASSES = {
     "EMMDiTPipeline": "TextToImagePipeline",
     "emmdit.encoders.ShapesText": "emmdit.shapes.ShapesText",

@@ -107,9 +107,6 @@ class TextToImagePipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        for value in cls.load_config(source).values():
-            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
-                _import(value[0])  # diffusers looks classes up in modules that are imported already
         pipeline = super().from_pretrained(source, **kwargs)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -118,8 +115,13 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, with what older versions wrote in present names."""
-        return modernize(super().load_config(*args, **kwargs))
+        """As in diffusers, with names of older versions translated and our components' modules imported."""
+        config = modernize(super().load_config(*args, **kwargs))
+        for value in config.values():
+            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
+                # diffusers looks a class up among imported modules, and for ModelMixin beside it: in its own file
+                value[0] = _find(*value).__module__
+        return config
 
     @torch.no_grad()
     def __call__(
@@ -172,17 +174,17 @@ def build(settings: dict[str, Any], kind: type[T]) -> T:
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
         raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
-    found = getattr(_import(module), name, None)
+    found = _find(module, name)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
     return found(**settings.get("init_args") or {})
 
 
-def _import(module: str) -> Any:
+def _find(module: str, name: str) -> Any:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"This version of emmdit cannot provide {module} ({error}).") from error
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
 
 
 @torch.no_grad()

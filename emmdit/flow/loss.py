@@ -36,7 +36,7 @@ class MinSNR(TimestepWeight):
     gamma. For any path, the error of the prediction is turned into that of x0 by the path itself.
 
     Args:
-        gamma: 5 in the paper; smaller ones leave more of the training to high noise, where an image's layout is decided.
+        gamma: 5 in the paper; smaller ones leave more of the training to high noise, which decides on layout.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:

@@ -113,8 +113,8 @@ def sample(predict: Predict, noise: Tensor, path: Path, timesteps: Tensor, sampl
     >>> x = sample(predict, torch.randn(4, 32, 16, 16), RectifiedFlow(), schedule(20))
     """
     for _, _, x, _ in trajectory(predict, noise, path, timesteps, sampler):
-        pass
-    return x
+        data = x
+    return data
 
 
 def _log(value: float) -> float:

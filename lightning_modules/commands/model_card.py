@@ -14,7 +14,9 @@ from emmdit.weights import find_checkpoint, run_folder
 from lightning_modules.runs import read_config
 
 
-def write_card(folder: Path, source: str | Path, pipeline: TextToImagePipeline, note: dict[str, Any], dtype: str) -> None:
+def write_card(
+    folder: Path, source: str | Path, pipeline: TextToImagePipeline, note: dict[str, Any], dtype: str
+) -> None:
     """Write README.md and the run's configuration into an export, and copy its curve and last pictures there."""
     checkpoint = find_checkpoint(source)
     run, config = run_folder(checkpoint), read_config(checkpoint)
