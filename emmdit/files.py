@@ -63,13 +63,12 @@ def grid(images: Tensor | list[Image.Image], columns: int, scale: int = 1, gap: 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
     """Write a PNG whose text chunk `emmdit` is `settings` as JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if settings:
         info.add_text("emmdit", json.dumps(settings, default=str))
-    image.save(path, pnginfo=info)
-    return path
+    with atomic_path(path) as part:
+        image.save(part, pnginfo=info)
+    return Path(path)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

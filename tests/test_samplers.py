@@ -228,7 +228,7 @@ def test_a_trajectory_is_every_state_with_its_prediction(name):
     for _, t, x, prediction in states[:-1]:
         assert torch.equal(prediction, gaussian(FLOW)(x, torch.tensor(t)))
     *_, before, end = states  # the last step is first order in all of them, from that state and prediction
-    torch.testing.assert_close(end[2], FLOW.to_x0(before[2], before[3], torch.tensor(before[1])), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(end[2], FLOW.to_x0(before[2], before[3], before[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_asking_stops_where_the_caller_stops():

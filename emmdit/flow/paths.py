@@ -1,6 +1,6 @@
 """Paths from data to noise, x_t = alpha(t) x0 + sigma(t) noise, and what the network predicts on them.
 
-``t`` is on the 0..1000 scale, of shape () or (B,); ``x0``, ``noise``, ``x_t`` and ``prediction`` have the
+``t`` is on the 0..1000 scale, a number or of shape () or (B,); ``x0``, ``noise``, ``x_t`` and ``prediction`` have the
 batch first. All results are float32 at least, also when the network answers in bfloat16.
 """
 

@@ -69,8 +69,8 @@ def _explicit(steps: int | None, timesteps: Sequence[float], shift: float) -> Te
     check_falling(t)
     if steps not in (None, len(t) - 1):
         raise ValueError(
-            f"The schedule lists {len(t) - 1} timesteps above 0, but steps is {steps}: leave steps out, or name a "
-            f"schedule ({', '.join(SCHEDULES)}) in place of the list."
+            f"The schedule lists {len(t) - 1} timesteps above 0, but steps is {steps}: leave steps out (null), or "
+            f"name a schedule ({', '.join(SCHEDULES)}) in place of the list."
         )
     if shift != 1:
         raise ValueError(f"A schedule that lists its timesteps takes no shift, but shift is {shift}: set it to 1.")
