@@ -136,11 +136,11 @@ def generate_trajectory(
     def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return network(x.to(dtype), timestep=t, **condition).sample[:, : x.shape[1]]  # without a predicted variance
 
-    predict = guided(denoise, text, prompts, sampling, device, dtype)
+    predict = predictor(denoise, text, prompts, sampling, device, dtype)
     return trajectory(predict, initial_noise(seeds, shape, device), path, sampling.timesteps(), sampling.sampler)
 
 
-def guided(
+def predictor(
     denoise: Callable[[Tensor, Tensor, Condition], Tensor],
     text: TextConditioner,
     prompts: list[str],

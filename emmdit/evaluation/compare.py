@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emmdit.generate import generate_trajectory, guided
+from emmdit.generate import generate_trajectory, predictor
 from emmdit.networks import attention_layers, attention_outputs
 from emmdit.pipeline import TextToImagePipeline
 from emmdit.timing import interleaved, peak_memory
@@ -91,7 +91,7 @@ def trajectory_calls(network: nn.Module, pipeline: TextToImagePipeline, prompt: 
         calls.append(Call(x.to(dtype), {"timestep": t, **condition}))
         return x
 
-    ask = guided(keep, pipeline.text, [prompt], pipeline.sampling, device, dtype)
+    ask = predictor(keep, pipeline.text, [prompt], pipeline.sampling, device, dtype)
     parts = pipeline.codec, pipeline.text, [prompt], [seed], pipeline.path, pipeline.sampling
     for _, t, x, prediction in generate_trajectory(network, *parts, device):
         if prediction is not None:
