@@ -204,7 +204,7 @@ def test_a_missing_source_is_one_sentence(standins: dict[str, dict]):
     made = TextToImagePipeline(
         network(sample_size=4), None, None, None, **standins, sampling={"steps": 1, "guidance": 1.0}
     )
-    with pytest.raises(MissingModelError, match="The folder '/nowhere/dc-ae' does not exist"):
+    with pytest.raises(MissingModelError, match="/nowhere/dc-ae"):
         made(RED)
 
 
@@ -227,8 +227,8 @@ def test_a_hub_id_is_fetched_and_loaded(
 def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for source, match in (
-        ("nobody/nothing", "nobody/nothing.* not in the local cache"),
-        (tmp_path / "absent", "does not exist"),
+        ("nobody/nothing", "nobody/nothing.*HF_HUB_OFFLINE"),
+        (tmp_path / "absent", "/absent"),
         (tmp_path / "empty", "model_index.json"),
     ):
         with pytest.raises(MissingModelError, match=match) as error:
@@ -242,14 +242,14 @@ def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "class_path", "match"),
     [
-        ("codec", "os.system", "os.system is not a part of emmdit"),
-        ("text", "emmditious.Text", "not a part of emmdit"),
-        ("codec", "emmdit.encoders.import_module", "not a kind of ImageCodec"),  # a function, and it imports
-        ("codec", "emmdit.shapes.ShapesText", "not a kind of ImageCodec"),
-        ("text", "emmdit.encoders.standin", "not a kind of TextConditioner"),
-        ("path", "emmdit.encoders.DCTCodec", "not a kind of Path"),
-        ("path", "emmdit.flow.Absent", "cannot provide emmdit.flow.Absent"),
-        ("path", "emmdit.absent.Path", "cannot provide emmdit.absent"),
+        ("codec", "os.system", r"os\.system.*emmdit"),
+        ("text", "emmditious.Text", r"emmditious\.Text"),
+        ("codec", "emmdit.encoders.import_module", "import_module.*ImageCodec"),  # a function, and it imports
+        ("codec", "emmdit.shapes.ShapesText", "ShapesText.*ImageCodec"),
+        ("text", "emmdit.encoders.standin", "standin.*TextConditioner"),
+        ("path", "emmdit.encoders.DCTCodec", r"DCTCodec.*\bPath\b"),
+        ("path", "emmdit.flow.Absent", r"emmdit\.flow\.Absent"),
+        ("path", "emmdit.absent.Path", r"emmdit\.absent"),
     ],
 )
 def test_only_classes_of_this_package_and_of_the_right_kind(
@@ -268,7 +268,7 @@ def test_a_class_this_version_lacks_is_a_sentence(folder: Path, tmp_path: Path):
     index = json.loads((copy / "model_index.json").read_text())
     index["transformer"] = ["emmdit.networks.future", "FutureModel"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="cannot provide emmdit.networks.future"):
+    with pytest.raises(ValueError, match=r"emmdit\.networks\.future"):
         TextToImagePipeline.from_pretrained(copy)
 
 
@@ -315,14 +315,14 @@ def test_sizes_and_callback(pipeline: TextToImagePipeline):
     seen: list[tuple[int, int]] = []
     images = image_of(pipeline, height=16, width=48, callback=lambda i, n: seen.append((i, n)))
     assert images.shape == (1, 3, 16, 48) and seen == [(1, 3), (2, 3), (3, 3)]
-    with pytest.raises(ValueError, match="30 x 32 do not fit the codec"):
+    with pytest.raises(ValueError, match=r"30 x 32.*\b4\b"):
         pipeline(RED, height=30)
-    with pytest.raises(ValueError, match="5 x 8 do not fit this network"):
+    with pytest.raises(ValueError, match=r"5 x 8.*\b4\b"):
         pipeline(RED, height=20)
 
 
 def test_each_prompt_needs_a_seed(pipeline: TextToImagePipeline):
-    with pytest.raises(ValueError, match="2 prompts and 3 seeds"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b3\b"):
         pipeline([RED, TWO], seed=[1, 2, 3])
 
 
@@ -345,7 +345,7 @@ def test_a_listed_schedule_brings_its_steps(pipeline: TextToImagePipeline, tmp_p
     listed = Sampling(schedule=[1000, 700, 300])
     assert listed.steps == 3 and listed.replace(schedule=[1000, 10]).steps == 2
     assert listed.replace(schedule="uniform").steps == 3 and Sampling().steps == 20
-    with pytest.raises(ValueError, match="3 timesteps.* steps is 8"):
+    with pytest.raises(ValueError, match=r"\b3\b.*\b8\b"):
         listed.replace(steps=8)
     made = TextToImagePipeline(
         pipeline.transformer,
