@@ -38,6 +38,8 @@ def step_noise(
 ) -> Tensor:
     """Standard normal noise (len(rows), *shape), float32, for ``rows`` of a batch of ``n_global``.
 
+    >>> noise = step_noise(x0.shape[1:], rows, n_global, generator(seed, "noise", samples_seen), x0.device)
+
     All (n_global, *shape) numbers are drawn, on the generator's device, whichever rows are asked for; the
     rows are then moved to ``device`` if given.
     """

@@ -31,11 +31,10 @@ WIDTHS = {
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a ValueError with one sentence unless both take the same inputs and share attention layers."""
-    names = {"student": type(student).__name__, "teacher": type(teacher).__name__}
     if not common_layers(student, teacher):
         raise ValueError(
-            f"The student ({names['student']}) and the teacher ({names['teacher']}) have no attention layers in "
-            "common: name the teacher that the student was made from."
+            f"The student ({type(student).__name__}) and the teacher ({type(teacher).__name__}) have no attention "
+            "layers in common: name the teacher that the student was made from."
         )
     for what, keys in WIDTHS.items():
         widths = [
@@ -44,7 +43,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         ]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"The student takes {widths[0]} {what} and the teacher {widths[1]}: a pair needs the same "
+                f"The student takes {widths[0]} {what} and the teacher {widths[1]}: they need the same "
                 f"{'image codec' if what.startswith('latent') else 'text conditioning'}."
             )
     widths = [n.config.num_attention_heads * n.config.attention_head_dim for n in (student, teacher)]

@@ -37,6 +37,8 @@ def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> 
 class TimestepSampler(ABC):
     """Draws timesteps; a subclass says from which distribution, in `draw`.
 
+    >>> t = LogitNormal(mean=0.6, stratified=True)(n_global, generator(seed, "timesteps", samples_seen))[rows]
+
     Args:
         shift: see `shift_timesteps`; `resolution_shift` computes it.
         stratified: draw one value from each of n equally likely strata, in random order, instead of n
