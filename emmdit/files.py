@@ -45,7 +45,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images: Tensor | list[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Pictures in reading order, `gap` pixels apart, each enlarged `scale` times (nearest)."""
+    """Images in reading order, `gap` pixels apart, each enlarged `scale` times (nearest)."""
     if isinstance(images, Tensor):
         arrays = list(to_uint8(images))
     else:
@@ -63,16 +63,15 @@ def grid(images: Tensor | list[Image.Image], columns: int, scale: int = 1, gap: 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
     """Write a PNG whose text chunk `emmdit` is `settings` as JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if settings:
         info.add_text("emmdit", json.dumps(settings, default=str))
-    image.save(path, pnginfo=info)
-    return path
+    with atomic_path(path) as part:
+        image.save(part, pnginfo=info)
+    return Path(path)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What `save_png` wrote beside the picture; {} if nothing."""
+    """The settings that `save_png` stored with the image; {} if none."""
     with Image.open(path) as image:
         return json.loads(image.text.get("emmdit", "{}"))

@@ -1,42 +1,56 @@
-"""Prompts to images with any denoiser: the one place where text, guidance, sampler and codec meet."""
+"""Text to image with any denoiser: the one place where text, guidance, sampler and codec meet."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emmdit.encoders import ImageCodec, TextConditioner
-from emmdit.flow import Path, generator, guided, sample
+from emmdit.flow import Path, Predict, State, classifier_free_guidance, schedule, trajectory
+from emmdit.seeding import generator
 from emmdit.types import Condition
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made; defaults are those of the released model (20 Euler steps, guidance 4.5).
+    """How images are generated; defaults are those of the released model (20 Euler steps, guidance 4.5).
 
     Args:
-        steps: number of network evaluations (times two with guidance; Heun takes nearly twice as many).
+        steps: network evaluations (times two with guidance; Heun takes nearly twice as many). None: as many as the
+            schedule lists, 20 if it is a name.
         guidance: classifier-free guidance scale; 1 turns it off.
         guidance_interval: timesteps (low, high) on the 0..1000 scale in which guidance acts.
         sampler: euler, heun or dpm_solver.
-        grid: nitro (the released grid: 1000 to 1, then 0) or uniform.
-        shift: timestep shift of the grid.
+        schedule: flow_match_euler (the released one), uniform, ddpm, or a list of falling timesteps on the 0..1000
+            scale, such as [1000, 750, 500, 250]; see `emmdit.flow.schedule`.
+        shift: timestep shift of a named schedule.
         height, width: in pixels; None: the network's own size.
     """
 
-    steps: int = 20
+    steps: int | None = None
     guidance: float = 4.5
     guidance_interval: tuple[float, float] = (0.0, 1000.0)
     sampler: str = "euler"
-    grid: str = "nitro"
+    schedule: list[float] | str = "flow_match_euler"  # this order: a list given on the command line is no name
     shift: float = 1.0
     height: int | None = None
     width: int | None = None
 
-    def replace(self, **settings) -> Sampling:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", len(self.timesteps()) - 1)
+
+    def timesteps(self) -> Tensor:
+        return schedule(self.steps, self.schedule, self.shift)
+
+    def replace(self, **settings: Any) -> Sampling:
+        """A copy with other settings; a listed schedule brings its own number of steps."""
+        if not isinstance(settings.get("schedule", ""), str):
+            settings = {"steps": None, **settings}
         return dataclasses.replace(self, **settings)
 
 
@@ -56,39 +70,87 @@ def generate(
     path: Path,
     sampling: Sampling,
     device: torch.device | str = "cpu",
-    callback=None,
+    callback: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed.
+    """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed; arguments as for `generate_trajectory`.
+
+    >>> images = generate(network, DCTCodec(), ShapesText(), ["a photo of a star"], [0], RectifiedFlow(), Sampling())
+
+    Args:
+        callback: called as `callback(i, n)` after step i of n.
+    """
+    return codec.decode(generate_latents(network, codec, text, prompts, seeds, path, sampling, device, callback))
+
+
+@torch.no_grad()
+def generate_latents(
+    network: nn.Module,
+    codec: ImageCodec,
+    text: TextConditioner,
+    prompts: list[str],
+    seeds: list[int],
+    path: Path,
+    sampling: Sampling,
+    device: torch.device | str = "cpu",
+    callback: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What `generate` decodes: latents (B, C, h, w), float32."""
+    for i, _, x, _ in generate_trajectory(network, codec, text, prompts, seeds, path, sampling, device):
+        latents = x
+        if callback is not None and i > 0:
+            callback(i, sampling.steps)
+    return latents
+
+
+def generate_trajectory(
+    network: nn.Module,
+    codec: ImageCodec,
+    text: TextConditioner,
+    prompts: list[str],
+    seeds: list[int],
+    path: Path,
+    sampling: Sampling,
+    device: torch.device | str = "cpu",
+) -> Iterator[State]:
+    """All states (i, t, x, prediction) from noise to latents, as the sampler yields them; gradients as they are set.
+
+    Args:
+        network: a denoiser on `device`; other arguments move there.
+        codec: gives the shape of the latents.
+        prompts, seeds: one of each for an image.
 
     Raises:
-        ValueError: unequal numbers of prompts and seeds, or a size that codec or network can not make.
+        ValueError: unequal numbers of prompts and seeds, or a size that the codec or the network cannot make.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"Each prompt needs a seed: got {len(prompts)} prompts and {len(seeds)} seeds.")
-    latents = codec.downsample
-    side = network.config.sample_size * latents
+    side = network.config.sample_size * codec.downsample
     height, width = sampling.height or side, sampling.width or side
-    if height % latents or width % latents:
-        raise ValueError(f"Pictures of {height} x {width} do not fit the codec: both sides must divide by {latents}.")
-    shape = (codec.latent_channels, height // latents, width // latents)
+    if height % codec.downsample or width % codec.downsample:
+        raise ValueError(
+            f"Images of {height} x {width} do not fit the codec: both sides must divide by {codec.downsample}."
+        )
+    shape = (codec.latent_channels, height // codec.downsample, width // codec.downsample)
+    dtype = next(network.parameters()).dtype  # half precision: inputs in it too; under autocast this is float32
 
     def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return network(x.to(dtype), timestep=t, **condition).sample[:, : x.shape[1]]
+        return network(x.to(dtype), timestep=t, **condition).sample[:, : x.shape[1]]  # without a predicted variance
 
-    # A network in half precision gets its inputs in it; under autocast its weights are float32.
-    dtype = next(network.parameters()).dtype
+    predict = predictor(denoise, text, prompts, sampling, device, dtype)
+    return trajectory(predict, initial_noise(seeds, shape, device), path, sampling.timesteps(), sampling.sampler)
+
+
+def predictor(
+    denoise: Callable[[Tensor, Tensor, Condition], Tensor],
+    text: TextConditioner,
+    prompts: list[str],
+    sampling: Sampling,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Predict:
+    """`denoise` for these prompts, with the guidance of `sampling`; conditions on `device`, in `dtype`."""
     condition, null = (
         {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in part.items()}
         for part in (text(prompts), text.null(len(prompts)))
     )
-    x = sample(
-        guided(denoise, condition, null, sampling.guidance, tuple(sampling.guidance_interval)),
-        initial_noise(seeds, shape, device),
-        path,
-        steps=sampling.steps,
-        sampler=sampling.sampler,
-        grid=sampling.grid,
-        shift=sampling.shift,
-        callback=callback,
-    )
-    return codec.decode(x)
+    return classifier_free_guidance(denoise, condition, null, sampling.guidance, tuple(sampling.guidance_interval))

@@ -1,4 +1,4 @@
-"""`EMMDiTPipeline`: a denoiser with what it needs to make pictures, as a diffusers pipeline.
+"""`TextToImagePipeline`: a denoiser with all it needs to generate images, as a diffusers pipeline.
 
 A folder holds the network, the settings of codec, text conditioner, path and sampling, and small encoders. Large or
 licensed ones (Llama, DC-AE) are named, not copied, unless `include_encoders` was asked for.
@@ -23,32 +23,31 @@ from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.encoders.loading import MissingModelError, locate, one_sentence
 from emmdit.flow import Path
 from emmdit.generate import Sampling, generate
+from emmdit.legacy import modernize
 
 DEFAULT_CODEC = {"class_path": "emmdit.encoders.DCAE"}
 DEFAULT_TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
 DEFAULT_PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
-FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-]  # what a folder consists of: weights, configs, tokenizers
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a pipeline on the hub: configs, weights, tokenizers
 T = TypeVar("T")
 
 
-class EMMDiTPipelineOutput(BaseOutput):
+class TextToImageOutput(BaseOutput):
     """`images`: list of PIL images, an array (B, H, W, 3) in [0, 1], or a tensor (B, 3, H, W) in [0, 1]."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class EMMDiTPipeline(DiffusionPipeline):
-    """Text to image with E-MMDiT or any denoiser of the same call.
+class TextToImagePipeline(DiffusionPipeline):
+    """Text to image with E-MMDiT, or with any denoiser that is called like a diffusers transformer.
+
+    >>> pipeline = TextToImagePipeline.from_pretrained("assets/shapes_emmdit")
+    >>> pipeline("a photo of a red circle", seed=0).images[0].save("circle.png")
 
     Args:
         transformer: the denoiser.
         vae, text_encoder, tokenizer: modules of the codec and the text conditioner; None: loaded from the source that
-            `codec` and `text` name, at first use.
+            `codec` and `text` name, on first use.
         codec, text, path: `{"class_path": "emmdit....", "init_args": {...}}`, as in an experiment's YAML.
         sampling: fields of `emmdit.generate.Sampling`; the defaults of a call.
     """
@@ -83,7 +82,7 @@ class EMMDiTPipeline(DiffusionPipeline):
         self._adopt()
 
     def _adopt(self) -> None:
-        """Give codec and text conditioner the pipeline's modules; again after `to(dtype)` or an exchange."""
+        """Give codec and text conditioner the pipeline's modules; again after `to(dtype)` or a replacement."""
         if self.vae is not None and not _holds(self.codec, self.vae):
             self.codec.adopt(self.vae)
         if self.text_encoder is not None and not _holds(self.text, self.text_encoder):
@@ -93,7 +92,7 @@ class EMMDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | FilePath, **kwargs: Any) -> Self:
         """From a local folder or a hub id; arguments as for every diffusers pipeline.
 
-        The classes of this package that a folder names need no `trust_remote_code`.
+        The classes of this package that a folder names need no `trust_remote_code`; names of older versions are known.
 
         Raises:
             OSError: there is no such folder or repository.
@@ -108,14 +107,21 @@ class EMMDiTPipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        for value in cls.load_config(source).values():
-            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
-                _import(value[0])  # diffusers looks classes up in modules that are imported already
         pipeline = super().from_pretrained(source, **kwargs)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _own_memory(component)
         return pipeline
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with names of older versions translated and our components' modules imported."""
+        config = modernize(super().load_config(*args, **kwargs))
+        for value in config.values():
+            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
+                # diffusers looks a class up among imported modules, and for ModelMixin beside it: in its own file
+                value[0] = _find(*value).__module__
+        return config
 
     @torch.no_grad()
     def __call__(
@@ -130,12 +136,12 @@ class EMMDiTPipeline(DiffusionPipeline):
         sampler: str | None = None,
         output_type: str = "pil",
         callback=None,
-    ) -> EMMDiTPipelineOutput:
-        """Make pictures.
+    ) -> TextToImageOutput:
+        """Generate images.
 
         Args:
             prompt: one or several.
-            seed: of the first picture, the others count on from it; or one for each picture.
+            seed: of the first image, image i uses `seed + i`; or one for each image.
             num_inference_steps, guidance_scale, height, width, sampler: in place of the pipeline's own settings.
             output_type: "pil", "np" or "pt".
             callback: called as `callback(i, n)` after each step.
@@ -159,32 +165,32 @@ class EMMDiTPipeline(DiffusionPipeline):
             device=device,
             callback=callback,
         )
-        return EMMDiTPipelineOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
+        return TextToImageOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 
 def build(settings: dict[str, Any], kind: type[T]) -> T:
-    """Make the object that `{"class_path": ..., "init_args": ...}` names: a `kind` of this package, nothing else."""
+    """The object that `{"class_path": ..., "init_args": ...}` describes: a `kind` of this package, nothing else."""
     path = settings["class_path"]
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
         raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
-    found = getattr(_import(module), name, None)
+    found = _find(module, name)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
     return found(**settings.get("init_args") or {})
 
 
-def _import(module: str) -> Any:
+def _find(module: str, name: str) -> Any:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"This version of emmdit can not provide {module} ({error}).") from error
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
 
 
 @torch.no_grad()
 def _own_memory(module: torch.nn.Module) -> None:
-    """Copy what lies in a mapped file: its odd addresses make CPU kernels round differently, so that a saved pipeline
-    would not give the same bits, and writing to that file would change the weights."""
+    """Copy tensors out of a memory-mapped file: its alignment makes CPU kernels round differently, so that a saved
+    pipeline would not give the same bits, and writing to that file would change the weights."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()

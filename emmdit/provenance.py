@@ -1,4 +1,4 @@
-"""The machine and the source tree that a number was made on."""
+"""Description of the machine and the source tree behind a measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, purpose, samples seen): a resume needs no saved random state.
+"""Random generators as a function of (seed, purpose, samples seen): a resume needs no saved random state.
 
 Every process seeds the same generator and draws for the whole global batch, then keeps its own rows: one
 device and N ranks, or a run and its resume on another number of ranks, train on the same noise and timesteps.
@@ -37,6 +37,8 @@ def step_noise(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normal noise (len(rows), *shape), float32, for ``rows`` of a batch of ``n_global``.
+
+    >>> noise = step_noise(x0.shape[1:], rows, n_global, generator(seed, "noise", samples_seen), x0.device)
 
     All (n_global, *shape) numbers are drawn, on the generator's device, whichever rows are asked for; the
     rows are then moved to ``device`` if given.

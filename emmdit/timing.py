@@ -1,4 +1,4 @@
-"""Fair timing and peak memory of calls on one machine."""
+"""Timing and peak memory of function calls, fair between cases on one machine."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time warmed-up `cases` in turn, round by round, every other round backwards.
 
-    What drifts (heat, a neighbour on the machine) then falls on all cases alike, and ratios between them stay
-    true where times do not. Calls shorter than `min_seconds` are repeated within a round; 0: none is.
+    Drift (heat, other work on the machine) then affects all cases alike, and ratios between them stay true where
+    times do not. Calls shorter than `min_seconds` are repeated within a round; 0: none is.
     """
     device = torch.device(device)
     calls = dict.fromkeys(cases, 1)
@@ -71,7 +71,7 @@ def interleaved(
 def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
     """Bytes at the peak of one warmed-up call: the allocator's on a GPU, else the process' resident set.
 
-    None where the system can not tell (the resident set's peak is reset through /proc, so on Linux only).
+    None where the system cannot tell (the resident set's peak is reset through /proc, so on Linux only).
     """
     device = torch.device(device)
     gc.collect()

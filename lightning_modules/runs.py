@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
 
 from emmdit.encoders.base import FrozenModel
-from emmdit.pipeline import EMMDiTPipeline
+from emmdit.pipeline import TextToImagePipeline
 from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, run_folder
 from lightning_modules.callbacks.save_config import latest_config
 
@@ -38,7 +38,7 @@ def instantiate(parser: ArgumentParser, parsed: Namespace) -> Namespace:
 
 def load_pipeline(
     source: str | Path, weights: str | None = None, include_encoders: bool = True
-) -> tuple[EMMDiTPipeline, dict[str, Any]]:
+) -> tuple[TextToImagePipeline, dict[str, Any]]:
     """A pipeline from a run folder, a checkpoint, or a diffusers folder; and a note on where its weights come from.
 
     Args:
@@ -54,7 +54,7 @@ def load_pipeline(
             )
         if weights not in (None, "raw"):
             raise ValueError(f"{source} is an export and has one set of weights: leave --weights out.")
-        return EMMDiTPipeline.from_pretrained(source), {"source": str(source)}
+        return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
     checkpoint = find_checkpoint(source)
     config = read_config(checkpoint)
     module = build_module(config)
@@ -65,14 +65,14 @@ def load_pipeline(
 
 def make_pipeline(
     module: LightningModule, network: Any, settings: dict[str, Any], include_encoders: bool
-) -> EMMDiTPipeline:
+) -> TextToImagePipeline:
     """The pipeline of a trained module; `settings` are the module's init_args in its config."""
     parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
     for wrapper in (module.codec, module.text):
         if include_encoders or not isinstance(wrapper, FrozenModel):
             parts |= wrapper.components()
     sampling = settings.get("sampling") or {}
-    return EMMDiTPipeline(
+    return TextToImagePipeline(
         transformer=network,
         **parts,
         codec=plain(settings["codec"]),

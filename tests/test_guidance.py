@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emmdit.flow import guided
+from emmdit.flow import classifier_free_guidance
 
 
 class Denoiser:
@@ -34,7 +34,7 @@ T = torch.tensor(500.0)
 
 def test_formula_and_one_call_of_two_b():
     denoise = Denoiser()
-    prediction = guided(denoise, condition(3, 3.0), condition(3, 2.0), scale=4.5)(X, T)
+    prediction = classifier_free_guidance(denoise, condition(3, 3.0), condition(3, 2.0), scale=4.5)(X, T)
     torch.testing.assert_close(prediction, X / 2 + 4.0 + 4.5 * (9.0 - 4.0))
     [(x, t, both)] = denoise.calls
     assert torch.equal(x, torch.cat([X, X])) and t.tolist() == [500.0] * 6
@@ -45,7 +45,7 @@ def test_formula_and_one_call_of_two_b():
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_without_guidance_one_call_of_b(scale):
     denoise, given = Denoiser(), condition(3, 3.0)
-    prediction = guided(denoise, given, None, scale)(X, T)
+    prediction = classifier_free_guidance(denoise, given, None, scale)(X, T)
     torch.testing.assert_close(prediction, X / 2 + 9.0)
     [(x, t, seen)] = denoise.calls
     assert x is X and t.shape == (3,) and seen is given
@@ -53,7 +53,9 @@ def test_without_guidance_one_call_of_b(scale):
 
 def test_interval_ends_are_included():
     denoise = Denoiser()
-    predict = guided(denoise, condition(3, 3.0), condition(3, 2.0), scale=2.0, interval=(200.0, 800.0))
+    predict = classifier_free_guidance(
+        denoise, condition(3, 3.0), condition(3, 2.0), scale=2.0, interval=(200.0, 800.0)
+    )
     for t in (800.1, 800.0, 500.0, 200.0, 199.9):
         predict(X, torch.tensor(t))
     assert [len(x) for x, _, _ in denoise.calls] == [3, 6, 6, 6, 3]
@@ -62,36 +64,42 @@ def test_interval_ends_are_included():
 
 def test_default_interval_is_everything():
     denoise = Denoiser()
-    predict = guided(denoise, condition(3, 3.0), condition(3, 2.0), scale=2.0)
+    predict = classifier_free_guidance(denoise, condition(3, 3.0), condition(3, 2.0), scale=2.0)
     for t in (1000.0, 1.0, 0.0):
         predict(X, torch.tensor(t))
     assert [len(x) for x, _, _ in denoise.calls] == [6, 6, 6]
 
 
 def test_null_of_one_row_serves_all():
-    wide = guided(Denoiser(), condition(3, 3.0), condition(3, 2.0), scale=2.0)(X, T)
-    assert torch.equal(guided(Denoiser(), condition(3, 3.0), condition(1, 2.0), scale=2.0)(X, T), wide)
+    wide = classifier_free_guidance(Denoiser(), condition(3, 3.0), condition(3, 2.0), scale=2.0)(X, T)
+    assert torch.equal(
+        classifier_free_guidance(Denoiser(), condition(3, 3.0), condition(1, 2.0), scale=2.0)(X, T), wide
+    )
 
 
 def test_same_condition_twice_changes_nothing():
-    torch.testing.assert_close(guided(Denoiser(), condition(3, 3.0), condition(3, 3.0), scale=7.0)(X, T), X / 2 + 9.0)
+    torch.testing.assert_close(
+        classifier_free_guidance(Denoiser(), condition(3, 3.0), condition(3, 3.0), scale=7.0)(X, T), X / 2 + 9.0
+    )
 
 
 def test_bfloat16_halves_are_combined_in_float32():
-    predict = guided(Denoiser(torch.bfloat16), condition(3, 3.0), condition(3, 2.0), scale=2.0)
+    predict = classifier_free_guidance(Denoiser(torch.bfloat16), condition(3, 3.0), condition(3, 2.0), scale=2.0)
     assert predict(X, T).dtype == torch.float32
 
 
 def test_mismatches_are_refused():
     given = condition(3, 3.0)
     with pytest.raises(ValueError, match=r"\bscale\b.*\b1\b"):
-        guided(Denoiser(), given, None, scale=2.0)
+        classifier_free_guidance(Denoiser(), given, None, scale=2.0)
     with pytest.raises(ValueError, match="pooled_projections"):
-        guided(Denoiser(), given, {k: v for k, v in given.items() if k != "pooled_projections"}, scale=2.0)
+        classifier_free_guidance(
+            Denoiser(), given, {k: v for k, v in given.items() if k != "pooled_projections"}, scale=2.0
+        )
     with pytest.raises(ValueError, match=r"encoder_hidden_states.*\(3, 6, 2\)"):
-        guided(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(3, 6, 2)}, scale=2.0)
+        classifier_free_guidance(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(3, 6, 2)}, scale=2.0)
     with pytest.raises(ValueError, match=r"encoder_hidden_states.*\(2, 5, 2\)"):
-        guided(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(2, 5, 2)}, scale=2.0)
+        classifier_free_guidance(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(2, 5, 2)}, scale=2.0)
     for interval in ((800.0, 200.0), (-1.0, 500.0), (0.0, 1001.0)):
         with pytest.raises(ValueError, match="interval"):
-            guided(Denoiser(), given, given, 2.0, interval)
+            classifier_free_guidance(Denoiser(), given, given, 2.0, interval)

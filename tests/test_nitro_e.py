@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from emmdit.flow import RectifiedFlow, flow_loss, guided, sample, timestep_grid
+from emmdit.flow import RectifiedFlow, classifier_free_guidance, flow_loss, sample, schedule
 from emmdit.losses import REPA, LossInputs
 from emmdit.networks import EMMDiTTransformer2DModel, load_nitro_e, save_nitro_e
 from emmdit.networks.emmdit.nitro_e import to_released
@@ -149,16 +149,16 @@ def test_losses_and_gradients_of_a_training_step(golden_512: Golden):
 @torch.no_grad()
 def test_sampling(golden: Golden):
     t, settings, network = golden.tensors, golden.settings, golden.network()
-    grid = timestep_grid(settings["num_inference_steps"], "nitro")
-    torch.testing.assert_close(grid[:-1], t["sample_timesteps"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(grid / 1000, t["sample_sigmas"], rtol=1e-6, atol=1e-9)
-    predict = guided(
+    timesteps = schedule(settings["num_inference_steps"], "flow_match_euler")
+    torch.testing.assert_close(timesteps[:-1], t["sample_timesteps"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(timesteps / 1000, t["sample_sigmas"], rtol=1e-6, atol=1e-9)
+    predict = classifier_free_guidance(
         lambda x, timestep, condition: network(x, timestep, **condition).sample,
         {"encoder_hidden_states": t["encoder_hidden_states"]},
         {"encoder_hidden_states": t["sample_null_text"]},
         scale=settings["guidance_scale"],
     )
-    latents = sample(predict, t["sample_initial_noise"], RectifiedFlow(), settings["num_inference_steps"])
+    latents = sample(predict, t["sample_initial_noise"], RectifiedFlow(), timesteps)
     assert relative_error(latents, t["sample_latents"]) < TOLERANCE
 
 

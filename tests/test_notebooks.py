@@ -17,15 +17,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def execute(name: str, folder: Path) -> tuple[Counter[str], str]:
-    """Run a notebook in `folder`: the pictures by id of their cell, counted, and all text. A cell that fails raises."""
+    """Run a notebook in `folder`: the images by id of their cell, counted, and all text. A cell that fails raises."""
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
-    pictures, text = Counter(), []
+    images, text = Counter(), []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            pictures[cell.id] += "image/png" in output.get("data", {})
+            images[cell.id] += "image/png" in output.get("data", {})
             text.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
-    return +pictures, "\n".join(text)
+    return +images, "\n".join(text)
 
 
 @pytest.fixture
@@ -54,16 +54,16 @@ def test_explore_a_run(
     source: str, trained: Path, tmp_path: Path, kernel: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMMDIT_RUN", str(trained / source))
-    expected = {"pictures": 1, "guidance": 1, "samplers": 2, "forming": 1}
+    expected = {"samples": 1, "guidance": 1, "samplers": 2, "forming": 1}
     if source == "run":  # an export meets the empty store that `isolation` names
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
         expected |= {"runs": 1, "timesteps": 1}
-    pictures, text = execute("explore_a_run.ipynb", tmp_path)
-    assert pictures == expected
+    images, text = execute("explore_a_run.ipynb", tmp_path)
+    assert images == expected
     assert ("FINISHED" in text) == (source == "run")
     assert ("make quickstart" in text) == (source == "export")
     assert "Warning" not in text
-    # the sampler that the notebook spells out is the pipeline's
+    # the trajectory that the notebook shows ends in the pipeline's image
     assert float(re.search(r"pipeline\(.*: (\S+)$", text, re.MULTILINE)[1]) < 1e-4
 
 

@@ -1,25 +1,27 @@
-"""How far a student is from its teacher: output of each attention layer, prediction, time and memory on equal inputs.
+"""Student beside teacher: errors of attention layers and prediction, time and memory, on equal inputs.
 
-The inputs are the calls that the teacher's own sampling makes: the same noisy latents, timestep, text and, under
-guidance, unconditional rows go to both networks. The student runs as a whole, so that a layer's error holds the errors
-of those before it.
+The inputs are the network calls of the teacher's own sampling: both networks get the same noisy latents, timestep, text
+and, under guidance, unconditional rows. The student runs as a whole, so a layer's error contains the errors of those
+before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from emmdit.generate import generate_trajectory, predictor
 from emmdit.networks import OutputRecorder, attention_layers
+from emmdit.pipeline import TextToImagePipeline
 from emmdit.timing import interleaved, peak_memory
+from emmdit.types import Condition
 
-PARTS = ("image", "prompt")  # what a joint attention layer gives out; another one gives the first alone
+PARTS = ("image", "prompt")  # outputs of a joint attention layer; any other has the first alone
 WIDTHS = {
     "latent channels": ("in_channels",),
     "text features": ("caption_channels", "joint_attention_dim"),
@@ -27,16 +29,12 @@ WIDTHS = {
 }
 
 
-# -- do they belong together -------------------------------------------------------------------------
-
-
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a ValueError with one sentence unless both take the same inputs and share attention layers."""
-    names = {"student": type(student).__name__, "teacher": type(teacher).__name__}
     if not common_layers(student, teacher):
         raise ValueError(
-            f"The student ({names['student']}) and the teacher ({names['teacher']}) have no attention layers in "
-            "common: name the teacher that the student was made from."
+            f"The student ({type(student).__name__}) and the teacher ({type(teacher).__name__}) have no attention "
+            "layers in common: name the teacher that the student was made from."
         )
     for what, keys in WIDTHS.items():
         widths = [
@@ -45,7 +43,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         ]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"The student takes {widths[0]} {what} and the teacher {widths[1]}: a pair needs the same "
+                f"The student takes {widths[0]} {what} and the teacher {widths[1]}: they need the same "
                 f"{'image codec' if what.startswith('latent') else 'text conditioning'}."
             )
     widths = [n.config.num_attention_heads * n.config.attention_head_dim for n in (student, teacher)]
@@ -62,40 +60,42 @@ def common_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
     return [name for name in attention_layers(teacher) if name in own]
 
 
-# -- errors ------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a network."""
+    """One call of a denoiser: latents (B, C, h, w) and all other arguments."""
 
-    args: tuple
-    kwargs: dict[str, Any]
+    latents: Tensor
+    arguments: dict[str, Any]
 
     @property
     def timestep(self) -> float:
-        return float(torch.as_tensor(self.kwargs["timestep"]).flatten()[0])
+        return float(torch.as_tensor(self.arguments["timestep"]).flatten()[0])
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> Tensor:
-        """The prediction, without the variance that some networks put behind it."""
-        latents = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return network(*self.args, **self.kwargs)[0][:, : latents.shape[1]]
+        """The prediction of `network`, without the variance that some networks put behind it."""
+        return network(self.latents, **self.arguments)[0][:, : self.latents.shape[1]]
 
 
-@contextmanager
-def recorded_calls(network: nn.Module) -> Iterator[list[Call]]:
-    """All calls of `network` inside a `with`, in order."""
+@torch.no_grad()
+def trajectory_calls(network: nn.Module, pipeline: TextToImagePipeline, prompt: str, seed: int) -> list[Call]:
+    """The calls of `network` that guidance makes at each state of the sampler, with all else from `pipeline`."""
+    device, dtype = (parameter := next(network.parameters())).device, parameter.dtype
     calls: list[Call] = []
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, kwargs))
+    def keep(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        calls.append(Call(x.to(dtype), {"timestep": t, **condition}))
+        return x
 
-    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
+    ask = predictor(keep, pipeline.text, [prompt], pipeline.sampling, device, dtype)
+    parts = pipeline.codec, pipeline.text, [prompt], [seed], pipeline.path, pipeline.sampling
+    for _, t, x, prediction in generate_trajectory(network, *parts, device):
+        if prediction is not None:
+            ask(x, torch.tensor(t))
+    return calls
 
 
 def spread_over(calls: Sequence[Call], n: int) -> list[Call]:
@@ -104,22 +104,25 @@ def spread_over(calls: Sequence[Call], n: int) -> list[Call]:
     return [calls[math.ceil((i + 0.5) * len(calls) / n) - 1] for i in range(n)]
 
 
+# -- errors ------------------------------------------------------------------------------------------
+
+
 def feature_errors(student: nn.Module, teacher: nn.Module, trajectories: Iterable[Sequence[Call]]) -> dict[str, Any]:
-    """Relative L2 errors ||student - teacher|| / ||teacher||, over tokens, channels and all pictures, by timestep.
+    """Relative L2 errors ||student - teacher|| / ||teacher||, over tokens, channels and all images, by timestep.
 
     Args:
-        trajectories: for each picture (or batch of them) the calls to compare at; all at the same timesteps.
+        trajectories: for each image (or batch of them) the calls to compare at; all at the same timesteps.
 
     Returns:
         "timesteps" [...], "image" and "prompt" {layer: [error at each timestep]}, "prediction" [...], and "mean" of
-        each over layers and timesteps. Layers without prompt tokens are missing in "prompt".
+        each over layers and timesteps. Layers without prompt tokens are not in "prompt".
     """
     sums: dict[tuple[str, str], list[Tensor]] = {}  # (part, layer) -> a pair of sums of squares for each timestep
     timesteps: list[float] = []
     for calls in trajectories:
         timesteps = timesteps or [call.timestep for call in calls]
         if [call.timestep for call in calls] != timesteps:
-            raise ValueError("The trajectories of the pictures were recorded at different timesteps.")
+            raise ValueError("The trajectories of the images have different timesteps.")
         for step, call in enumerate(calls):
             for key, pair in _squares(student, teacher, call).items():
                 found = sums.setdefault(key, [torch.zeros(2, dtype=torch.float64) for _ in timesteps])
@@ -138,15 +141,19 @@ def feature_errors(student: nn.Module, teacher: nn.Module, trajectories: Iterabl
 
 def _squares(student: nn.Module, teacher: nn.Module, call: Call) -> dict[tuple[str, str], Tensor]:
     """(part, layer) -> sum of squares of the difference, and of the teacher's."""
-    with OutputRecorder(attention_layers(teacher), when="always") as recorder:
-        prediction, expected = call(teacher), recorder.take()
-    with OutputRecorder(attention_layers(student), when="always") as recorder:
-        found, got = {("prediction", ""): _two_sums(call(student), prediction)}, recorder.take()
+    (prediction, outputs), (expected, teacher_outputs) = (_run(network, call) for network in (student, teacher))
+    found = {("prediction", ""): _two_sums(prediction, expected)}
     for layer in common_layers(student, teacher):
-        # One of both may lack the prompt: nothing reads it behind the last block.
-        for part, own, other in zip(PARTS, got[layer], expected[layer], strict=False):
+        # One of both may lack the prompt: nothing reads it after the last block.
+        for part, own, other in zip(PARTS, outputs[layer], teacher_outputs[layer], strict=False):
             found[part, layer] = _two_sums(own, other)
     return found
+
+
+def _run(network: nn.Module, call: Call) -> tuple[Tensor, Mapping[str, tuple[Tensor, ...]]]:
+    """The prediction, and the outputs of all attention layers by name."""
+    with OutputRecorder(attention_layers(network), when="always") as recorder:
+        return call(network), recorder.take()
 
 
 def _two_sums(student: Tensor, teacher: Tensor) -> Tensor:
@@ -167,15 +174,14 @@ def latency(
 ) -> dict[str, Any]:
     """Both networks on the same inputs in turn, warmed up: medians in ms, and the teacher's over the student's.
 
-    On a GPU also the peak memory of a call beyond what lay there before it (the weights of both).
+    On a GPU also the peak memory of a call beyond what was allocated before it (the weights of both).
     """
     networks = {"student": student, "teacher": teacher}
     runs = {name: (lambda network=network: call(network)) for name, network in networks.items()}
     for run in runs.values():
         run()
     timings = interleaved(runs, device, rounds)
-    latents = call.args[0] if call.args else call.kwargs["hidden_states"]
-    found: dict[str, Any] = {"latents": list(latents.shape), "rounds": rounds}
+    found: dict[str, Any] = {"latents": list(call.latents.shape), "rounds": rounds}
     for name, timing in timings.items():
         found[name] = {
             "ms": timing.median * 1e3,

@@ -1,4 +1,4 @@
-"""What a report says of a teacher and its student beside their metrics, as tables for HTML and Markdown alike."""
+"""Tables of a report that compare a student with its teacher: errors of each layer, latency."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""The maths of training and sampling: paths, timesteps, guidance, samplers, losses, randomness.
+"""The mathematics of training and sampling: paths, timesteps, schedules, guidance, samplers, loss.
 
 Plain torch, no network: a network enters only as a callable. One convention holds throughout: ``t`` is the
 timestep on the 0..1000 scale (1000 = noise, 0 = data), the number every diffusers transformer takes as
 ``timestep``.
 """
 
-from emmdit.flow.guidance import guided
+from emmdit.flow.guidance import classifier_free_guidance
 from emmdit.flow.loss import MinSNR, TimestepWeight, flow_loss
 from emmdit.flow.paths import EpsilonDDPM, Path, RectifiedFlow
-from emmdit.flow.samplers import GRIDS, SAMPLERS, dpm_solver, euler, heun, sample, timestep_grid
+from emmdit.flow.samplers import SAMPLERS, Predict, State, dpm_solver, euler, heun, sample, trajectory
+from emmdit.flow.schedules import schedule
 from emmdit.flow.timesteps import (
     LogitNormal,
     LogitNormalGrid,
@@ -18,30 +19,29 @@ from emmdit.flow.timesteps import (
     resolution_shift,
     shift_timesteps,
 )
-from emmdit.seeding import generator, step_noise
 
 __all__ = [
-    "GRIDS",
     "SAMPLERS",
     "EpsilonDDPM",
     "LogitNormal",
     "LogitNormalGrid",
     "MinSNR",
     "Path",
+    "Predict",
     "RectifiedFlow",
+    "State",
     "TimestepSampler",
     "TimestepWeight",
     "Uniform",
     "UniformGrid",
+    "classifier_free_guidance",
     "dpm_solver",
     "euler",
     "flow_loss",
-    "generator",
-    "guided",
     "heun",
     "resolution_shift",
     "sample",
+    "schedule",
     "shift_timesteps",
-    "step_noise",
-    "timestep_grid",
+    "trajectory",
 ]

@@ -11,7 +11,7 @@ from emmdit.flow.paths import at_least_float32
 from emmdit.types import Condition
 
 
-def guided(
+def classifier_free_guidance(
     denoise: Callable[[Tensor, Tensor, Condition], Tensor],
     condition: Condition,
     null: Condition | None,
@@ -19,6 +19,9 @@ def guided(
     interval: tuple[float, float] = (0.0, 1000.0),
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function ``predict(x, t)`` for the samplers: null + scale (conditional - null).
+
+    >>> predict = classifier_free_guidance(denoise, text(prompts), text.null(len(prompts)), scale=4.5)
+    >>> x = sample(predict, noise, RectifiedFlow(), schedule(20))
 
     The formula is linear, so it is the same for predicted noise and predicted velocity. Where guidance acts,
     one call of ``denoise`` carries 2B rows, the unconditional B first (diffusers' order) and the conditional

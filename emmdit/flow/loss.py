@@ -1,4 +1,4 @@
-"""The loss of the flow; what else is learned (REPA, distillation) is added by its own component."""
+"""The flow-matching loss and its weight by timestep; auxiliary losses (REPA, distillation) lie in `emmdit.losses`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MinSNR(TimestepWeight):
     gamma. For any path, the error of the prediction is turned into that of x0 by the path itself.
 
     Args:
-        gamma: 5 in the paper; smaller ones leave more of the training to high noise, where a picture's layout is drawn.
+        gamma: 5 in the paper; smaller ones leave more of the training to high noise, which decides on layout.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:

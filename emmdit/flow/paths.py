@@ -1,6 +1,6 @@
 """Paths from data to noise, x_t = alpha(t) x0 + sigma(t) noise, and what the network predicts on them.
 
-``t`` is on the 0..1000 scale, of shape () or (B,); ``x0``, ``noise``, ``x_t`` and ``prediction`` have the
+``t`` is on the 0..1000 scale, a number or of shape () or (B,); ``x0``, ``noise``, ``x_t`` and ``prediction`` have the
 batch first. All results are float32 at least, also when the network answers in bfloat16.
 """
 
@@ -58,6 +58,10 @@ class Path(ABC):
 
 class RectifiedFlow(Path):
     """Straight path: x_t = (1 - s) x0 + s noise, s = t / 1000. The network predicts the velocity noise - x0.
+
+    >>> path = RectifiedFlow()
+    >>> x_t = path.interpolate(x0, noise, t)
+    >>> loss = flow_loss(network(x_t, t, **condition).sample, path.target(x0, noise, t))
 
     No conversion divides, so all hold at both ends.
     """

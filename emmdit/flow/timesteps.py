@@ -1,4 +1,4 @@
-"""How the timesteps of training are drawn: ``sampler(n, generator, device) -> t (n,)``, float32, 0..1000.
+"""Distributions of training timesteps: ``sampler(n, generator, device) -> t (n,)``, float32, 0..1000.
 
 Numbers are drawn on the generator's own device and then moved, so a CPU generator gives the same timesteps on
 every machine. Ask for the whole global batch at once and take your rows: only so are the strata those of the
@@ -25,7 +25,7 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
 def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:
     """The shift for ``tokens`` image tokens: base_shift sqrt(tokens / base_tokens).
 
-    The more tokens carry one picture, the more noise it takes to hide it as well (Stable Diffusion 3, arXiv
+    The more tokens carry one image, the more noise it takes to hide it equally well (Stable Diffusion 3, arXiv
     2403.03206, section 5.3.2).
     """
     _check_positive("tokens", tokens)
@@ -36,6 +36,8 @@ def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> 
 
 class TimestepSampler(ABC):
     """Draws timesteps; a subclass says from which distribution, in `draw`.
+
+    >>> t = LogitNormal(mean=0.6, stratified=True)(n_global, generator(seed, "timesteps", samples_seen))[rows]
 
     Args:
         shift: see `shift_timesteps`; `resolution_shift` computes it.

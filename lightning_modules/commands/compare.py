@@ -1,6 +1,7 @@
-"""`emmdit evaluate --teacher`: the teacher of an evaluated student, in the student's own pipeline.
+"""Comparison of a student with its teacher (`emmdit evaluate --teacher`).
 
-Only the network differs between the two: prompts, noise, text, guidance, sampler and image codec are the student's.
+Both run in the student's pipeline and differ in the network alone: prompts, noise, text, guidance, sampler and image
+codec are the student's.
 """
 
 from __future__ import annotations
@@ -10,29 +11,30 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from emmdit.evaluation.compare import Call, check_pair, feature_errors, latency, recorded_calls, spread_over
+from emmdit.evaluation.compare import Call, check_pair, feature_errors, latency, spread_over, trajectory_calls
 from emmdit.evaluation.image_set import ImageSet
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.files import grid, save_png
-from emmdit.pipeline import EMMDiTPipeline
+from emmdit.pipeline import TextToImagePipeline
 from lightning_modules.commands.load_model import DTYPES, Model, open_model
 
 PARTS = {"text": "text conditioning", "codec": "image codec", "path": "path"}
-SHOWN = 8  # pictures in the report; the errors are taken on their trajectories
+SHOWN = 8  # images in the report; the errors are measured on their trajectories
 TIMESTEPS = 5
 MAY_DIFFER = ("dtype", "cache_size", "subfolder", "tokenizer_subfolder", "revision", "slicing", "tiling")
-GRID_SIDE = 256  # pixels of a picture in pair.png; larger ones are shrunk, smaller ones enlarged
+GRID_SIDE = 256  # pixels of an image in pair.png; larger ones are shrunk, smaller ones enlarged
 
 
 def open_teacher(student: Model, ckpt: str | Path, weights: str | None = None, **released: Any) -> Model:
-    """The teacher of `student`, which draws in the student's pipeline; arguments as for `open_model`.
+    """The teacher of `student`, generating in the student's pipeline; arguments as for `open_model`.
 
     Raises:
         ValueError: they do not belong together.
@@ -58,28 +60,28 @@ def open_teacher(student: Model, ckpt: str | Path, weights: str | None = None, *
 def check_parts(student: Any, teacher: Any) -> None:
     """Raise a ValueError with one sentence where the pipelines differ in more than their network.
 
-    Of a pipeline of diffusers itself only what it predicts is compared: it does not say how it encodes.
+    Of a stock diffusers pipeline only the prediction type is compared: it does not say how it encodes.
     """
-    if isinstance(student, EMMDiTPipeline) and isinstance(teacher, EMMDiTPipeline):
+    if isinstance(student, TextToImagePipeline) and isinstance(teacher, TextToImagePipeline):
         for name, words in PARTS.items():
             (kind, own), (other_kind, other) = (_part(pipeline, name) for pipeline in (student, teacher))
             if kind is not other_kind:
                 raise ValueError(_refusal(words, f"{kind.__name__} and {other_kind.__name__}"))
             differ = [key for key in own | other if own.get(key) != other.get(key)]
             if differ:
-                told = "; ".join(f"{key} {own.get(key)} and {other.get(key)}" for key in differ)
-                raise ValueError(_refusal(words, told))
+                values = "; ".join(f"{key} {own.get(key)} and {other.get(key)}" for key in differ)
+                raise ValueError(_refusal(words, values))
     predict = [_prediction(pipeline) for pipeline in (student, teacher)]
     if predict[0] != predict[1]:
         raise ValueError(_refusal("prediction", " and ".join(predict)))
 
 
-def _refusal(what: str, told: str) -> str:
-    return f"Student and teacher differ in their {what} ({told}): a pair differs in its network alone."
+def _refusal(what: str, values: str) -> str:
+    return f"Student and teacher differ in their {what} ({values}): they may differ in the network alone."
 
 
-def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
-    """Class and arguments, defaults included, of what decides about a network's inputs."""
+def _part(pipeline: TextToImagePipeline, name: str) -> tuple[type, dict[str, Any]]:
+    """Class and arguments, defaults included, of a part that determines the network's inputs."""
     kind = type(getattr(pipeline, name))
     parameters = inspect.signature(kind).parameters.items()
     arguments = {key: p.default for key, p in parameters if p.default is not p.empty}
@@ -91,35 +93,33 @@ def _part(pipeline: EMMDiTPipeline, name: str) -> tuple[type, dict[str, Any]]:
 
 
 def _prediction(pipeline: Any) -> str:
-    if isinstance(pipeline, EMMDiTPipeline):
+    if isinstance(pipeline, TextToImagePipeline):
         return pipeline.path.diffusers_config()["prediction_type"]
-    return pipeline.scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers do not say it
+    return pipeline.scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers have none
 
 
 def decisive_parts(student: Model) -> dict[str, Any]:
-    """What, beside network and sampling, decides about pictures drawn in the student's pipeline; fit for JSON."""
-    if not isinstance(student.pipeline, EMMDiTPipeline):
+    """What, beside network and sampling, determines the images of the student's pipeline; fit for JSON."""
+    if not isinstance(student.pipeline, TextToImagePipeline):
         return student.source  # its encoders are known by the hash of the whole pipeline alone
     parts = {name: _part(student.pipeline, name) for name in PARTS}
     return {name: {"class": kind.__name__, **arguments} for name, (kind, arguments) in parts.items()}
 
 
-# -- what is measured and shown ----------------------------------------------------------------------
+# -- measurements --------------------------------------------------------------------------------------
 
 
 def measure_pair(
     student: Model, teacher: Model, images: ImageSet, teacher_images: ImageSet, out: Path, device: torch.device
 ) -> dict[str, Any]:
-    """The teacher's source, errors of layers and prediction, latency; and the pictures shown, also in `pair.png`."""
+    """The teacher's source, errors of layers and prediction, latency; and the images shown, also in `pair.png`."""
     samples = chosen_samples(images.all)
+    folders = {"teacher": teacher_images.folder, "student": images.folder}
     shown = [
         {
             "prompt": sample.line["prompt"],
             "seed": sample.seed,
-            **{
-                name: Path(os.path.relpath(folder / sample.path, out)).as_posix()
-                for name, folder in (("teacher", teacher_images.folder), ("student", images.folder))
-            },
+            **{name: Path(os.path.relpath(folder / sample.path, out)).as_posix() for name, folder in folders.items()},
         }
         for sample in samples
     ]
@@ -128,9 +128,7 @@ def measure_pair(
 
     def trajectories() -> Iterator[list[Call]]:
         for sample in samples:  # one by one: outputs of every layer are kept
-            with recorded_calls(teacher.network) as calls:
-                teacher.draw([sample.line["prompt"]], [sample.seed])
-            chosen = spread_over(calls, TIMESTEPS)
+            chosen = spread_over(teacher_calls(student, teacher, sample.line["prompt"], sample.seed), TIMESTEPS)
             first[:] = first or [chosen[len(chosen) // 2]]
             yield chosen
 
@@ -139,36 +137,63 @@ def measure_pair(
     return {"teacher": teacher.source, "features": features, "latency": times, "shown": shown}
 
 
+def teacher_calls(student: Model, teacher: Model, prompt: str, seed: int) -> list[Call]:
+    """The calls of the teacher while it generates an image.
+
+    Our own pipeline gives its trajectory; of a stock diffusers pipeline, which hides it, the calls are recorded.
+    """
+    if isinstance(student.pipeline, TextToImagePipeline):
+        return trajectory_calls(teacher.network, student.pipeline, prompt, seed)
+    with recorded_calls(teacher.network) as calls:
+        teacher.draw([prompt], [seed])
+    return calls
+
+
+@contextmanager
+def recorded_calls(network: nn.Module) -> Iterator[list[Call]]:
+    """All calls of `network` inside a `with`, in order."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(kwargs)
+        calls.append(Call(args[0] if args else arguments.pop("hidden_states"), arguments))
+
+    handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def chosen_samples(samples: Sequence[Sample], n: int = SHOWN) -> list[Sample]:
-    """The first pictures of `n` prompts, evenly over the set."""
+    """The first images of `n` prompts, evenly over the set."""
     firsts = [sample for sample in samples if sample.number == 0]
     n = min(n, len(firsts))
     return [firsts[i * len(firsts) // n] for i in range(n)]
 
 
 def write_grid(out: Path, shown: Sequence[dict[str, Any]]) -> None:
-    """`pair.png`: the teacher's pictures above the student's, each column of one prompt and one noise."""
+    """`pair.png`: the teacher's images above the student's, each column of one prompt and one noise."""
     rows = ("teacher", "student")
-    pictures = [Image.open(out / row[name]) for name in rows for row in shown]
-    for picture in pictures:
-        picture.thumbnail((GRID_SIDE, GRID_SIDE))
-    scale = max(1, GRID_SIDE // 2 // max(pictures[0].size))
+    images = [Image.open(out / row[name]) for name in rows for row in shown]
+    for image in images:
+        image.thumbnail((GRID_SIDE, GRID_SIDE))
+    scale = max(1, GRID_SIDE // 2 // max(images[0].size))
     settings = {"rows": rows, **{key: [row[key] for row in shown] for key in ("prompt", "seed")}}
-    save_png(grid(pictures, len(shown), scale), out / "pair.png", settings)
+    save_png(grid(images, len(shown), scale), out / "pair.png", settings)
 
 
 def pair_metrics(pair: Mapping[str, Any] | None) -> dict[str, float]:
-    """What MLflow gets of a pair."""
+    """The numbers of a comparison for MLflow."""
     if pair is None:
         return {}
-    numbers = {f"pair_error_{part}": value for part, value in pair["features"]["mean"].items()}
-    return (
-        numbers | {"pair_speedup": pair["latency"]["speedup"]} | {f"teacher_{k}": v for k, v in pair["metrics"].items()}
-    )
+    errors = {f"pair_error_{part}": value for part, value in pair["features"]["mean"].items()}
+    teacher = {f"teacher_{name}": value for name, value in pair["metrics"].items()}
+    return {**errors, "pair_speedup": pair["latency"]["speedup"], **teacher}
 
 
 def teacher_row(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """What a student's row of the ledger keeps of its teacher, evaluated beside it."""
+    """The teacher's part of a student's row in the ledger."""
     errors = {part: value for part, value in pair["features"]["mean"].items() if math.isfinite(value)}
     return {
         "metrics": pair["ledger_metrics"],

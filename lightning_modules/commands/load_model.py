@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emmdit.pipeline import EMMDiTPipeline
+from emmdit.legacy import modernize
+from emmdit.pipeline import TextToImagePipeline
 from emmdit.weights import find_checkpoint, is_diffusers_folder, sha256_of
 from lightning_modules.runs import load_pipeline
 
@@ -53,7 +54,7 @@ def open_model(
     """
     settings = settings or {}
     path = Path(ckpt)
-    if _pipeline_class(path) not in (None, EMMDiTPipeline.__name__):
+    if _pipeline_class(path) not in (None, TextToImagePipeline.__name__):
         return _stock_pipeline(path, weights, settings, encoders)
     if path.suffix == ".safetensors":
         if weights not in (None, "raw"):
@@ -81,12 +82,12 @@ def nitro_e_pipeline(
     guidance: float = 4.5,
     text_encoder: str = "meta-llama/Llama-3.2-1B",
     autoencoder: str = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
-) -> tuple[EMMDiTPipeline, dict[str, Any]]:
+) -> tuple[TextToImagePipeline, dict[str, Any]]:
     """The pipeline of a released file; its encoders are loaded when first used."""
     from emmdit.networks import load_nitro_e
 
     network = load_nitro_e(file, resolution)
-    pipeline = EMMDiTPipeline(
+    pipeline = TextToImagePipeline(
         network,
         vae=None,
         text_encoder=None,
@@ -113,7 +114,7 @@ def weights_sha256(path: Path) -> str:
 
 def _pipeline_class(path: Path) -> str | None:
     index = path / "model_index.json"
-    return json.loads(index.read_text())["_class_name"] if index.is_file() else None
+    return modernize(json.loads(index.read_text())["_class_name"]) if index.is_file() else None
 
 
 def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], encoders: bool = True) -> Model:

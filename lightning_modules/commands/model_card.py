@@ -9,12 +9,14 @@ from typing import Any
 import yaml
 
 from emmdit.encoders.base import FrozenModel
-from emmdit.pipeline import EMMDiTPipeline
+from emmdit.pipeline import TextToImagePipeline
 from emmdit.weights import find_checkpoint, run_folder
 from lightning_modules.runs import read_config
 
 
-def write_card(folder: Path, source: str | Path, pipeline: EMMDiTPipeline, note: dict[str, Any], dtype: str) -> None:
+def write_card(
+    folder: Path, source: str | Path, pipeline: TextToImagePipeline, note: dict[str, Any], dtype: str
+) -> None:
     """Write README.md and the run's configuration into an export, and copy its curve and last pictures there."""
     checkpoint = find_checkpoint(source)
     run, config = run_folder(checkpoint), read_config(checkpoint)
@@ -52,9 +54,9 @@ def write_card(folder: Path, source: str | Path, pipeline: EMMDiTPipeline, note:
         lines += ["![loss curve](curve.png)", "", "The numbers are in [curve.csv](curve.csv).", ""]
     lines += [
         "```python",
-        "from emmdit import EMMDiTPipeline",
+        "from emmdit import TextToImagePipeline",
         "",
-        f'pipe = EMMDiTPipeline.from_pretrained("{folder.name}")',
+        f'pipe = TextToImagePipeline.from_pretrained("{folder.name}")',
         'image = pipe("a photo of ...", seed=0).images[0]',
         "```",
         "",

@@ -1,11 +1,10 @@
-"""A student beside its teacher: errors against closed forms, the command from a pair of folders to its report."""
+"""A student beside its teacher: errors against closed forms, the command from two folders to its report."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +18,19 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from emmdit.encoders import SD3TextEncoders
 from emmdit.encoders.standins import standin
-from emmdit.evaluation.compare import Call, check_pair, compared, feature_errors, latency, recorded_calls, spread_over
+from emmdit.evaluation import compare
+from emmdit.evaluation.compare import Call, check_pair, compared, feature_errors, latency, spread_over
 from emmdit.evaluation.report import write_report
 from emmdit.files import read_settings
 from emmdit.networks import attention_layers, linearize
-from emmdit.pipeline import EMMDiTPipeline
-from lightning_modules.commands.compare import _part, open_teacher
+from emmdit.pipeline import TextToImagePipeline
+from emmdit.timing import Timing
+from lightning_modules.commands.compare import _part, open_teacher, recorded_calls, teacher_calls
 from lightning_modules.commands.load_model import open_model
 from tests.test_evaluate import CLIP, CONFIG, MODEL
 from tests.test_linearize import TEACHERS, awake, each, inputs, pixart, sd3
@@ -39,11 +40,11 @@ from tests.test_training import emmdit as command
 
 
 def calls(name: str, dtype: torch.dtype = torch.float32) -> list[Call]:
-    """Two timesteps of one picture under guidance, say."""
+    """Two timesteps of one image under guidance, say."""
     found = []
     for t in (900.0, 300.0):
-        given = inputs(name, 8, 8) | {"timestep": torch.full((2,), t)}
-        found.append(Call((), {k: v.to(dtype) if k != "timestep" else v for k, v in given.items()}))
+        given = {k: v.to(dtype) for k, v in inputs(name, 8, 8).items()} | {"timestep": torch.full((2,), t)}
+        found.append(Call(given.pop("hidden_states"), given))
     return found
 
 
@@ -98,16 +99,17 @@ def test_a_predicted_variance_does_not_count() -> None:
     assert feature_errors(student, teacher, [calls("pixart")])["prediction"] == [0, 0]
 
 
-def test_pictures_are_pooled_and_both_networks_see_the_same() -> None:
-    """One error over all pictures, as if they were one batch; not a mean of errors."""
+def test_images_are_pooled_and_both_networks_see_the_same() -> None:
+    """One error over all images, as if they were one batch; not a mean of errors."""
     teacher = sd3()
     student = awake(linearize(copy.deepcopy(teacher)))
-    large = [Call((), {k: v * 3 if k == "hidden_states" else v for k, v in c.kwargs.items()}) for c in calls("sd3")]
+    large = [Call(call.latents * 3, call.arguments) for call in calls("sd3")]
     with recorded_calls(student) as seen, recorded_calls(teacher) as expected:
         found = feature_errors(student, teacher, [calls("sd3"), large])
     assert len(seen) == len(expected) == 4
     for a, b in zip(seen, expected, strict=True):
-        assert all(torch.equal(a.kwargs[key], b.kwargs[key]) for key in b.kwargs)
+        assert torch.equal(a.latents, b.latents)
+        assert all(torch.equal(a.arguments[key], b.arguments[key]) for key in b.arguments)
     for step in (0, 1):
         own, its = (
             torch.cat([trajectory[step](net) for trajectory in (calls("sd3"), large)]) for net in (student, teacher)
@@ -125,22 +127,24 @@ def test_timesteps_lie_in_the_middles_of_equal_parts() -> None:
     assert spread_over(range(3), 5) == [0, 1, 2] and spread_over(range(5), 1) == [2]
 
 
-class Slow(nn.Module):
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
+def test_latency_is_of_both_on_the_same_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks, seen = [sd3(), sd3(num_layers=1)], []
+    for network in networks:
+        network.register_forward_pre_hook(lambda module, args, kwargs: seen.append((module, args)), with_kwargs=True)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        time.sleep(self.seconds)
-        return (hidden_states,)
+    def clock(runs: dict, device: torch.device, rounds: int) -> dict[str, Timing]:
+        seen.clear()
+        for run in runs.values():
+            run()
+        return {name: Timing(s, s, s, rounds) for name, s in (("student", 0.01), ("teacher", 0.04))}
 
-
-def test_latency_is_of_both_on_the_same_inputs() -> None:
-    given = Call((torch.zeros(2, 4, 8, 8),), {"timestep": torch.zeros(2)})
-    found = latency(Slow(0.01), Slow(0.04), given, torch.device("cpu"), rounds=1)
-    assert 2 < found["speedup"] < 5 and found["student"]["ms"] >= 10 and found["latents"] == [2, 4, 8, 8]
-    assert found["speedup"] == pytest.approx(found["teacher"]["ms"] / found["student"]["ms"])
-    assert found["student"]["parameters"] == 0
+    monkeypatch.setattr(compare, "interleaved", clock)
+    call = calls("sd3")[0]
+    found = latency(*networks, call, torch.device("cpu"), rounds=3)
+    assert [module for module, _ in seen] == networks and all(args[0] is call.latents for _, args in seen)
+    assert found["speedup"] == pytest.approx(4) and found["student"]["ms"] == pytest.approx(10)
+    assert found["latents"] == list(call.latents.shape) and found["rounds"] == 3
+    assert found["teacher"]["parameters"] < found["student"]["parameters"]
 
 
 def test_differences_and_ratios() -> None:
@@ -148,7 +152,7 @@ def test_differences_and_ratios() -> None:
     assert found["difference"] == {"a": pytest.approx(-0.1), "b": 2.0} and found["ratio"] == {"a": pytest.approx(0.75)}
 
 
-# -- what is no pair -----------------------------------------------------------------------------------
+# -- what cannot be compared ---------------------------------------------------------------------------
 
 
 def test_networks_that_do_not_belong_together() -> None:
@@ -170,7 +174,7 @@ def test_networks_that_do_not_belong_together() -> None:
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained teacher of the shapes world, linearized and not distilled, as a pipeline's folder."""
     torch.manual_seed(0)
-    pipeline = EMMDiTPipeline.from_pretrained(MODEL)
+    pipeline = TextToImagePipeline.from_pretrained(MODEL)
     pipeline.transformer = linearize(pipeline.transformer)
     folder = tmp_path_factory.mktemp("pair") / "student"
     pipeline.save_pretrained(folder)
@@ -253,7 +257,7 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
     result = json.loads((out / "evaluation.json").read_text())
     pair = result["pair"]
 
-    # The teacher's numbers and pictures are those of its own evaluation.
+    # The teacher's numbers and images are those of its own evaluation.
     status, told = command(*common, "--ckpt", MODEL, "--out", str(alone))
     assert status == 0, told
     expected = json.loads((alone / "evaluation.json").read_text())
@@ -269,7 +273,7 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
     assert len(errors["timesteps"]) == 4 and errors["timesteps"] == sorted(errors["timesteps"], reverse=True)
     assert set(errors["image"]) == {f"blocks.{i}.attn" for i in range(8)} and len(errors["prompt"]) == 7
     assert errors["mean"]["prediction"] > 0.1 and pair["latency"]["speedup"] > 0
-    assert pair["latency"]["latents"] == [2, 32, 8, 8]  # one picture under guidance
+    assert pair["latency"]["latents"] == [2, 32, 8, 8]  # one image under guidance
 
     assert len(pair["shown"]) == 6 and len({row["prompt"] for row in pair["shown"]}) == 6
     grid = Image.open(out / "pair.png")
@@ -289,7 +293,7 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
     assert row["teacher"]["metrics"] == expected["ledger_metrics"]
     assert row["teacher"]["errors"] == errors["mean"] and row["teacher"]["sha256"] == expected["source"]["sha256"]
 
-    # Another student of the same teacher: here the teacher itself, whose pictures are there already.
+    # Another student of the same teacher: here the teacher itself, whose images are there already.
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher").rglob("*.png")}
     status, output = command(*common, "--ckpt", MODEL, *shared, "--out", str(tmp_path / "same"))
     assert status == 0, output
@@ -317,7 +321,7 @@ def stock(name: str, folder: Path) -> None:
         pipeline(transformer=network, **parts).save_pretrained(folder / what)
 
 
-def test_a_pair_of_stock_pipelines(tmp_path: Path) -> None:
+def test_stock_pipelines(tmp_path: Path) -> None:
     stock("pixart", tmp_path)
     (tmp_path / "two.txt").write_text("a photo of a red circle\na photo of a cross\n")
     (tmp_path / "clip.yaml").write_text(
@@ -351,14 +355,30 @@ def test_both_start_from_the_same_noise_and_text(tmp_path: Path) -> None:
             one.draw(["a photo", "a cat"], [3, 4])
         seen.append(found)
     assert len(seen[0]) == len(seen[1]) == 2 and model.network is own is not teacher.network
-    for key in ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"):
-        assert torch.equal(seen[0][0].kwargs[key], seen[1][0].kwargs[key])
-    noise = seen[0][0].kwargs["hidden_states"]
+    for key in ("timestep", "encoder_hidden_states", "pooled_projections"):
+        assert torch.equal(seen[0][0].arguments[key], seen[1][0].arguments[key])
+    noise = seen[0][0].latents
+    assert torch.equal(noise, seen[1][0].latents)
     assert noise.shape[0] == 4 and torch.equal(noise[:2], noise[2:]) and not torch.equal(noise[0], noise[1])
-    assert not torch.equal(seen[0][1].kwargs["hidden_states"], seen[1][1].kwargs["hidden_states"])
+    assert not torch.equal(seen[0][1].latents, seen[1][1].latents)
 
 
-def test_a_report_survives_missing_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["euler", "dpm_solver"])
+def test_calls_from_the_trajectory_are_those_that_generation_makes(student: Path, sampler: str) -> None:
+    """Inside the interval of guidance and outside it."""
+    model = open_model(student, settings={"steps": 4, "sampler": sampler})
+    model.pipeline.sampling = model.pipeline.sampling.replace(guidance_interval=[100.0, 800.0])
+    teacher = open_teacher(model, MODEL)
+    found = teacher_calls(model, teacher, "a photo of a star", 3)
+    with recorded_calls(teacher.network) as expected:
+        teacher.draw(["a photo of a star"], [3])
+    assert [len(call.latents) for call in found] == [1, 2, 2, 1]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.latents, b.latents) and a.arguments.keys() == b.arguments.keys()
+        assert all(torch.equal(a.arguments[key], value) for key, value in b.arguments.items())
+
+
+def test_a_report_survives_missing_images(tmp_path: Path) -> None:
     times = {"ms": 1.0, "ms_low": 0.9, "ms_high": 1.1, "parameters": 10, "peak_memory_mib": 5.0}
     pair = {
         "teacher": {"source": "runs/teacher"},

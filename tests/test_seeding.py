@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emmdit.flow import generator, step_noise
+from emmdit.seeding import generator, step_noise
 
 
 def draw(*arguments):
@@ -40,7 +40,7 @@ def test_rows_do_not_depend_on_the_split(ranks):
     whole = step_noise((3, 2, 2), slice(None), n, generator(0, "noise", 96))
     assert whole.shape == (n, 3, 2, 2) and whole.dtype == torch.float32
     for rank in range(ranks):
-        own = torch.arange(rank, n, ranks)  # interleaved, as a distributed sampler deals them
+        own = torch.arange(rank, n, ranks)  # interleaved, as a distributed sampler assigns them
         assert torch.equal(step_noise((3, 2, 2), own, n, generator(0, "noise", 96)), whole[own])
         block = slice(rank * n // ranks, (rank + 1) * n // ranks)
         assert torch.equal(step_noise((3, 2, 2), block, n, generator(0, "noise", 96), "cpu"), whole[block])
