@@ -1,4 +1,4 @@
-"""What can go wrong when a frozen model is loaded, the stand-ins, and the encoders in configs."""
+"""Loading of frozen models: failures, stand-ins, and encoders in configs."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_gated_and_unknown_repositories(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         refuse(kind, status)
         text = message(DINOv2("someone/something"))
-        assert "is gated: accept its licence at https://huggingface.co/someone/something" in text
-        assert "hf auth login" in text and "local folder or an ungated mirror" in text
+        assert "is gated: accept its license at https://huggingface.co/someone/something" in text
+        assert "hf auth login" in text and "ungated mirror" in text
     refuse(errors.RepositoryNotFoundError, 401)
     assert "neither a local folder nor a repository" in message(DINOv2("someone/something"))
     refuse(errors.RevisionNotFoundError, 404)
@@ -99,7 +99,7 @@ def test_gated_and_unknown_repositories(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route"))
     )
-    assert "the hub cannot be reached" in message(DCAE())
+    assert "cannot be reached" in message(DCAE())
 
 
 def test_the_gate_is_recognised_behind_a_librarys_own_error() -> None:
@@ -129,7 +129,7 @@ def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -
         encoder = cls(str(folder), **({"feature_dim": 32} if cls is DINOv2 else {}))
         assert "has no safetensors weights: save" in message(encoder)
         torch.save(load_file(folders[name] / weights), folder / pickled)
-        assert "only pickled ones, which are refused" in message(encoder)
+        assert "pickled" in message(encoder)
 
 
 def test_wrong_incomplete_and_damaged_models(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_wrong_incomplete_and_damaged_models(folders: dict[str, Path], tmp_path:
 
     assert "of kind 'AutoencoderKL', not AutoencoderDC" in message(DCAE(str(folders["sdxl_vae"])))
     assert "of kind 'llama', not dinov2" in message(DINOv2(str(folders["llama"])))
-    assert "no tokenizer that can be read" in message(TextEncoder(str(folders["dc_ae"])))
+    assert "tokenizer_subfolder" in message(TextEncoder(str(folders["dc_ae"])))
     with pytest.raises(MissingModelError, match="does not hold a model of transformers"):
         _ = TextEncoder(str(folders["dc_ae"])).model
     assert "does not hold a model of diffusers" in message(DCAE(str(folders["dinov2"])))
@@ -167,7 +167,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(MissingModelError):
             _ = encoder.model
     text = pytest.raises(MissingModelError, lambda: TextEncoder(str(tmp_path)).model).value.args[0]
-    assert "never executed" in text
+    assert "remote code" in text
 
 
 def test_standins_have_the_real_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ ANYWHERE = (0, 0, 10, 10)
 
 
 def never(objects, class_name):
-    raise AssertionError("no clause asks for a colour")
+    raise AssertionError("no clause asks for a color")
 
 
 def cats(*scores: float, name: str = "cat") -> list[Detection]:

@@ -16,7 +16,6 @@ from emmdit.evaluation.geneval import (
     Detector,
     GenEval,
     official_prompts,
-    read_results,
     summary,
     write_results,
 )
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Pixels(Detector):
-    """A stand-in: the first pixel's red is the number of cats, its green that of dogs, its blue the cats' colour."""
+    """A stand-in: the first pixel's red is the number of cats, its green that of dogs, its blue the cats' color."""
 
     name, classes, color_names = "pixels", ("cat", "dog"), ("red", "green", "blue")
 
@@ -59,7 +58,7 @@ LINES = [
     line("colors", ("cat", 1), prompt="a photo of a green cat", color="green"),
     line("single_object", ("dog", 1), prompt="a photo of a dog"),
 ]
-# For each prompt two pictures: cats, dogs, colour.
+# For each prompt two images: cats, dogs, color.
 SEEN = [[(1, 0, 0), (0, 0, 0)], [(1, 0, 0), (2, 1, 0)], [(1, 0, 1), (1, 0, 1)], [(0, 0, 0), (0, 0, 0)]]
 SAMPLES = [Sample(i, k, row, 0) for i, row in enumerate(LINES) for k in range(2)]
 
@@ -99,36 +98,36 @@ def test_order_and_repeats_do_not_matter():
 
 def test_a_part_of_the_set_has_no_score():
     first = "00000/samples/00001.png .'a photo of a cat'., 00001/samples/00000.png"
-    with pytest.raises(ValueError, match=f"misses 3 of 8 images, of 2 prompts: {first}"):
+    with pytest.raises(ValueError, match=f"3 of 8 images, of 2 prompts: {first}"):
         judged([SAMPLES[0], *SAMPLES[4:]]).compute()
-    with pytest.raises(ValueError, match="call begin"):
+    with pytest.raises(ValueError, match="begin"):
         GenEval(Pixels()).compute()
-    with pytest.raises(ValueError, match="00009/samples/00000.png is no image of the set"):
+    with pytest.raises(ValueError, match="00009/samples/00000.png"):
         judged([]).update(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [Sample(9, 0, LINES[0], 0)])
 
 
-def test_reset_keeps_what_is_to_come():
+def test_reset_keeps_the_announced_images():
     metric = judged(SAMPLES)
     metric.reset()
     assert metric.rows == []
-    with pytest.raises(ValueError, match="misses 8 of 8"):
+    with pytest.raises(ValueError, match="8 of 8"):
         metric.compute()
     metric.update(images(SAMPLES), SAMPLES)
     assert metric.compute()["colors"] == 1.0
 
 
-def test_prompts_that_can_not_be_judged_are_named_before_any_image():
+def test_prompts_that_cannot_be_judged_are_named_before_any_image():
     metric = GenEval(ShapesDetector())
-    with pytest.raises(ValueError, match="can not judge prompt 0 .*detector 'shapes' does not know 'bench'"):
+    with pytest.raises(ValueError, match="prompt 0 .*'shapes' .*'bench'"):
         metric.begin([Sample(0, 0, official_prompts()[0], 0)])
     pink = line("colors", ("star", 1), prompt="a photo of a pink star", color="pink")
-    with pytest.raises(ValueError, match="does not know 'pink'"):
+    with pytest.raises(ValueError, match="'pink'"):
         metric.begin([Sample(0, 0, pink, 0)])
-    with pytest.raises(ValueError, match="prompt 7 .'a cat'.: it has no \"tag\""):
+    with pytest.raises(ValueError, match="prompt 7 .'a cat'.: .*\"tag\""):
         metric.begin([Sample(7, 0, {"prompt": "a cat"}, 0)])
 
 
-# Which pictures each of two processes judges, and whether these are all.
+# The images each of two processes judges, and whether these are all.
 SHARES = [([0, 1, 2, 3, 4, 5, 6, 7], [], True), ([0, 2, 4, 6, 7], [1, 3, 5], True), ([0], [5], False)]
 SCRIPT = """
 import json, sys
@@ -179,15 +178,7 @@ def test_rows_have_the_official_columns(tmp_path: Path):
         "dog": [[0, 0, 8, 8, 0.95]],
     }
     assert written[2]["reason"] == "expected dog>=1, found 0" and written[2]["correct"] is False
-    assert read_results(tmp_path / "results.jsonl") == sorted(rows, key=lambda row: row["filename"])
-
-
-def test_a_broken_results_file_is_named(tmp_path: Path):
-    file = tmp_path / "results.jsonl"
-    write_results(file, judged(SAMPLES).rows)
-    file.write_text(file.read_text() + '{"filename": "x"}\n')
-    with pytest.raises(ValueError, match=r"results.jsonl, line 9: this is no row"):
-        read_results(file)
+    assert written == sorted(rows, key=lambda row: row["filename"])
 
 
 def test_summary():
@@ -199,5 +190,5 @@ def test_summary():
         "Task breakdown\n==============\nsingle_object    = 25.00% (1 / 4)\ntwo_object       = 50.00% (1 / 2)\n"
         "colors           = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.58333"
     )
-    with pytest.raises(ValueError, match="no GenEval results"):
+    with pytest.raises(ValueError, match="GenEval"):
         summary([])

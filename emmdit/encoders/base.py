@@ -84,8 +84,8 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 @contextmanager
 def frozen(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast: an encoder computes in its own dtype, whatever the precision of the trainer (an SDXL
-    autoencoder in float32 must not run in float16 under `16-mixed`)."""
+    """No gradients and no autocast: an encoder computes in its own dtype, whatever the precision of the trainer (an
+    SDXL autoencoder in float32 must not run in float16 under `16-mixed`)."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -147,8 +147,8 @@ class FrozenModel:
                 self._model.to(self.device)
         if dtype is not None and as_dtype(dtype) != self.dtype:
             self.dtype = as_dtype(dtype)
-            # Not module.to(dtype), which would also round buffers that from_pretrained keeps in float32, such as Llama's
-            # rotary frequencies.
+            # Not module.to(dtype), which would also round buffers that from_pretrained keeps in float32, such as
+            # Llama's rotary frequencies.
             for parameter in self._model.parameters() if self._model is not None else ():
                 parameter.data = parameter.data.to(self.dtype)
         return self

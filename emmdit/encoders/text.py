@@ -24,8 +24,8 @@ class TextEncoder(FrozenModel, TextConditioner):
     """The body of a pretrained text model, never its LM head; of an encoder-decoder (T5), the encoder.
 
     Captions are padded and truncated to `max_length`; the pad token is the EOS token where the tokenizer has none
-    (Llama). The text model itself always gets its attention mask, unless `mask_encoder` is off. The hidden states are in
-    `dtype`: a caller that runs without autocast casts them to the dtype of the network.
+    (Llama). The text model itself always gets its attention mask, unless `mask_encoder` is off. The hidden states
+    are in `dtype`: a caller that runs without autocast casts them to the dtype of the network.
 
     Args:
         source: local folder or hub id; `subfolder` and `tokenizer_subfolder` for a diffusers pipeline.
@@ -35,8 +35,8 @@ class TextEncoder(FrozenModel, TextConditioner):
         with_mask: give the denoiser `encoder_attention_mask`. False is faithful to Nitro-E, whose joint attention
             attends to the padded positions; PixArt needs True.
         pooled: give the denoiser `pooled_projections` (CLIP only; the projected ones where the model has a projection).
-        hidden_layer: -1 = the last hidden state, after the final norm; -2 = the output of the penultimate layer, without
-            that norm.
+        hidden_layer: -1 = the last hidden state, after the final norm; -2 = the output of the penultimate layer,
+            without that norm.
         mask_encoder: False hides the mask from the text model, as SD3's pipeline does.
         clean_captions: lower-case and collapse white space (training reads raw captions).
     """
@@ -111,7 +111,7 @@ class TextEncoder(FrozenModel, TextConditioner):
             )
         if self.pooled and not name.startswith("CLIPText"):
             raise ValueError(
-                f"pooled needs a CLIP text model, but '{self.source}' holds a {type(model).__name__}: set pooled to false."
+                f"pooled needs a CLIP text model, but '{self.source}' holds a {type(model).__name__}: set pooled off."
             )
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False  # a decoder would keep its keys and values without need
@@ -137,7 +137,7 @@ class TextEncoder(FrozenModel, TextConditioner):
         return tokens["input_ids"], mask
 
     def __call__(self, captions: list[str]) -> Condition:
-        """`encoder_hidden_states` (B,max_length,caption_channels), and the entries that `with_mask` and `pooled` add."""
+        """`encoder_hidden_states` (B,max_length,caption_channels), and the entries of `with_mask` and `pooled`."""
         ids, mask = (t.to(self.device) for t in self.tokenize(captions))
         with frozen(self.device):
             output = self.model(

@@ -115,7 +115,7 @@ class AskedColor(ImageMetric):
 # -- reference images: what the scores of a model lie between ----------------------------------------
 
 
-def true_renders(world: ShapesWorld | None = None) -> Generate:
+def renders(world: ShapesWorld | None = None) -> Generate:
     """Upper reference: for each prompt the render of a scene that shows it."""
     world = world or ShapesWorld()
 
@@ -127,7 +127,7 @@ def true_renders(world: ShapesWorld | None = None) -> Generate:
     return generate
 
 
-def uniform_noise(size: int) -> Generate:
+def noise(size: int) -> Generate:
     """Lower reference: images of `size` px whose pixels are independent and uniform."""
 
     def generate(prompts: list[str], seeds: list[int]) -> Tensor:
