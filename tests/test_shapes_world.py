@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,7 +247,7 @@ def test_dataset_items():
     assert item["image"].shape == (3, 32, 32) and item["image"].dtype == torch.float32
     assert -1 <= item["image"].min() < item["image"].max() <= 1
     assert item["sample_id"].dtype == torch.int64 and item["sample_id"].item() == 4
-    assert item["caption"] == data.metadata(4)["prompt"] == WORLD.sample(3, 4).caption
+    assert item["caption"] == WORLD.sample(3, 4).caption
     back = ((item["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(back, render_scene(data.scene(4)))
     with pytest.raises(IndexError, match="10"):
@@ -301,38 +300,6 @@ def test_reader_bears_mild_blur_and_noise(images, blur: float, noise: float, lea
         rough = np.clip(rough + noise * rng.normal(size=rough.shape), 0, 255).round().astype(np.uint8)
         right.append(contents_match(scene, read_scene(rough)))
     assert np.mean(right) >= least
-
-
-def test_near_misses_are_told_apart(images):
-    """One wrong shape, color, object or place in the image, and the scene is no longer confirmed."""
-    for scene, _ in images[:150]:
-        first, rest = scene.objects[0], scene.objects[1:]
-        other_shape = next(s for s in SHAPES if s != first.shape)
-        other_color = next(c for c in PALETTE if c != first.color)
-        changes = [
-            (replace(first, shape=other_shape), *rest),
-            (replace(first, color=other_color), *rest),
-            rest,
-            (replace(first, cx=scene.image_size - first.cx), *rest) if not rest and abs(first.cx - 16) > 2 else None,
-        ]
-        for objects in filter(lambda o: o is not None, changes):
-            image = render_scene(replace(scene, objects=objects))
-            assert not contents_match(scene, read_scene(image)), scene.caption
-
-
-def test_swapped_places_are_told_apart(images):
-    for scene, _ in images:
-        if scene.task == "position":
-            a, b = scene.objects
-            swapped = (
-                replace(a, cx=b.cx, cy=b.cy, size=b.size),
-                replace(b, cx=a.cx, cy=a.cy, size=a.size),
-            )
-            found = read_scene(render_scene(replace(scene, objects=swapped)))
-            boxes = {f.shape: f.box for f in found}
-            asked = scene.metadata["include"][1]["position"][0]
-            assert asked not in relations(boxes[a.shape], boxes[b.shape])
-            assert relations(boxes[b.shape], boxes[a.shape]) == {asked}
 
 
 def test_found_objects_carry_box_mask_and_score(images):

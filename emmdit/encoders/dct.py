@@ -8,7 +8,6 @@ DC-AE f32.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -140,14 +139,6 @@ class DCTCodec(ImageCodec):
         self.model = (model or BlockDCT(block_size, channels, whitening=whitening)).eval().requires_grad_(False)
         self.latent_channels: int = self.model.config.channels
         self.downsample: int = self.model.config.block_size
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> DCTCodec:
-        """Load a folder that `save_pretrained` wrote, or a hub id."""
-        return cls(model=BlockDCT.from_pretrained(path))
-
-    def save_pretrained(self, path: str | Path) -> None:
-        self.model.save_pretrained(path)
 
     def components(self) -> dict[str, object]:
         """The components that a diffusers pipeline saves, by their names there."""

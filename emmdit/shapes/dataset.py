@@ -33,10 +33,6 @@ class ShapesDataset(Dataset):
             raise IndexError(f"sample {index} is outside this dataset of {self.length} scenes.")
         return self.world.sample(self.seed, int(index))
 
-    def metadata(self, index: int) -> dict[str, Any]:
-        """The GenEval metadata that scene `index` satisfies."""
-        return self.scene(index).metadata
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
         image = torch.from_numpy(render_scene(scene)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)

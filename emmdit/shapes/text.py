@@ -116,20 +116,6 @@ class ShapesText(TextConditioner):
         self.with_mask, self.pooled, self.cache_size = with_mask, pooled, cache_size
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, tokenizer_folder: str | Path | None = None, with_mask: bool = False
-    ) -> ShapesText:
-        """Load what `save_pretrained` wrote; in a diffusers pipeline the tokenizer has its own folder."""
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder or folder)
-        model = LlamaModel.from_pretrained(folder, dtype=torch.float32)
-        return cls(with_mask=with_mask, max_length=tokenizer.model_max_length, model=model, tokenizer=tokenizer)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save model and tokenizer into one folder."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
     def components(self) -> dict[str, object]:
         """The components that a diffusers pipeline saves, by their names there."""
         return {"text_encoder": self.model, "tokenizer": self.tokenizer}
