@@ -97,12 +97,12 @@ def test_order_and_repeats_do_not_matter():
 
 
 def test_a_part_of_the_set_has_no_score():
-    first = "00000/samples/00001.png .'a photo of a cat'., 00001/samples/00000.png"
-    with pytest.raises(ValueError, match=f"3 of 8 images, of 2 prompts: {first}"):
+    first = "00000/samples/00001.png.*'a photo of a cat'.*00001/samples/00000.png"
+    with pytest.raises(ValueError, match=rf"\b3\b.*\b8\b.*\b2\b.*{first}"):
         judged([SAMPLES[0], *SAMPLES[4:]]).compute()
-    with pytest.raises(ValueError, match="begin"):
+    with pytest.raises(ValueError, match=r"^(?!.*\.png).*GenEval.*\bbegin\b"):
         GenEval(Pixels()).compute()
-    with pytest.raises(ValueError, match="00009/samples/00000.png"):
+    with pytest.raises(ValueError, match=r"00009/samples/00000\.png.*\bbegin\b"):
         judged([]).update(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [Sample(9, 0, LINES[0], 0)])
 
 
@@ -110,7 +110,7 @@ def test_reset_keeps_the_announced_images():
     metric = judged(SAMPLES)
     metric.reset()
     assert metric.rows == []
-    with pytest.raises(ValueError, match="8 of 8"):
+    with pytest.raises(ValueError, match=r"\b8\b.*\b8\b.*00000/samples/00000\.png"):
         metric.compute()
     metric.update(images(SAMPLES), SAMPLES)
     assert metric.compute()["colors"] == 1.0
@@ -118,12 +118,12 @@ def test_reset_keeps_the_announced_images():
 
 def test_prompts_that_cannot_be_judged_are_named_before_any_image():
     metric = GenEval(ShapesDetector())
-    with pytest.raises(ValueError, match="prompt 0 .*'shapes' .*'bench'"):
+    with pytest.raises(ValueError, match="prompt 0 .*'shapes'.*'bench'"):
         metric.begin([Sample(0, 0, official_prompts()[0], 0)])
     pink = line("colors", ("star", 1), prompt="a photo of a pink star", color="pink")
-    with pytest.raises(ValueError, match="'pink'"):
+    with pytest.raises(ValueError, match="prompt 0 .*'shapes'.*'pink'"):
         metric.begin([Sample(0, 0, pink, 0)])
-    with pytest.raises(ValueError, match="prompt 7 .'a cat'.: .*\"tag\""):
+    with pytest.raises(ValueError, match="prompt 7 .*'a cat'.*\"tag\""):
         metric.begin([Sample(7, 0, {"prompt": "a cat"}, 0)])
 
 
@@ -158,7 +158,7 @@ def test_two_processes(tmp_path: Path):
             if complete:
                 assert result == judged(SAMPLES).compute()
             else:
-                assert "6 of 8 images, of 4 prompts" in result
+                assert all(f" {number} " in result for number in (6, 8, 4))
 
 
 # -------------------------------------------------------------------------------- the results file
@@ -190,5 +190,5 @@ def test_summary():
         "Task breakdown\n==============\nsingle_object    = 25.00% (1 / 4)\ntwo_object       = 50.00% (1 / 2)\n"
         "colors           = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.58333"
     )
-    with pytest.raises(ValueError, match="GenEval"):
+    with pytest.raises(ValueError, match=r"GenEval(?!.*\d)"):
         summary([])

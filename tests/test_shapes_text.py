@@ -91,9 +91,9 @@ def test_unknown_words_are_named_with_the_vocabulary(text):
 
 
 def test_long_captions_and_bare_strings_are_refused(text):
-    with pytest.raises(ValueError, match="16"):
+    with pytest.raises(ValueError, match=r"a red circle.*\b26\b.*\b16\b"):
         text(["a photo of " + "a red circle and " * 5 + "a star"])
-    with pytest.raises(ValueError, match="captions"):
+    with pytest.raises(ValueError, match=r"\bcaptions\b"):
         text("a photo of a star")
 
 

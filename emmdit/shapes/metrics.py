@@ -105,7 +105,7 @@ class AskedColor(ImageMetric):
 
     def compute(self) -> dict[str, float]:
         if not self.count:
-            raise ValueError("asked_color has no image of a prompt of the task colors: call update with one first.")
+            raise ValueError("asked_color has no image of one colored object: call update with one first.")
         return {"": float(self.right / self.count)}
 
     def settings(self) -> dict[str, Any]:
