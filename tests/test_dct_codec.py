@@ -51,7 +51,7 @@ def test_decode_clamps_and_the_model_does_not():
 
 
 def test_blocks_and_coefficients_lie_where_they_should():
-    """A bright block shows at its own place; horizontal and vertical frequencies are told apart."""
+    """A bright block shows at its own place; horizontal and vertical frequencies differ."""
     image = -torch.ones(1, 3, 16, 16)
     image[:, :, 4:8, 8:12] = 1
     change = DCTCodec().encode(image) - DCTCodec().encode(-torch.ones_like(image))

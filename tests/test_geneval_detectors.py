@@ -144,7 +144,7 @@ def small(folder: Path, **more) -> Mask2Former:
 
 
 def bilinear(n: int, m: int) -> np.ndarray:
-    """(m, n) weights that resize n samples to m, half-pixel centres, edges repeated."""
+    """(m, n) weights that resize n samples to m, half-pixel centers, edges repeated."""
     weights = np.zeros((m, n))
     for i in range(m):
         x = np.clip((i + 0.5) * n / m - 0.5, 0, n - 1)
@@ -340,7 +340,7 @@ def test_texts_are_asked_once_a_class():
     ]
 
 
-def test_a_colours_text_is_the_normalised_mean_of_its_templates():
+def test_the_text_of_a_color_is_the_normalized_mean_of_its_templates():
     generator = np.random.default_rng(0)
     vectors: dict[str, np.ndarray] = {}
 

@@ -15,6 +15,7 @@ from emmdit.encoders import CLIPVision
 from emmdit.evaluation.geneval import TASKS, Detection, judge
 from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.shapes import ShapesWorld, render_scene
+from emmdit.shapes.text import shapes_tokenizer
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes_clip"
 WORLD = ShapesWorld()
@@ -74,7 +75,7 @@ def test_contrast_by_hand() -> None:
 
 
 def test_the_tokenizer_ends_every_caption() -> None:
-    tokenizer = script.make_tokenizer(WORLD)
+    tokenizer = shapes_tokenizer(script.MAX_LENGTH, eos=True)
     texts = Captions(WORLD).texts
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     assert ids.shape[1] <= script.MAX_LENGTH

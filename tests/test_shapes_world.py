@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -51,16 +48,6 @@ def digest() -> str:
 def test_scenes_and_renders_keep_their_bytes():
     assert digest() == DIGEST
     assert digest() == DIGEST
-
-
-def test_renders_do_not_depend_on_the_process():
-    code = "import sys; sys.path.insert(0, 'tests'); from test_shapes_world import digest; print(digest())"
-    environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment, check=True
-    )
-    assert out.stdout.strip() == DIGEST
 
 
 def test_sample_ignores_the_order_of_calls_and_the_global_generator():
@@ -183,11 +170,6 @@ def test_prompts_are_different_and_in_geneval_order():
     assert all(line == parse(line["prompt"]) for line in lines)
     assert lines == WORLD.prompts(20, seed=1) != WORLD.prompts(20, seed=2)
     assert {word for text in texts for word in text.split()} <= set(WORLD.vocabulary())
-
-
-def test_plurals_and_numbers_are_genevals():
-    captions = {spec.caption for spec in WORLD.specs("counting")}
-    assert {"a photo of four crosses", "a photo of two squares", "a photo of three circles"} <= captions
 
 
 def test_smaller_worlds_and_task_weights():

@@ -33,6 +33,7 @@ from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.optim import MuonAdamW, WarmupDecay
 from emmdit.provenance import machine
 from emmdit.shapes import PALETTE, SHAPES, Scene, ShapesWorld, render_scene
+from emmdit.shapes.text import shapes_tokenizer
 
 IMAGE, PATCH, MAX_LENGTH = 32, 4, 16
 VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
@@ -40,30 +41,8 @@ TEXT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_atte
 DIM = 64
 TRAINING_STREAM, HELD_OUT_STREAM = 1_000_000, 2_000_000  # plus --seed; used by no training or evaluation of a model
 TASK_WEIGHTS = (0.5, 1.0, 1.5, 0.5, 2.0, 1.0)  # relations and counts are learned last
-PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"  # EOS has id 3: with id 2 CLIP pools at the highest id
 
 # -- the model ---------------------------------------------------------------------------------------
-
-
-def make_tokenizer(world: ShapesWorld):
-    """Lower-cased words of the world between `<bos>` and `<eos>`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate([PAD, BOS, UNKNOWN, EOS, *world.vocabulary()])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocabulary[BOS]), (EOS, vocabulary[EOS])]
-    )
-    special = dict(pad_token=PAD, bos_token=BOS, unk_token=UNKNOWN, eos_token=EOS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        model_max_length=MAX_LENGTH,
-        model_input_names=["input_ids", "attention_mask"],
-        **special,
-    )
 
 
 def make_model(tokenizer: Any) -> nn.Module:
@@ -120,7 +99,8 @@ def known_loss(logits: Tensor, known: Tensor) -> Tensor:
 
 def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int) -> tuple[nn.Module, Any, list[dict]]:
     """The trained model, its tokenizer, and the rows of the loss curve."""
-    tokenizer, captions = make_tokenizer(world), Captions(world)
+    # <eos> has id 3: with id 2 CLIP would pool at the highest id
+    tokenizer, captions = shapes_tokenizer(MAX_LENGTH, eos=True), Captions(world)
     tokens = tokenizer(captions.texts, padding=True, return_tensors="pt")
     stated = torch.from_numpy(np.stack([stated_sides(spec) for spec in captions.specs])).flatten(1)
     model = make_model(tokenizer).train()

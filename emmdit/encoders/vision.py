@@ -41,7 +41,7 @@ class PatchFeatures(FrozenModel, VisionFeatures):
     ) -> None:
         super().__init__(source, dtype, subfolder, revision)
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of the {patch_size}px patch: choose another one.")
+            raise ValueError(f"image_size {image_size} is not a multiple of the {patch_size}px patch.")
         self.image_size, self.feature_dim, self.patch_size = image_size, feature_dim, patch_size
         self.antialias = antialias
 

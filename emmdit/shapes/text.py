@@ -18,28 +18,32 @@ from emmdit.encoders.base import TextConditioner, as_dtype, frozen
 from emmdit.shapes.world import ShapesWorld
 from emmdit.types import Condition
 
-PAD, BOS, UNKNOWN = "<pad>", "<bos>", "<unk>"
+PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"
 WEIGHTS = Path(__file__).with_name("text.safetensors")
 MAX_LENGTH = 16  # <bos> and the longest caption's ten words fit
 
 
-def shapes_tokenizer(max_length: int = MAX_LENGTH) -> PreTrainedTokenizerFast:
-    """Lower-cased words of the default world, split at white space; `<bos>` in front, `<pad>` at the right."""
-    vocabulary = {word: i for i, word in enumerate([PAD, BOS, UNKNOWN, *ShapesWorld().vocabulary()])}
+def shapes_tokenizer(max_length: int = MAX_LENGTH, eos: bool = False) -> PreTrainedTokenizerFast:
+    """Lower-cased words of the default world, split at white space; `<bos>` in front, `<pad>` at the right.
+
+    `eos` adds `<eos>` behind the words.
+    """
+    special = {"pad_token": PAD, "bos_token": BOS, "unk_token": UNKNOWN} | ({"eos_token": EOS} if eos else {})
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *ShapesWorld().vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+        single=f"{BOS} $A {EOS}" if eos else f"{BOS} $A",
+        special_tokens=[(token, vocabulary[token]) for token in (BOS, EOS) if token in vocabulary],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        unk_token=UNKNOWN,
         padding_side="right",
         truncation_side="right",
         model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
     )
 
 
