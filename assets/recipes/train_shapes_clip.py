@@ -186,12 +186,12 @@ def table(rows: list[dict]) -> str:
 
 def card(rows: list[dict], args: argparse.Namespace, curve: list[dict]) -> str:
     """The README of the folder."""
-    found = machine("cpu")
+    found, out = machine("cpu"), args.out.name if args.out.is_absolute() else args.out
     weights = args.out / "model.safetensors"
     with safe_open(weights, "pt") as file:
         parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     megabytes = weights.stat().st_size / 1e6
-    command = f"OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out {args.out}"
+    command = f"OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out {out}"
     command += f" --steps {args.steps} --batch-size {args.batch_size} --seed {args.seed}"
     return f"""# A CLIP of the shapes world
 
