@@ -51,7 +51,7 @@ def test_decode_clamps_and_the_model_does_not():
 
 
 def test_blocks_and_coefficients_lie_where_they_should():
-    """A bright block shows at its own place; horizontal and vertical frequencies are told apart."""
+    """A bright block shows at its own place; horizontal and vertical frequencies differ."""
     image = -torch.ones(1, 3, 16, 16)
     image[:, :, 4:8, 8:12] = 1
     change = DCTCodec().encode(image) - DCTCodec().encode(-torch.ones_like(image))
@@ -61,7 +61,7 @@ def test_blocks_and_coefficients_lie_where_they_should():
     stripes = torch.zeros(1, 3, n, n, dtype=torch.float64) + torch.tensor([1.0, -1.0, -1.0, 1.0])  # along x
     coefficients = (fold_blocks(stripes, n).flatten() @ analysis).view(3, n, n)
     assert coefficients.abs()[0, 0].argmax() == 2 and coefficients[0, 1:].abs().max() < 1e-12
-    assert coefficients[1:].abs().max() < 1e-5  # grey has no chroma
+    assert coefficients[1:].abs().max() < 1e-5  # gray has no chroma
     assert torch.allclose(analysis @ synthesis, torch.eye(48, dtype=torch.float64), atol=1e-12)
 
 
@@ -84,7 +84,7 @@ def test_whitening_sets_the_spectrum_and_keeps_variance_one(images, whitening):
     assert psnr(codec.decode(latents), images) >= 40
 
 
-def test_other_block_sizes_are_fitted_to_pictures(images):
+def test_other_block_sizes_are_fitted_to_images(images):
     codec = DCTCodec(model=BlockDCT.fitted(images, block_size=8, channels=128))
     latents = codec.encode(images)
     assert latents.shape == (400, 128, 4, 4) and codec.downsample == 8
@@ -95,8 +95,8 @@ def test_other_block_sizes_are_fitted_to_pictures(images):
 
 def test_save_and_load(tmp_path, images):
     model = BlockDCT.fitted(images[:50] * 0.5, channels=20, whitening=0.3)
-    DCTCodec(model=model).save_pretrained(tmp_path)
-    loaded = DCTCodec.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = DCTCodec(model=BlockDCT.from_pretrained(tmp_path))
     assert loaded.latent_channels == 20 and loaded.model.config.whitening == 0.3
     assert torch.equal(loaded.encode(images[:4]), model.encode(images[:4]))
     assert not any(p.requires_grad for p in loaded.model.parameters()) and not loaded.model.training
@@ -131,6 +131,6 @@ def test_type_and_autocast():
         (lambda: BlockDCT(latents_mean=[0.0] * 31, latents_std=[1.0] * 31), r"\b32\b.*latents_mean.*latents_std"),
     ],
 )
-def test_wrong_shapes_get_a_sentence(call, words):
+def test_wrong_shapes_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -1,4 +1,4 @@
-"""What can go wrong when a frozen model is loaded, the stand-ins, and the encoders in configs."""
+"""Loading of frozen models: failures, stand-ins, and encoders in configs."""
 
 from __future__ import annotations
 

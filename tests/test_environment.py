@@ -117,7 +117,7 @@ def test_pins_are_the_whole_set_and_nothing_else():
     assert set(pins()) == needed, "pyproject.toml and requirements.txt drifted apart: run `make lock`"
 
 
-@pytest.mark.parametrize("folder", ["emmdit", "lightning_modules", "datamodules", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", ["emmdit", "lightning_modules", "datamodules", "benchmarks", "assets", "tests"])
 def test_what_is_imported_is_declared(folder: str):
     declared = {canonicalize_name(r.name) for r in direct_requirements()} | {PROJECT["name"]}
     imports = third_party_imports(folder).items()

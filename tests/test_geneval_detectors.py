@@ -1,4 +1,4 @@
-"""What looks at pictures for GenEval: the shapes reader, Mask2Former with mmdet's formulas, CLIP's colours."""
+"""GenEval's detectors: the shapes reader, Mask2Former with mmdet's formulas, CLIP's colors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from emmdit.encoders.loading import MissingModelError
-from emmdit.evaluation.geneval import CLASSES, COLORS, CLIPColors, Detection, Mask2Former, judge
-from emmdit.evaluation.geneval.mask2former import fit, same_outputs
-from emmdit.evaluation.geneval.mask2former import probe_picture as picture
-from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesDetector, ShapesWorld, render_scene
+from emmdit.evaluation.geneval import CLASSES, COLORS, TASKS, CLIPColors, Detection, Mask2Former, judge
+from emmdit.evaluation.geneval.mask2former import fit, probe_image, same_outputs
+from emmdit.shapes import PALETTE, SHAPES, Scene, ShapesDetector, ShapesWorld, render_scene
 
 # -------------------------------------------------------------------------------- the shapes world
 
@@ -60,8 +59,8 @@ def asked_otherwise(scene: Scene, rng: np.random.Generator) -> dict:
     return metadata
 
 
-def drawn_otherwise(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene's picture with one thing changed, so that its prompt is not met."""
+def rendered_otherwise(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The scene's image with one thing changed, so that its prompt is not met."""
     objects, which = list(scene.objects), int(rng.integers(len(scene.objects)))
     if scene.task == "counting":
         del objects[which]
@@ -80,14 +79,14 @@ def drawn_otherwise(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def test_near_misses_are_judged_wrong(scenes: list[Scene]):
     rng = np.random.default_rng(0)
     asked = [correct(asked_otherwise(scene, rng), render_scene(scene)) for scene in scenes]
-    drawn = [correct(scene.metadata, drawn_otherwise(scene, rng)) for scene in scenes]
-    for task in TASKS:  # wrong colour, count and side each by itself
+    rendered = [correct(scene.metadata, rendered_otherwise(scene, rng)) for scene in scenes]
+    for task in TASKS:  # wrong color, count and side each by itself
         of_task = [i for i, scene in enumerate(scenes) if scene.task == task]
         assert np.mean([asked[i] for i in of_task]) <= 0.01, task
-        assert np.mean([drawn[i] for i in of_task]) <= 0.01, task
+        assert np.mean([rendered[i] for i in of_task]) <= 0.01, task
 
 
-def test_pictures_of_another_kind_are_refused():
+def test_images_of_another_dtype_are_refused():
     with pytest.raises(ValueError, match="uint8.*float32"):
         ShapesDetector()(torch.rand(1, 3, 32, 32))
 
@@ -145,7 +144,7 @@ def small(folder: Path, **more) -> Mask2Former:
 
 
 def bilinear(n: int, m: int) -> np.ndarray:
-    """(m, n) weights that resize n samples to m, half-pixel centres, edges repeated."""
+    """(m, n) weights that resize n samples to m, half-pixel centers, edges repeated."""
     weights = np.zeros((m, n))
     for i in range(m):
         x = np.clip((i + 0.5) * n / m - 0.5, 0, n - 1)
@@ -177,7 +176,7 @@ def pixels_by_hand(image: np.ndarray) -> np.ndarray:
 
 
 def found_by_hand(out, h: int, w: int, crop: bool = True) -> list[tuple[str, float, list[int], np.ndarray]]:
-    """mmdet's post-processing of what the network gives for a picture (h, w), an instance at a time."""
+    """mmdet's post-processing of the network's outputs for an image (h, w), an instance at a time."""
     new_h, new_w, pad_h, pad_w = sizes_by_hand(h, w)
     mask_logits = resize(out.masks_queries_logits[0].double().numpy(), pad_h, pad_w)
     mask_logits = resize(mask_logits[:, :new_h, :new_w] if crop else mask_logits, h, w)
@@ -200,7 +199,7 @@ def found_by_hand(out, h: int, w: int, crop: bool = True) -> list[tuple[str, flo
 @pytest.mark.parametrize("size", [(40, 100), (90, 50), (64, 64)])
 def test_detections_are_mmdets(folder: Path, size: tuple[int, int]):
     detector = small(folder)
-    image = picture()[:, 60 : 60 + size[0], 30 : 30 + size[1]].contiguous()
+    image = probe_image()[:, 60 : 60 + size[0], 30 : 30 + size[1]].contiguous()
     pixels, unpadded = detector.preprocess(image[None])
     assert (*unpadded, *pixels.shape[-2:]) == sizes_by_hand(*size)
     difference = np.abs(pixels[0].numpy() - pixels_by_hand(image.numpy()))
@@ -226,7 +225,7 @@ def test_detections_are_mmdets(folder: Path, size: tuple[int, int]):
 
 
 def test_batches_and_threshold(folder: Path):
-    images = torch.stack([picture()[:, :48, :64], picture()[:, 100:148, 100:164], picture()[:, -48:, -64:]])
+    images = torch.stack([probe_image()[:, :48, :64], probe_image()[:, 100:148, 100:164], probe_image()[:, -48:, -64:]])
     alone, together = small(folder, batch_size=1)(images), small(folder, batch_size=2)(images)
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose([d.score for d in one], [d.score for d in other], rtol=1e-3)
@@ -239,7 +238,7 @@ def test_batches_and_threshold(folder: Path):
     ("size", "fitted"),
     [((512, 512), (800, 800)), ((1024, 1024), (800, 800)), ((480, 640), (800, 1067)), ((300, 900), (444, 1333))],
 )
-def test_pictures_are_fitted_into_1333_by_800(size: tuple[int, int], fitted: tuple[int, int]):
+def test_images_are_fitted_into_1333_by_800(size: tuple[int, int], fitted: tuple[int, int]):
     assert fit(*size, (1333, 800)) == fitted
 
 
@@ -249,7 +248,7 @@ def test_settings_name_the_weights(folder: Path):
     assert settings["img_scale"] == [133, 80] and settings["postprocessing"] == "mmdet"
 
 
-def test_weights_that_can_not_serve(tmp_path: Path):
+def test_unusable_weights_are_refused(tmp_path: Path):
     with pytest.raises(MissingModelError, match="/none"):
         small(tmp_path / "none").prepare("cpu")
     with pytest.raises(MissingModelError, match="HF_HUB_OFFLINE"):
@@ -272,13 +271,13 @@ def test_a_device_that_computes_garbage_is_found_out(folder: Path):
 
 @pytest.mark.gpu
 def test_on_a_gpu(folder: Path):
-    detector, image = small(folder), picture()[None, :, :48, :64]
+    detector, image = small(folder), probe_image()[None, :, :48, :64]
     expected = detector(image)[0]
     detector.prepare("cuda")
     np.testing.assert_allclose([d.score for d in detector(image)[0]], [d.score for d in expected], rtol=0.05)
 
 
-# -------------------------------------------------------------------------------- colours
+# -------------------------------------------------------------------------------- colors
 
 RGB = dict(
     red=(200, 20, 20), orange=(240, 130, 0), yellow=(240, 230, 0), green=(0, 150, 0), blue=(20, 20, 200),
@@ -287,7 +286,7 @@ RGB = dict(
 
 
 class SeesColors:
-    """In place of CLIP: a text is its colour word, a picture the colour most of its pixels have (grey #999 aside)."""
+    """In place of CLIP: a text is its color word, an image the color of most of its pixels (gray #999 aside)."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -306,7 +305,7 @@ class SeesColors:
         return torch.nn.functional.normalize(counts, dim=0)[None]
 
 
-def test_each_colour_is_seen_through_its_mask():
+def test_each_color_is_seen_through_its_mask():
     for color, ground in itertools.permutations(RGB, 2):
         image = torch.tensor(RGB[ground], dtype=torch.uint8).view(3, 1, 1).repeat(1, 20, 30)
         mask = torch.zeros(20, 30, dtype=torch.bool)
@@ -321,7 +320,7 @@ def test_each_colour_is_seen_through_its_mask():
         assert crop.shape == (3, 10, 12) and (crop[:, ~mask[5:15, 8:20]] == 0x99).all()
 
 
-def test_boxes_beyond_the_picture_are_cut_to_it():
+def test_boxes_beyond_the_image_are_cut_to_it():
     clip, image = SeesColors(), torch.zeros(3, 20, 30, dtype=torch.uint8)
     boxes = [(-3.0, -2.0, 50.0, 60.0), (29.7, 19.6, 40.0, 40.0), (4.2, 4.2, 4.4, 4.4)]
     assert CLIPColors(clip)(image, [Detection("cup", 1.0, box) for box in boxes], "cup") == ["black"] * 3
@@ -341,7 +340,7 @@ def test_texts_are_asked_once_a_class():
     ]
 
 
-def test_a_colours_text_is_the_normalised_mean_of_its_templates():
+def test_the_text_of_a_color_is_the_normalized_mean_of_its_templates():
     generator = np.random.default_rng(0)
     vectors: dict[str, np.ndarray] = {}
 

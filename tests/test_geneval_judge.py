@@ -19,7 +19,7 @@ ANYWHERE = (0, 0, 10, 10)
 
 
 def never(objects, class_name):
-    raise AssertionError("no clause asks for a colour")
+    raise AssertionError("no clause asks for a color")
 
 
 def cats(*scores: float, name: str = "cat") -> list[Detection]:
@@ -83,7 +83,7 @@ def test_more_than_asked_is_fine_unless_excluded():
     assert verdict == (False, "expected cat<3, found 4")
 
 
-# -------------------------------------------------------------------------------- colours
+# -------------------------------------------------------------------------------- colors
 
 
 def test_the_best_detections_are_classified_and_no_others():
@@ -100,14 +100,14 @@ def test_the_best_detections_are_classified_and_no_others():
     assert len(seen) == 1  # too few objects: nothing to classify
 
 
-def test_seen_colours_stand_in_the_benchmarks_order():
+def test_found_colors_are_in_the_order_of_the_benchmark():
     colors = ["white", "red", "teal", "green", "white", "mauve"]
     verdict = judge(asks(clause(6, color="red")), cats(*[0.5] * 6), lambda *_: colors)
     counts = "1 red, 1 green, 2 white, 1 teal, 1 mauve"
     assert verdict == (False, f"expected red cat>=6, found 1 red; and {counts}")
 
 
-# -------------------------------------------------------------------------------- places
+# -------------------------------------------------------------------------------- positions
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_relations(offset: tuple[float, float], relations: list[str]):
     assert relations_of(box_at(300 + offset[0], 300 + offset[1]), box_at(300, 300)) == relations
 
 
-def test_every_object_must_lie_so_to_every_target():
+def test_every_object_needs_the_relation_to_every_target():
     def of(name: str, x: float) -> Detection:
         return Detection(name, 0.5, box_at(x, 0).box)
 

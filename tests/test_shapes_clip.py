@@ -1,4 +1,4 @@
-"""The shapes world's CLIP: its training script, and the weights in `assets/shapes_clip`."""
+"""The CLIP of the shapes world: its recipe, and the weights in `assets/shapes_clip`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import train_shapes_clip as script
-from benchmarks.shapes_truth import Captions, near_misses, patch_targets
+from assets.recipes import train_shapes_clip as script
+from assets.recipes.shapes_truth import Captions, near_misses, patch_targets
 from emmdit.encoders import CLIPVision
-from emmdit.evaluation.geneval.judge import Detection, judge
+from emmdit.evaluation.geneval import TASKS, Detection, judge
 from emmdit.evaluation.metrics.clip import CLIP
-from emmdit.shapes import TASKS, ShapesWorld, render_scene
+from emmdit.shapes import ShapesWorld, render_scene
+from emmdit.shapes.text import shapes_tokenizer
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes_clip"
 WORLD = ShapesWorld()
@@ -25,15 +26,15 @@ def clip() -> CLIP:
     return CLIP(str(ASSET))
 
 
-def pictures(scenes: list) -> torch.Tensor:
+def renders(scenes: list) -> torch.Tensor:
     return torch.from_numpy(np.stack([render_scene(scene) for scene in scenes])).permute(0, 3, 1, 2)
 
 
-# -- what the training takes for true ----------------------------------------------------------------
+# -- ground truth ------------------------------------------------------------------------------------
 
 
 def test_truth_agrees_with_the_judge() -> None:
-    """GenEval's judge, given the true objects, calls right what is marked true and wrong what is marked false."""
+    """GenEval's judge, given the true objects, agrees with every caption marked true or false."""
     captions, seen = Captions(WORLD), set()
     assert len(captions.texts) == len(set(captions.texts)) == 460
     for i in range(120):
@@ -62,19 +63,19 @@ def test_near_misses_are_false_and_differ_in_one_thing() -> None:
                 assert truth[captions.index[miss]] == 0, (scene.caption, miss)
                 if kind != "colors swapped":
                     differing = [a != b for a, b in zip(scene.caption.split(), miss.split(), strict=False)]
-                    assert kind in ("relation turned round", "other axis", "count") or sum(differing) <= 2
-    assert kinds == {"shape", "color", "count", "relation turned round", "other axis", "colors swapped"}
+                    assert kind in ("opposite relation", "other axis", "count") or sum(differing) <= 2
+    assert kinds == {"shape", "color", "count", "opposite relation", "other axis", "colors swapped"}
 
 
 def test_contrast_by_hand() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, 5.0], [1.0, 0.0, 0.0, 0.0]])
-    truth = torch.tensor([[1.0, 1.0, 0.0, torch.nan], [0.0, 0.0, 0.0, 0.0]])  # the last has no true one
+    truth = torch.tensor([[1.0, 1.0, 0.0, torch.nan], [0.0, 0.0, 0.0, 0.0]])  # the last row has no true one
     expected = np.mean([np.log1p(np.exp(0.0 - 2.0)), np.log1p(np.exp(0.0 - 1.0))])
     assert script.contrast(logits, truth).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_tokenizer_ends_every_caption() -> None:
-    tokenizer = script.make_tokenizer(WORLD)
+    tokenizer = shapes_tokenizer(script.MAX_LENGTH, eos=True)
     texts = Captions(WORLD).texts
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     assert ids.shape[1] <= script.MAX_LENGTH
@@ -88,12 +89,11 @@ def test_the_tokenizer_ends_every_caption() -> None:
 
 
 def test_script_writes_a_clip_that_loads(tmp_path: Path) -> None:
-    script.main(["--out", str(tmp_path / "my_clip"), "--quick", "--json", str(tmp_path / "found.json")])
+    script.main(["--out", str(tmp_path / "my_clip"), "--steps", "4", "--scenes", "8"])
     made = CLIP(str(tmp_path / "my_clip"))
     assert made.name == "my"
-    assert made.images(pictures([WORLD.sample(0, 0)])).shape == (1, script.DIM)
+    assert made.images(renders([WORLD.sample(0, 0)])).shape == (1, script.DIM)
     assert "| color_attr |" in (tmp_path / "my_clip" / "README.md").read_text()
-    assert (tmp_path / "found.json").is_file()
 
 
 def test_training_is_deterministic() -> None:
@@ -128,7 +128,7 @@ def test_the_card_holds_on_other_scenes(clip: CLIP) -> None:
         assert abs(row["accuracy"] - claimed[key]) < 4 * deviation + 0.02, (key, row, claimed[key])
     for kind, least in {"color": 0.95, "shape": 0.95, "count": 0.95, "colors swapped": 0.9}.items():
         assert min(row["accuracy"] for (_, k), row in found.items() if k == kind) >= least
-    assert min(row["accuracy"] for (_, k), row in found.items() if k in ("relation turned round", "other axis")) > 0.9
+    assert min(row["accuracy"] for (_, k), row in found.items() if k in ("opposite relation", "other axis")) > 0.9
 
 
 def test_words_it_does_not_know_are_refused(clip: CLIP) -> None:
@@ -137,10 +137,10 @@ def test_words_it_does_not_know_are_refused(clip: CLIP) -> None:
 
 
 def test_patch_features_show_what_lies_where() -> None:
-    """A linear probe on the 8 x 8 patch tokens names held-out patches' shape and colour; one on the pixels can not."""
+    """A linear probe on the 8 x 8 patch tokens names held-out patches' shape and color; one on the pixels does not."""
     encoder = CLIPVision(str(ASSET), image_size=32, feature_dim=script.VISION["hidden_size"], patch_size=4)
     scenes = [WORLD.sample(11, i) for i in range(300)]
-    images = pictures(scenes).float() / 127.5 - 1
+    images = renders(scenes).float() / 127.5 - 1
     features = encoder(images)
     assert encoder.grid(32, 32) == (8, 8)
     assert features.shape == (300, 64, script.VISION["hidden_size"])

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
+from emmdit.evaluation.geneval import TASKS
 from emmdit.shapes import (
-    FIXED_PROMPTS,
     GROUND,
     PALETTE,
     SHAPES,
-    TASKS,
+    FoundObject,
     Scene,
     ShapesDataset,
     ShapesWorld,
-    contents_match,
     read_scene,
     render_scene,
-    unknown_words,
 )
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 
@@ -54,16 +48,6 @@ def digest() -> str:
 def test_scenes_and_renders_keep_their_bytes():
     assert digest() == DIGEST
     assert digest() == DIGEST
-
-
-def test_renders_do_not_depend_on_the_process():
-    code = "import sys; sys.path.insert(0, 'tests'); from test_shapes_world import digest; print(digest())"
-    environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment, check=True
-    )
-    assert out.stdout.strip() == DIGEST
 
 
 def test_sample_ignores_the_order_of_calls_and_the_global_generator():
@@ -185,24 +169,7 @@ def test_prompts_are_different_and_in_geneval_order():
     assert tags == sorted(tags, key=TASKS.index)
     assert all(line == parse(line["prompt"]) for line in lines)
     assert lines == WORLD.prompts(20, seed=1) != WORLD.prompts(20, seed=2)
-    assert not any(unknown_words(text) for text in texts)
-
-
-def test_fixed_prompts_cover_the_tasks_with_known_words():
-    assert len(FIXED_PROMPTS) == 16 == len(set(FIXED_PROMPTS))
-    assert {parse(prompt)["tag"] for prompt in FIXED_PROMPTS} == set(TASKS)
-    specs = {spec.caption for task in TASKS for spec in WORLD.specs(task)}
-    assert set(FIXED_PROMPTS) <= specs
-
-
-def test_unknown_words_are_listed_once_in_order():
-    assert unknown_words("a photo of a pink Circle above a pink dog") == ["pink", "dog"]
-    assert unknown_words("") == []
-
-
-def test_plurals_and_numbers_are_genevals():
-    captions = {spec.caption for spec in WORLD.specs("counting")}
-    assert {"a photo of four crosses", "a photo of two squares", "a photo of three circles"} <= captions
+    assert {word for text in texts for word in text.split()} <= set(WORLD.vocabulary())
 
 
 def test_smaller_worlds_and_task_weights():
@@ -252,7 +219,7 @@ def test_ground_is_plain_and_colors_are_the_palettes():
             assert tuple(image[int(o.cy), int(o.cx)]) == PALETTE[o.color]
 
 
-# Data set
+# Dataset
 
 
 def test_dataset_items():
@@ -262,7 +229,7 @@ def test_dataset_items():
     assert item["image"].shape == (3, 32, 32) and item["image"].dtype == torch.float32
     assert -1 <= item["image"].min() < item["image"].max() <= 1
     assert item["sample_id"].dtype == torch.int64 and item["sample_id"].item() == 4
-    assert item["caption"] == data.metadata(4)["prompt"] == WORLD.sample(3, 4).caption
+    assert item["caption"] == WORLD.sample(3, 4).caption
     back = ((item["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(back, render_scene(data.scene(4)))
     with pytest.raises(IndexError, match="10"):
@@ -280,62 +247,45 @@ def test_workers_read_the_same_samples():
 # Reader
 
 
+def contents_match(scene: Scene, found: list[FoundObject], threshold: float = 0.3) -> bool:
+    """Whether the objects read (score above `threshold`) are exactly the scene's, within 1.5 px of theirs."""
+    left = [f for f in found if f.score > threshold]
+    if len(left) != len(scene.objects):
+        return False
+    tolerance = 1.5 * scene.image_size / 32
+    for o in scene.objects:
+        for f in left:
+            (x1, y1, x2, y2), same = f.box, (f.shape, f.color) == (o.shape, o.color)
+            if same and abs((x1 + x2) / 2 - o.cx) <= tolerance and abs((y1 + y2) / 2 - o.cy) <= tolerance:
+                left.remove(f)
+                break
+    return not left
+
+
 @pytest.fixture(scope="module")
-def pictures() -> list[tuple[Scene, np.ndarray]]:
+def images() -> list[tuple[Scene, np.ndarray]]:
     return [(s, render_scene(s)) for s in scenes(600, seed=11)]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.9])
-def test_reader_confirms_ground_truth(pictures, threshold: float):
-    right = [contents_match(scene, read_scene(image), threshold) for scene, image in pictures]
+def test_reader_confirms_ground_truth(images, threshold: float):
+    right = [contents_match(scene, read_scene(image), threshold) for scene, image in images]
     assert np.mean(right) >= 0.99
 
 
 @pytest.mark.parametrize(("blur", "noise", "least"), [(0.5, 0, 0.99), (0, 12, 0.99), (0.5, 8, 0.98), (0.7, 8, 0.93)])
-def test_reader_bears_mild_blur_and_noise(pictures, blur: float, noise: float, least: float):
+def test_reader_bears_mild_blur_and_noise(images, blur: float, noise: float, least: float):
     rng = np.random.default_rng(0)
     right = []
-    for scene, image in pictures[:300]:
+    for scene, image in images[:300]:
         rough = ndimage.gaussian_filter(image.astype(float), (blur, blur, 0)) if blur else image.astype(float)
         rough = np.clip(rough + noise * rng.normal(size=rough.shape), 0, 255).round().astype(np.uint8)
         right.append(contents_match(scene, read_scene(rough)))
     assert np.mean(right) >= least
 
 
-def test_near_misses_are_told_apart(pictures):
-    """One wrong shape, color, object or place in the picture, and the scene is no longer confirmed."""
-    for scene, _ in pictures[:150]:
-        first, rest = scene.objects[0], scene.objects[1:]
-        other_shape = next(s for s in SHAPES if s != first.shape)
-        other_color = next(c for c in PALETTE if c != first.color)
-        changes = [
-            (replace(first, shape=other_shape), *rest),
-            (replace(first, color=other_color), *rest),
-            rest,
-            (replace(first, cx=scene.image_size - first.cx), *rest) if not rest and abs(first.cx - 16) > 2 else None,
-        ]
-        for objects in filter(lambda o: o is not None, changes):
-            picture = render_scene(replace(scene, objects=objects))
-            assert not contents_match(scene, read_scene(picture)), scene.caption
-
-
-def test_swapped_places_are_told_apart(pictures):
-    for scene, _ in pictures:
-        if scene.task == "position":
-            a, b = scene.objects
-            swapped = (
-                replace(a, cx=b.cx, cy=b.cy, size=b.size),
-                replace(b, cx=a.cx, cy=a.cy, size=a.size),
-            )
-            found = read_scene(render_scene(replace(scene, objects=swapped)))
-            boxes = {f.shape: f.box for f in found}
-            asked = scene.metadata["include"][1]["position"][0]
-            assert asked not in relations(boxes[a.shape], boxes[b.shape])
-            assert relations(boxes[b.shape], boxes[a.shape]) == {asked}
-
-
-def test_found_objects_carry_box_mask_and_score(pictures):
-    for scene, image in pictures[:50]:
+def test_found_objects_carry_box_mask_and_score(images):
+    for scene, image in images[:50]:
         for f in read_scene(image):
             ys, xs = np.nonzero(f.mask)
             assert f.mask.shape == image.shape[:2] and 0 <= f.score <= 1
@@ -344,13 +294,13 @@ def test_found_objects_carry_box_mask_and_score(pictures):
             assert np.abs(np.subtract(f.box, nearest.box)).max() < 2.5
 
 
-def test_empty_pictures_specks_and_blobs():
+def test_empty_images_specks_and_bars():
     image = np.empty((32, 32, 3), np.uint8)
     image[:] = GROUND
     assert read_scene(image) == []
     image[3:6, 3:6] = PALETTE["red"]
     assert read_scene(image) == []
-    image[10:13, 2:30] = PALETTE["blue"]  # a bar is no shape of this world
+    image[10:13, 2:30] = PALETTE["blue"]  # a bar is not a shape of this world
     assert [f.score for f in read_scene(image)] == [pytest.approx(0, abs=0.05)]
 
 

@@ -1,8 +1,8 @@
-"""Image codecs on pretrained autoencoders: DC-AE (32x down), and the KL autoencoders of SD3 and SDXL (8x).
+"""Image codecs on pretrained autoencoders: DC-AE (32x downsampling), and the KL autoencoders of SD3 and SDXL (8x).
 
-Latents are what a denoiser sees: (raw - shift_factor) * scaling_factor, about unit variance. The numbers are
-arguments with the published values as defaults, so that a network can be checked against its codec before
-anything is loaded; they are compared with the model's own config when it is.
+Latents are the input of a denoiser: (raw - shift_factor) * scaling_factor, about unit variance. The numbers are
+arguments with the published values as defaults, so that a network can be checked against its codec before anything is
+loaded; when the model is loaded, they are compared with its config.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, frozen
 
 
 class AutoencoderCodec(FrozenModel, ImageCodec):
-    """What the codecs on a diffusers autoencoder share.
+    """Base class of codecs on a diffusers autoencoder. A subclass declares its numbers with `_expect`.
 
     Args:
-        latent_channels, downsample: channels of the latents, pixels per latent side.
-        scaling_factor, shift_factor: latents = (raw - shift_factor) * scaling_factor; None for scaling_factor
-            = the model's own numbers, whatever they are.
-        slicing: encode and decode the batch one by one (less memory).
-        tiling: cut large images into overlapping tiles, blended (less memory; not the same numbers as in one
-            piece).
+        source, dtype, subfolder, revision: see `FrozenModel`.
+        slicing: encode and decode the batch one image at a time (less memory).
+        tiling: split large images into overlapping tiles, blended (less memory; not the same numbers as in one piece).
     """
+
+    kind: str  # class name in diffusers
 
     def __init__(
         self,
         source: str,
-        latent_channels: int,
-        downsample: int,
-        scaling_factor: float | None,
-        shift_factor: float = 0.0,
-        dtype: str | torch.dtype = "float32",
-        slicing: bool = False,
-        tiling: bool = False,
-        subfolder: str | None = None,
-        revision: str | None = None,
+        dtype: str | torch.dtype,
+        slicing: bool,
+        tiling: bool,
+        subfolder: str | None,
+        revision: str | None,
     ) -> None:
         super().__init__(source, dtype, subfolder, revision)
+        self.slicing, self.tiling = slicing, tiling
+
+    def _expect(
+        self, latent_channels: int, downsample: int, scaling_factor: float | None, shift_factor: float = 0.0
+    ) -> None:
+        """Set the channels of the latents, the pixels per latent side, and the scale; `scaling_factor` None takes scale
+        and shift from the model."""
         self.latent_channels, self.downsample = latent_channels, downsample
         self._scaling_factor, self._shift_factor = scaling_factor, shift_factor
-        self.slicing, self.tiling = slicing, tiling
 
     @property
     def scaling_factor(self) -> float:
@@ -56,14 +57,14 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
         return self._shift_factor
 
     def components(self) -> dict[str, object]:
-        """What a diffusers pipeline saves, by the names it uses."""
+        """The components that a diffusers pipeline saves, by their names there."""
         return {"vae": self.model}
 
     def adopt(self, model: nn.Module) -> None:
-        super().adopt(self._fit(model))
+        super().adopt(self._checked(model))
 
     def scale(self, raw: torch.Tensor) -> torch.Tensor:
-        """The autoencoder's own latents (as the Nitro-E shards store them) -> what a denoiser sees."""
+        """The latents of the autoencoder (as stored in the Nitro-E shards) -> those of a denoiser."""
         return (raw - self.shift_factor) * self.scaling_factor
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
@@ -73,8 +74,7 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """(B,3,H,W) in [-1,1] -> scaled latents (B,C,H/d,W/d) float32. ValueError for other sides.
 
-        `generator` is for codecs that draw their latents (`sample=True`); without it they use torch's global
-        one.
+        `generator` is for codecs that sample their latents (`sample=True`); default torch's global one.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} encodes images (B,3,H,W), not {tuple(images.shape)}.")
@@ -99,19 +99,26 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
             return self.model.decode(raw, return_dict=False)[0].float().clamp(-1.0, 1.0)
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Images -> the latents of the autoencoder."""
         raise NotImplementedError
 
-    def _fit(self, model: nn.Module) -> nn.Module:
-        """Check a loaded module against what the constructor was told, and set it up."""
+    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
         raise NotImplementedError
 
-    def _prepare(self, model: nn.Module, downsample: int, shift_factor: float) -> nn.Module:
-        self._agree("latent_channels", self.latent_channels, model.config.latent_channels)
-        self._agree("downsample", self.downsample, downsample)
+    def _build(self) -> nn.Module:
+        import diffusers
+
+        return self._checked(self._load(getattr(diffusers, self.kind), kinds=(self.kind,)))
+
+    def _checked(self, model: nn.Module) -> nn.Module:
+        """A loaded module, compared with the arguments of the constructor and set up."""
+        downsample, shift_factor = self._downsample_and_shift(model)
+        self._check_argument("latent_channels", self.latent_channels, model.config.latent_channels)
+        self._check_argument("downsample", self.downsample, downsample)
         if self._scaling_factor is None:
             self._scaling_factor, self._shift_factor = model.config.scaling_factor, shift_factor
-        self._agree("scaling_factor", self._scaling_factor, model.config.scaling_factor)
-        self._agree("shift_factor", self._shift_factor, shift_factor)
+        self._check_argument("scaling_factor", self._scaling_factor, model.config.scaling_factor)
+        self._check_argument("shift_factor", self._shift_factor, shift_factor)
         if self.slicing:
             model.enable_slicing()
         if self.tiling:
@@ -120,7 +127,15 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
 
 
 class DCAE(AutoencoderCodec):
-    """The deep-compression autoencoder of SANA and E-MMDiT: 32 channels, 32x down, deterministic."""
+    """The deep-compression autoencoder of SANA and E-MMDiT: 32 channels, 32x downsampling, deterministic.
+
+    Args:
+        scaling_factor: latents = raw * scaling_factor; None takes the number of the model.
+        latent_channels, downsample: channels of the latents, pixels per latent side.
+        source, dtype, slicing, tiling, subfolder, revision: see `AutoencoderCodec`.
+    """
+
+    kind = "AutoencoderDC"
 
     def __init__(
         self,
@@ -134,33 +149,28 @@ class DCAE(AutoencoderCodec):
         subfolder: str | None = None,
         revision: str | None = None,
     ) -> None:
-        super().__init__(
-            source,
-            latent_channels,
-            downsample,
-            scaling_factor,
-            0.0,
-            dtype,
-            slicing,
-            tiling,
-            subfolder,
-            revision,
-        )
+        super().__init__(source, dtype, slicing, tiling, subfolder, revision)
+        self._expect(latent_channels, downsample, scaling_factor)
 
-    def _build(self) -> nn.Module:
-        from diffusers import AutoencoderDC
-
-        return self._fit(self._load(AutoencoderDC, kinds=("AutoencoderDC",)))
-
-    def _fit(self, model: nn.Module) -> nn.Module:
-        return self._prepare(model, model.spatial_compression_ratio, 0.0)
+    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
+        return model.spatial_compression_ratio, 0.0
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         return self.model.encode(images, return_dict=False)[0]
 
 
 class AutoencoderKLCodec(AutoencoderCodec):
-    """A diffusers AutoencoderKL: encodes to the posterior's mode, or with `sample=True` to a draw of it."""
+    """Any AutoencoderKL of diffusers.
+
+    Args:
+        latent_channels, downsample: channels of the latents, pixels per latent side.
+        scaling_factor, shift_factor: latents = (raw - shift_factor) * scaling_factor; scaling_factor None takes both
+            numbers of the model.
+        sample: encode to a sample of the posterior instead of its mode.
+        source, dtype, slicing, tiling, subfolder, revision: see `AutoencoderCodec`.
+    """
+
+    kind = "AutoencoderKL"
 
     def __init__(
         self,
@@ -176,36 +186,20 @@ class AutoencoderKLCodec(AutoencoderCodec):
         subfolder: str | None = None,
         revision: str | None = None,
     ) -> None:
-        super().__init__(
-            source,
-            latent_channels,
-            downsample,
-            scaling_factor,
-            shift_factor,
-            dtype,
-            slicing,
-            tiling,
-            subfolder,
-            revision,
-        )
+        super().__init__(source, dtype, slicing, tiling, subfolder, revision)
+        self._expect(latent_channels, downsample, scaling_factor, shift_factor)
         self.sample = sample
+
+    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
+        return 2 ** (len(model.config.block_out_channels) - 1), model.config.shift_factor or 0.0
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         posterior = self.model.encode(images, return_dict=False)[0]
         return posterior.sample(generator) if self.sample else posterior.mode()
 
-    def _build(self) -> nn.Module:
-        from diffusers import AutoencoderKL
-
-        return self._fit(self._load(AutoencoderKL, kinds=("AutoencoderKL",)))
-
-    def _fit(self, model: nn.Module) -> nn.Module:
-        downsample = 2 ** (len(model.config.block_out_channels) - 1)
-        return self._prepare(model, downsample, model.config.shift_factor or 0.0)
-
 
 class SD3VAE(AutoencoderKLCodec):
-    """The autoencoder of Stable Diffusion 3 and 3.5: 16 channels, 8x down."""
+    """The autoencoder of Stable Diffusion 3 and 3.5: 16 channels, 8x downsampling."""
 
     def __init__(
         self,
@@ -217,14 +211,15 @@ class SD3VAE(AutoencoderKLCodec):
         tiling: bool = False,
         revision: str | None = None,
     ) -> None:
-        super().__init__(source, 16, 8, 1.5305, 0.0609, sample, dtype, slicing, tiling, subfolder, revision)
+        options = dict(dtype=dtype, slicing=slicing, tiling=tiling, subfolder=subfolder, revision=revision)
+        super().__init__(source, 16, 8, 1.5305, 0.0609, sample=sample, **options)
 
 
 class SDXLVAE(AutoencoderKLCodec):
-    """The autoencoder of SDXL and PixArt-Sigma: 4 channels, 8x down.
+    """The autoencoder of SDXL and PixArt-Sigma: 4 channels, 8x downsampling.
 
-    Its activations overflow in float16 (images come out black), so that type is refused; bfloat16 and float32
-    are safe, and so is float16 with `madebyollin/sdxl-vae-fp16-fix`, whose config says `force_upcast: false`.
+    Its activations overflow in float16 (black images), so that dtype is refused; bfloat16 and float32 are safe, and so
+    is float16 with `madebyollin/sdxl-vae-fp16-fix`, whose config has `force_upcast: false`.
     """
 
     def __init__(
@@ -237,11 +232,12 @@ class SDXLVAE(AutoencoderKLCodec):
         tiling: bool = False,
         revision: str | None = None,
     ) -> None:
-        super().__init__(source, 4, 8, 0.13025, 0.0, sample, dtype, slicing, tiling, subfolder, revision)
+        options = dict(dtype=dtype, slicing=slicing, tiling=tiling, subfolder=subfolder, revision=revision)
+        super().__init__(source, 4, 8, 0.13025, 0.0, sample=sample, **options)
 
-    def _fit(self, model: nn.Module) -> nn.Module:
+    def _checked(self, model: nn.Module) -> nn.Module:
         self._refuse_float16(model, model.dtype)
-        return super()._fit(model)
+        return super()._checked(model)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> SDXLVAE:
         if self.loaded and dtype is not None:

@@ -1,9 +1,11 @@
-"""The interfaces of the frozen parts (text, image codec, vision features), and what their real forms share.
+"""Interfaces of the frozen models (image codec, text conditioner, vision features), and their common base class.
 
-They are plain Python objects that hold the diffusers/transformers modules, not `nn.Module`s: as attributes of
-a LightningModule they are then neither saved, averaged, sharded nor optimised. The interfaces are base
-classes and not protocols because jsonargparse takes a protocol with `__call__` for a function's signature,
-and then a config could not name a class for it.
+An image codec is the autoencoder (VAE) of latent diffusion, or anything else with its interface.
+
+They are plain Python objects that hold the diffusers/transformers modules, not `nn.Module`s: as attributes of a
+LightningModule they are then not saved, averaged, sharded or optimized. The interfaces are base classes and not
+protocols because jsonargparse takes a protocol with `__call__` for a function signature, and then a config could not
+name a class for it.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class TextConditioner(ABC):
 
     @abstractmethod
     def null(self, batch_size: int) -> Condition:
-        """The condition of the empty caption, encoded once; views, so do not write into them."""
+        """The condition of the empty caption, encoded once; the tensors are views, so do not write into them."""
 
     @abstractmethod
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
@@ -76,25 +78,25 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """`"bfloat16"` (as a config writes it) or `torch.bfloat16` -> `torch.bfloat16`."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{dtype!r} is not a floating-point type of torch: give float32, bfloat16 or float16.")
+        raise ValueError(f"{dtype!r} is not a floating-point dtype of torch: use float32, bfloat16 or float16.")
     return found
 
 
 @contextmanager
 def frozen(device: torch.device) -> Iterator[None]:
-    """No gradients, and no autocast: the type given to an encoder is the one it computes in, whatever the
-    trainer's precision (an SDXL autoencoder in float32 must not be turned into float16 by `16-mixed`)."""
+    """No gradients and no autocast: an encoder computes in its own dtype, whatever the precision of the trainer (an
+    SDXL autoencoder in float32 must not run in float16 under `16-mixed`)."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 class FrozenModel:
-    """Holds one pretrained module, loaded at first use (or by `load()`), in eval mode and without gradients.
+    """One pretrained module, loaded at first use (or by `load()`), in eval mode and without gradients.
 
     Args:
         source: local folder made by `save_pretrained`, hub id, or `standin:NAME` (see `standins.py`).
-        dtype: type the module computes in.
-        subfolder: where the module lies inside `source`, as in a diffusers pipeline.
+        dtype: dtype the module computes in.
+        subfolder: of the module inside `source`, as in a diffusers pipeline.
         revision: branch, tag or commit of a hub repository.
     """
 
@@ -107,7 +109,7 @@ class FrozenModel:
         self._model: nn.Module | None = None
 
     def _build(self) -> nn.Module:
-        """Load the module and check it against what the constructor was told."""
+        """Load the module and check it against the arguments of the constructor."""
         raise NotImplementedError
 
     def _load(self, cls: type, kinds: Collection[str] = ()) -> nn.Module:
@@ -121,7 +123,7 @@ class FrozenModel:
 
     @property
     def model(self) -> nn.Module:
-        """The module; loads it if need be."""
+        """The module, loaded if necessary."""
         if self._model is None:
             self._model = self._build().eval().requires_grad_(False).to(self.device)
         return self._model
@@ -132,31 +134,31 @@ class FrozenModel:
         return self
 
     def adopt(self, model: nn.Module) -> None:
-        """Take a module that is loaded already (by a pipeline) in place of the one that `source` names."""
+        """Use a module that is already loaded (by a pipeline) in place of the one that `source` names."""
         self._model = model.eval().requires_grad_(False)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self:
-        """Move, and/or change the type; loads nothing. A narrower type's rounding stays when going back."""
+        """Move, or change the dtype; loads nothing. The rounding of a narrower dtype is not undone."""
         if device is not None:
             self.device = torch.device(device)
             if self._model is not None:
                 self._model.to(self.device)
         if dtype is not None and as_dtype(dtype) != self.dtype:
             self.dtype = as_dtype(dtype)
-            # Not module.to(dtype): it would also round buffers that from_pretrained keeps in float32, such as
+            # Not module.to(dtype), which would also round buffers that from_pretrained keeps in float32, such as
             # Llama's rotary frequencies.
             for parameter in self._model.parameters() if self._model is not None else ():
                 parameter.data = parameter.data.to(self.dtype)
         return self
 
-    def _agree(self, name: str, given: float | int, found: float | int) -> None:
-        """Raise ValueError unless the loaded model's `found` is what the constructor was `given`."""
+    def _check_argument(self, name: str, given: float | int, found: float | int) -> None:
+        """Raise ValueError unless the constructor's `given` equals what was `found` in the loaded model."""
         if abs(given - found) > 1e-6 * max(abs(given), abs(found)):
             raise ValueError(
                 f"{type(self).__name__}: {name} is {given}, but the model in '{self.source}' has {found}; "
-                f"set {name} to {found} or name another model."
+                f"set {name} to {found}, or source to another model."
             )
 
     def __repr__(self) -> str:

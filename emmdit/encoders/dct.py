@@ -1,14 +1,13 @@
-"""A block-DCT image codec: no learned weights, exactly invertible up to the coefficients it drops.
+"""Block-DCT image codec: no learned weights, exactly invertible up to the coefficients it drops.
 
-Each block of each YCbCr channel goes through an orthonormal DCT-II; `channels` of the 3 * block_size**2
-coefficients are kept and normalised. With 4x4 blocks and 32 channels a picture of 32x32 px becomes 32x8x8,
-the channel count of DC-AE f32.
+Each block of each YCbCr channel goes through an orthonormal DCT-II; `channels` of the 3 * block_size**2 coefficients
+are kept and normalized. With 4x4 blocks and 32 channels an image of 32x32 px becomes 32x8x8, with the channel count of
+DC-AE f32.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -19,7 +18,7 @@ from emmdit.encoders.base import ImageCodec, as_dtype, frozen
 # BT.601, as in JPEG; images are in [-1, 1], so there is no offset for chroma.
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
-# Measured on 20,000 renders of the default shapes world with `python -m emmdit.encoders.dct`.
+# Measured on 20,000 renders of the default shapes world with `python -m assets.recipes.measure_dct`.
 # Coefficient = component * 16 + vertical frequency * 4 + horizontal frequency (component 0 Y, 1 Cb, 2 Cr),
 # largest RGB energy first.
 # fmt: off
@@ -45,16 +44,16 @@ STD_4 = (
 
 
 class BlockDCT(ModelMixin, ConfigMixin):
-    """Images (B, 3, H, W) in [-1, 1] <-> normalised coefficients (B, channels, H / block, W / block).
+    """Images (B, 3, H, W) in [-1, 1] <-> normalized coefficients (B, channels, H / block, W / block).
 
     Args:
         block_size: side of a block in pixels.
-        channels: coefficients kept, at most 3 * block_size**2. For 4x4 blocks the kept ones are the first of
-            `ORDER_4`, else those of lowest frequency (vertical + horizontal, chroma counted one step higher).
-        latents_mean, latents_std: one number a channel. Left out, those of the shapes world (4x4 blocks only;
-            for other sizes or pictures use `BlockDCT.fitted`).
-        whitening: the exponent of std that is divided out; then one global factor makes the overall variance
-            1. 1 = every channel has unit variance, 0 = the natural spectrum.
+        channels: coefficients to keep, at most 3 * block_size**2. For 4x4 blocks these are the first of `ORDER_4`, else
+            those of lowest frequency (vertical + horizontal, chroma counted one step higher).
+        latents_mean, latents_std: one number per channel; default those of the shapes world (4x4 blocks only; for other
+            sizes or images use `BlockDCT.fitted`).
+        whitening: the exponent of std that is divided out; then one global factor makes the overall variance 1.
+            1 = every channel has unit variance, 0 = the natural spectrum.
     """
 
     @register_to_config
@@ -69,31 +68,30 @@ class BlockDCT(ModelMixin, ConfigMixin):
         super().__init__()
         if not 1 <= channels <= 3 * block_size**2:
             raise ValueError(
-                f"BlockDCT with block_size={block_size} has {3 * block_size**2} coefficients, so "
-                f"channels={channels} is impossible."
+                f"BlockDCT with block_size={block_size} has {3 * block_size**2} coefficients, so channels cannot be "
+                f"{channels}."
             )
         if (latents_mean is None) != (latents_std is None):
-            raise ValueError("BlockDCT wants both latents_mean and latents_std, or neither.")
+            raise ValueError("BlockDCT needs both latents_mean and latents_std, or neither.")
         if latents_mean is None:
             if block_size != 4:
                 raise ValueError(
-                    f"BlockDCT knows the statistics of 4x4 blocks only; for block_size={block_size} give "
-                    "latents_mean and latents_std, or call BlockDCT.fitted(images, ...)."
+                    f"BlockDCT has statistics of 4x4 blocks only: for block_size={block_size} pass latents_mean and "
+                    "latents_std, or call BlockDCT.fitted(images, ...)."
                 )
             latents_mean, latents_std = list(MEAN_4[:channels]), list(STD_4[:channels])
             self.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
         if len(latents_mean) != channels or len(latents_std) != channels or min(latents_std) <= 0:
-            raise ValueError(f"BlockDCT wants {channels} latents_mean and {channels} positive latents_std.")
+            raise ValueError(f"BlockDCT needs {channels} latents_mean and {channels} positive latents_std.")
 
-        # Everything is one affine map each way, built in float64.
+        # Each direction is one affine map, built in float64.
         kept = coefficient_order(block_size)[:channels]
         std = torch.tensor(latents_std, dtype=torch.float64)
         mean = torch.tensor(latents_mean, dtype=torch.float64)
         gain = std**-whitening
         gain = gain / ((std * gain) ** 2).mean().sqrt()
         analysis, synthesis = block_matrices(block_size)
-        # Persistent, so that `save_pretrained` has something to save and a loaded codec needs no meta-device
-        # care.
+        # Persistent, so that `save_pretrained` has tensors to save and `from_pretrained` restores them.
         self.register_buffer("analysis", (analysis[:, kept] * gain).float())
         self.register_buffer("analysis_bias", (-mean * gain).float())
         self.register_buffer("synthesis", (synthesis[kept] / gain[:, None]).float())
@@ -125,14 +123,14 @@ class BlockDCT(ModelMixin, ConfigMixin):
         return blocks.permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * n, w * n)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """What is left of the images after encoding and decoding."""
+        """The images after encoding and decoding."""
         return self.decode(self.encode(images))
 
 
 class DCTCodec(ImageCodec):
-    """The `ImageCodec` around a `BlockDCT` (see there for the arguments): frozen, no grad, clamped.
+    """The `ImageCodec` of a `BlockDCT` (see there for the arguments): frozen, no grad, clamped.
 
-    `model` is a ready-made one in place of `BlockDCT(block_size, channels, whitening=whitening)`.
+    `model` replaces `BlockDCT(block_size, channels, whitening=whitening)`.
     """
 
     def __init__(
@@ -142,20 +140,12 @@ class DCTCodec(ImageCodec):
         self.latent_channels: int = self.model.config.channels
         self.downsample: int = self.model.config.block_size
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> DCTCodec:
-        """From a folder that `save_pretrained` wrote, or a hub id."""
-        return cls(model=BlockDCT.from_pretrained(path))
-
-    def save_pretrained(self, path: str | Path) -> None:
-        self.model.save_pretrained(path)
-
     def components(self) -> dict[str, object]:
-        """What a diffusers pipeline saves, by the names it uses."""
+        """The components that a diffusers pipeline saves, by their names there."""
         return {"vae": self.model}
 
     def adopt(self, model: BlockDCT) -> None:
-        """Take a loaded module in place of the own one."""
+        """Use a loaded module in place of the present one."""
         self.__init__(model=model)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> DCTCodec:
@@ -196,7 +186,7 @@ def fold_blocks(images: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def block_matrices(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(analysis, synthesis), float64 (3n^2, 3n^2), inverse to each other: block @ analysis = coefficients."""
+    """(analysis, synthesis), float64 (3n^2, 3n^2), inverse of each other: block @ analysis = coefficients."""
     k = torch.arange(n, dtype=torch.float64)
     dct = torch.cos(math.pi / (2 * n) * k[:, None] * (2 * k[None, :] + 1)) * math.sqrt(2 / n)
     dct[0] /= math.sqrt(2)
@@ -211,27 +201,3 @@ def coefficient_order(n: int) -> list[int]:
         return list(ORDER_4)
     indices = range(3 * n * n)
     return sorted(indices, key=lambda i: (i % (n * n) // n + i % n + (i >= n * n), i % (n * n), i))
-
-
-def _measure(count: int = 20_000) -> None:
-    """Prints the constants above."""
-    from emmdit.shapes import ShapesDataset
-
-    data = ShapesDataset(seed=1, length=count)
-    images = torch.stack([data[i]["image"] for i in range(count)]).double()
-    analysis, synthesis = block_matrices(4)
-    coefficients = fold_blocks(images, 4).flatten(0, 2) @ analysis
-    energy = (coefficients**2).mean(dim=0) * (synthesis**2).sum(dim=1)  # in RGB: synthesis is not orthonormal
-    order = energy.argsort(descending=True)
-    for name, values, digits in (
-        ("ORDER_4", order.tolist(), 0),
-        ("MEAN_4", coefficients.mean(dim=0)[order].tolist(), 4),
-        ("STD_4", coefficients.std(dim=0)[order].tolist(), 4),
-    ):
-        numbers = [f"{v:.{digits}f}" for v in values]
-        lines = ["    " + ", ".join(numbers[i : i + 12]) + "," for i in range(0, len(numbers), 12)]
-        print(f"{name} = (\n" + "\n".join(lines) + "\n)")
-
-
-if __name__ == "__main__":
-    _measure()

@@ -1,9 +1,7 @@
-"""`from_pretrained` for every frozen model, from a local folder or a hub id, with one sentence for every way
-it can fail.
+"""Loading of pretrained models from a local folder or a hub id, with a one-sentence error for every failure.
 
-Safetensors only, weights only, never `trust_remote_code`. The many exceptions of huggingface_hub,
-transformers and diffusers (a gated repository alone arrives in four shapes) become a `MissingModelError` that
-says what to do next.
+Safetensors only, weights only, never `trust_remote_code`. The many exceptions of huggingface_hub, transformers and
+diffusers (a gated repository alone raises four different ones) become a `MissingModelError` that says what to do next.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class MissingModelError(OSError):
-    """A pretrained model could not be had, or is not what was asked for; the message says the way out."""
+    """A pretrained model is missing, or of another kind than asked for; the message names the way out."""
 
 
 def locate(source: str, subfolder: str | None = None) -> tuple[str, str | None]:
     """(source, subfolder) as `from_pretrained` takes them: an existing local folder, or a hub id as it is.
 
-    `standin:NAME` is made on demand. `~` is expanded. Where `source` is the module's own folder instead of
-    the pipeline around it, `subfolder` is dropped. Raises MissingModelError for a local folder that is not
-    there.
+    `standin:NAME` is made on demand. `~` is expanded. Where `source` is the folder of the module itself instead of the
+    pipeline around it, `subfolder` is dropped. Raises MissingModelError for a local folder that does not exist.
     """
     if source.startswith(STANDIN_SCHEME):
         from emmdit.encoders.standins import standin
@@ -46,7 +43,7 @@ def locate(source: str, subfolder: str | None = None) -> tuple[str, str | None]:
             subfolder = None
         return str(path), subfolder
     if path.is_file():
-        raise MissingModelError(f"'{source}' is a file: name the folder made by save_pretrained that it lies in.")
+        raise MissingModelError(f"'{source}' is a file: name its folder, made by save_pretrained.")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.is_absolute():
         raise MissingModelError(
             f"The folder '{source}' does not exist: name a folder made by save_pretrained, or a hub id."
@@ -55,7 +52,7 @@ def locate(source: str, subfolder: str | None = None) -> tuple[str, str | None]:
 
 
 def read_config(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """The raw `config.json` of a model; for a gated repository this is what fails first."""
+    """The raw `config.json` of a model; a gated repository fails here first."""
     import huggingface_hub
 
     source, subfolder = locate(source, subfolder)
@@ -80,12 +77,12 @@ def load_model(
 ) -> Any:
     """`cls.from_pretrained(...)` of a diffusers or transformers class, in eval mode.
 
-    `kinds`: what the config's `_class_name` (diffusers) or `model_type` (transformers) may be. Without this
-    check both libraries fill a model of the wrong kind with random weights and only log a warning; weights
-    missing from the files are an error here for the same reason. Raises MissingModelError.
+    `kinds`: the allowed `_class_name` (diffusers) or `model_type` (transformers) of the config. Without this check both
+    libraries fill a model of the wrong kind with random weights and only log a warning; weights missing from the files
+    are an error here for the same reason. Raises MissingModelError.
     """
     config = read_config(source, subfolder, revision)
-    # diffusers' ModelMixin comes with ConfigMixin; our own networks are of its kind
+    # of diffusers' ConfigMixin; the networks of this package have it, too
     library = "diffusers" if hasattr(cls, "load_config") else "transformers"
     kind = config.get("_class_name" if library == "diffusers" else "model_type")
     if kind is None:
@@ -96,7 +93,7 @@ def load_model(
         )
     place, subfolder = locate(source, subfolder)
     options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True)
-    if library == "diffusers":  # it knows no remote code and, with use_safetensors, no pickles
+    if library == "diffusers":  # it never runs remote code and, with use_safetensors, never unpickles
         options |= dict(torch_dtype=dtype, subfolder=subfolder, revision=revision)
     else:
         options |= dict(dtype=dtype, subfolder=subfolder or "", revision=revision or "main")
@@ -105,8 +102,8 @@ def load_model(
         model, info = cls.from_pretrained(place, **options)
     if missing := sorted(info["missing_keys"]):
         raise MissingModelError(
-            f"'{source}' lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...): the "
-            f"files are incomplete or of another model, so download them again or name another source."
+            f"'{source}' lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...): download "
+            f"its files again, or name another source."
         )
     return model.eval()
 
@@ -124,7 +121,7 @@ def load_tokenizer(source: str, subfolder: str | None = None, revision: str | No
 
 @contextmanager
 def one_sentence(source: str) -> Iterator[None]:
-    """Turn what the libraries raise while loading `source` into a MissingModelError."""
+    """Turn the exceptions of the libraries while loading `source` into a MissingModelError of one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -133,11 +130,11 @@ def one_sentence(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(error):
-            raise MissingModelError(_sentence(error, source)) from error
+            raise MissingModelError(_explain(error, source)) from error
         raise
 
 
-def _sentence(error: BaseException, source: str) -> str:
+def _explain(error: BaseException, source: str) -> str:
     from huggingface_hub import constants, errors
     from safetensors import SafetensorError
 
@@ -155,15 +152,15 @@ def _sentence(error: BaseException, source: str) -> str:
     local = Path(source).is_dir()
     if raised(errors.GatedRepoError) or "gated repo" in text or (status & {401, 403} and not local):
         if raised(errors.RepositoryNotFoundError) and not raised(errors.GatedRepoError):
-            return _no_repository(source)  # the hub answers 401 for names that do not exist, too
+            return _no_repository(source)  # the hub also answers 401 for names that do not exist
         return (
-            f"'{source}' is gated: accept its licence at https://huggingface.co/{source} and run `hf auth "
-            f"login`, or give a local folder or an ungated mirror as the source."
+            f"'{source}' is gated: accept its license at https://huggingface.co/{source} and run `hf auth "
+            f"login`, or set source to a local folder or an ungated mirror."
         )
     if raised(errors.RepositoryNotFoundError, errors.HFValidationError):
         return _no_repository(source)
     if raised(errors.RevisionNotFoundError):
-        return f"'{source}' has no such revision: see https://huggingface.co/{source}/commits for those it has."
+        return f"'{source}' has no such revision: choose one of https://huggingface.co/{source}/commits."
     if (
         not local
         and constants.is_offline_mode()
@@ -171,29 +168,29 @@ def _sentence(error: BaseException, source: str) -> str:
     ):
         return (
             f"'{source}' is not in the local cache and HF_HUB_OFFLINE forbids a download: run "
-            f"`hf download {source}` with HF_HUB_OFFLINE unset, or give a local folder as the source."
+            f"`hf download {source}` with HF_HUB_OFFLINE unset, or set source to a local folder."
         )
     unreachable = raised(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_http, chain))
     if not local and unreachable and not raised(errors.RemoteEntryNotFoundError):
         return (
-            f"'{source}' is not in the local cache and the hub cannot be reached: check the network, or give "
-            f"a local folder as the source."
+            f"'{source}' is not in the local cache and the hub cannot be reached: check the network, or set "
+            f"source to a local folder."
         )
     if "config.json" in text and raised(errors.RemoteEntryNotFoundError):
-        return f"'{source}' has no config.json where it was looked for: check subfolder or the source."
+        return f"'{source}' has no config.json there: check subfolder or source."
     if "backend tokenizer" in text:
-        return f"'{source}' has no tokenizer that can be read: check tokenizer_subfolder or the source."
+        return f"'{source}' has no readable tokenizer: check tokenizer_subfolder or source."
     if raised(ImportError):
         return f"'{source}' needs a package that is not installed: {_first_line(error)}."
     if "trust_remote_code" in text:
-        return f"'{source}' needs code of its own to run, which is never executed here: name another source."
+        return f"'{source}' needs remote code, which is never executed here: name another source."
     if raised(SafetensorError):
         return f"The weights in '{source}' are damaged: download them again ({_first_line(error)})."
     if raised(json.JSONDecodeError, UnicodeDecodeError):
         return f"A JSON file in '{source}' is damaged: download it again ({_first_line(error)})."
     if ".safetensors" in text or "no file named" in text:
         pickled = local and any(any(Path(source).rglob(pattern)) for pattern in _PICKLES)
-        only = ", only pickled ones, which are refused" if pickled else ""
+        only = ", only pickled ones, which are not loaded" if pickled else ""
         return (
             f"'{source}' has no safetensors weights{only}: save the model again with save_pretrained, or "
             f"name another source."
@@ -203,13 +200,13 @@ def _sentence(error: BaseException, source: str) -> str:
 
 def _no_repository(source: str) -> str:
     return (
-        f"'{source}' is neither a local folder nor a repository of the Hugging Face hub: check the spelling, "
-        f"or run `hf auth login` if it is private."
+        f"'{source}' is neither a local folder nor a repository of the Hugging Face hub: check the spelling, or run "
+        f"`hf auth login` if it is private."
     )
 
 
 def _of_http(error: BaseException) -> bool:
-    """Whether the HTTP library raised it; huggingface_hub has used requests, httpx and httpx2 in turn."""
+    """Whether an HTTP library raised it; which one depends on the version of huggingface_hub."""
     library = type(error).__module__.partition(".")[0]
     return library in ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
 
@@ -220,7 +217,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _no_conversion_on_the_hub() -> Iterator[None]:
-    """transformers asks a hub service to convert a repository that has pickled weights only; we do not."""
+    """Stop transformers from asking a hub service to convert a repository that has only pickled weights."""
     name = "DISABLE_SAFETENSORS_CONVERSION"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,9 +1,9 @@
-"""Tiny random models in place of the downloads: same classes, same interface sizes, almost nothing inside.
+"""Stand-ins for pretrained models: tiny random models of the same classes and interface sizes.
 
-Each function saves a folder that the real class (`DCAE`, `TextEncoder`, ...) loads through `from_pretrained`.
-A config gets one by `source: standin:NAME`, or `source: standin:NAME?key=value&key=value` to change a size,
-and then runs on a CPU with no network. What comes out means nothing: for pictures and captions that do, see
-the shapes world.
+Each function saves a folder that the real class (`DCAE`, `TextEncoder`, ...) loads through `from_pretrained`. A config
+selects one by `source: standin:NAME`, or `source: standin:NAME?key=value&key=value` to change a size, and then runs on
+a CPU with no network. Their outputs are meaningless; meaningful images and captions without downloads are those of
+`emmdit.shapes`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WORDS = _TEXT.split()
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw weights from `seed` and leave torch's global generators as they were."""
+    """Initialize weights from `seed` and leave torch's global generators as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         yield
@@ -116,8 +116,7 @@ def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: in
 
 
 def tiny_t5(folder: str | Path, caption_channels: int = 4096, layers: int = 1, seed: int = 0) -> Path:
-    """T5EncoderModel and a unigram tokenizer for `TextEncoder`; `T5ForConditionalGeneration` checkpoints load
-    alike."""
+    """T5EncoderModel and a unigram tokenizer for `TextEncoder`."""
     model, tokenizer = _t5_parts(caption_channels, layers, seed)
     return _save(folder, model, tokenizer)
 
@@ -148,8 +147,7 @@ def tiny_clip_text(
     pad_token: str = "<|endoftext|>",
     seed: int = 0,
 ) -> Path:
-    """CLIPTextModelWithProjection (projection as wide as the hidden size) and its tokenizer for
-    `TextEncoder`."""
+    """CLIPTextModelWithProjection (projection of the hidden size) and its tokenizer for `TextEncoder`."""
     model, tokenizer = _clip_parts(hidden_size, layers, pad_token, seed)
     return _save(folder, model, tokenizer)
 
@@ -249,11 +247,11 @@ STANDINS: dict[str, Callable[..., Path]] = {
 
 
 def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Path:
-    """The folder of a stand-in, made if it is not there yet; safe to call from several processes at once.
+    """The folder of a stand-in, made if it does not exist; safe to call from several processes at once.
 
     Args:
-        name: a key of `STANDINS`, with sizes behind it if wanted: `"llama?caption_channels=64"`.
-        cache_dir: where they are kept; default `$EMMDIT_CACHE/standins`, or `~/.cache/emmdit/standins`.
+        name: a key of `STANDINS`, optionally with sizes: `"llama?caption_channels=64"`.
+        cache_dir: default `$EMMDIT_CACHE/standins`, or `~/.cache/emmdit/standins`.
         sizes: arguments of the function.
     """
     name, _, query = name.partition("?")
@@ -272,7 +270,7 @@ def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Pat
         try:
             STANDINS[name](scratch, **sizes)
             scratch.chmod(0o755)
-            scratch.rename(folder)  # atomic; fails if another process was faster, and then its folder serves
+            scratch.rename(folder)  # atomic; fails if another process was faster, and then its folder is used
         except OSError:
             if not folder.is_dir():
                 raise

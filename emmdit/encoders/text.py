@@ -1,4 +1,4 @@
-"""Captions to conditions with pretrained text encoders: one encoder (Llama, T5, CLIP, ...) or SD3's three."""
+"""Text conditioners with pretrained encoders: one encoder (Llama, T5, CLIP, ...) or SD3's three."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emmdit.encoders.base import FrozenModel, TextConditioner, frozen
 from emmdit.encoders.loading import load_tokenizer, read_config
 from emmdit.types import Condition
 
-# model_type -> the class that is its text encoder alone; every other kind goes through AutoModel.
+# model_type -> the class of its text encoder alone; every other kind goes through AutoModel.
 _TEXT_CLASSES = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -23,21 +23,20 @@ _TEXT_CLASSES = {
 class TextEncoder(FrozenModel, TextConditioner):
     """The body of a pretrained text model, never its LM head; of an encoder-decoder (T5), the encoder.
 
-    Captions are padded and cut to `max_length`; the pad token is the EOS token where the tokenizer has none
-    (Llama). The text model itself always sees its attention mask, unless `mask_encoder` is off. The hidden
-    states come in `dtype`: a caller that runs without autocast casts them to the network's type.
+    Captions are padded and truncated to `max_length`; the pad token is the EOS token where the tokenizer has none
+    (Llama). The text model itself always gets its attention mask, unless `mask_encoder` is off. The hidden states
+    are in `dtype`: a caller that runs without autocast casts them to the dtype of the network.
 
     Args:
         source: local folder or hub id; `subfolder` and `tokenizer_subfolder` for a diffusers pipeline.
         caption_channels: width of the hidden states (known before loading, checked after).
-        padding_side: "right" is what Llama-3.2's tokenizer does by default; the released Nitro-E code sets it
-            nowhere and leaves it to the tokenizer's file, so it is pinned here.
-        with_mask: give the denoiser `encoder_attention_mask`. False is faithful to Nitro-E, whose joint
-            attention attends to the padded positions; PixArt needs True.
-        pooled: give the denoiser `pooled_projections` (CLIP; the projected ones where the model has a
-            projection).
-        hidden_layer: -1 = the last hidden state, after the final norm; -2 = the last but one layer's output,
-            before it.
+        padding_side: "right" is the default of Llama-3.2's tokenizer; the released Nitro-E code leaves it to the
+            tokenizer's file, so it is fixed here.
+        with_mask: give the denoiser `encoder_attention_mask`. False is faithful to Nitro-E, whose joint attention
+            attends to the padded positions; PixArt needs True.
+        pooled: give the denoiser `pooled_projections` (CLIP only; the projected ones where the model has a projection).
+        hidden_layer: -1 = the last hidden state, after the final norm; -2 = the output of the penultimate layer,
+            without that norm.
         mask_encoder: False hides the mask from the text model, as SD3's pipeline does.
         clean_captions: lower-case and collapse white space (training reads raw captions).
     """
@@ -60,7 +59,7 @@ class TextEncoder(FrozenModel, TextConditioner):
     ) -> None:
         super().__init__(source, dtype, subfolder, revision)
         if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+            raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         self.max_length, self.caption_channels, self.padding_side = max_length, caption_channels, padding_side
         self.with_mask, self.pooled, self.mask_encoder = with_mask, pooled, mask_encoder
         self.hidden_layer, self.clean_captions = hidden_layer, clean_captions
@@ -76,7 +75,9 @@ class TextEncoder(FrozenModel, TextConditioner):
             tokenizer.padding_side, tokenizer.truncation_side = self.padding_side, "right"
             if tokenizer.pad_token is None:
                 if tokenizer.eos_token is None:
-                    raise ValueError(f"The tokenizer in '{self.source}' has neither a pad nor an EOS token.")
+                    raise ValueError(
+                        f"The tokenizer in '{self.source}' has neither a pad nor an EOS token: name another source."
+                    )
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
         return self._tokenizer
@@ -102,20 +103,24 @@ class TextEncoder(FrozenModel, TextConditioner):
         if name == "AutoModel" and model.config.is_encoder_decoder:
             model = model.get_encoder()
         config = model.config.get_text_config()
-        self._agree("caption_channels", self.caption_channels, config.hidden_size)
+        self._check_argument("caption_channels", self.caption_channels, config.hidden_size)
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and self.max_length > longest:
-            raise ValueError(f"max_length is {self.max_length}, but '{self.source}' reads at most {longest} tokens.")
+            raise ValueError(
+                f"max_length is {self.max_length}, but '{self.source}' takes at most {longest} tokens: set max_length."
+            )
         if self.pooled and not name.startswith("CLIPText"):
-            raise ValueError(f"pooled needs a CLIP text model, and '{self.source}' holds a {type(model).__name__}.")
+            raise ValueError(
+                f"pooled needs a CLIP text model, but '{self.source}' holds a {type(model).__name__}: set pooled off."
+            )
         if hasattr(model.config, "use_cache"):
-            model.config.use_cache = False  # a decoder would keep its keys and values for nothing
+            model.config.use_cache = False  # a decoder would keep its keys and values without need
         return model
 
     def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids` and `attention_mask` (B,max_length) int64 on the CPU."""
         if isinstance(captions, str):
-            raise ValueError("captions is a list of strings, not one string.")
+            raise ValueError("captions must be a list of strings, not one string.")
         if self.clean_captions:
             captions = [" ".join(caption.lower().split()) for caption in captions]
         tokens = self.tokenizer(
@@ -125,14 +130,14 @@ class TextEncoder(FrozenModel, TextConditioner):
             max_length=self.max_length,
             return_tensors="pt",
         )
-        # A tokenizer without BOS turns "" into no token at all. A softmax over nothing is undefined, so the
-        # text model then reads one pad token.
+        # A tokenizer without BOS turns "" into no token at all. A softmax over an empty set is undefined, so the text
+        # model then gets one pad token.
         mask = tokens["attention_mask"].clone()
         mask[mask.sum(1) == 0, 0 if self.padding_side == "right" else -1] = 1
         return tokens["input_ids"], mask
 
     def __call__(self, captions: list[str]) -> Condition:
-        """`encoder_hidden_states` (B,max_length,caption_channels), and what `with_mask` and `pooled` add."""
+        """`encoder_hidden_states` (B,max_length,caption_channels), and the entries of `with_mask` and `pooled`."""
         ids, mask = (t.to(self.device) for t in self.tokenize(captions))
         with frozen(self.device):
             output = self.model(
@@ -150,24 +155,24 @@ class TextEncoder(FrozenModel, TextConditioner):
         return condition
 
     def null(self, batch_size: int) -> Condition:
-        """The empty caption, encoded once per device and type."""
+        """The condition of the empty caption, encoded once per device and dtype."""
         key = (self.device, self.dtype)
         if key not in self._nulls:
             self._nulls[key] = self([""])
         return {name: value.expand(batch_size, *value.shape[1:]) for name, value in self._nulls[key].items()}
 
     def components(self) -> dict[str, object]:
-        """What a diffusers pipeline saves, by the names it uses."""
+        """The components that a diffusers pipeline saves, by their names there."""
         return {"text_encoder": self.model, "tokenizer": self.tokenizer}
 
 
 class SD3TextEncoders(TextConditioner):
     """The conditioning of Stable Diffusion 3: two CLIPs and T5, for SD3Transformer2DModel.
 
-    `encoder_hidden_states` (B, clip_length + t5_length, caption_channels): the last but one layers of both
-    CLIPs side by side, zero-padded to T5's width, then T5's sequence. `pooled_projections` (B, sum of
-    clip_channels): both CLIPs' projected vectors. No masks, in the text models or outside, as in diffusers'
-    pipeline. With `use_t5=False` T5's part is zeros and the 4.7B-parameter encoder is not loaded.
+    `encoder_hidden_states` (B, clip_length + t5_length, caption_channels): the penultimate layers of both CLIPs side by
+    side, zero-padded to T5's width, then T5's sequence. `pooled_projections` (B, sum of clip_channels): both CLIPs'
+    projected vectors. No masks, neither in the text models nor for the denoiser, as in diffusers' pipeline. With
+    `use_t5=False` T5's part is zeros and the 4.7B-parameter encoder is not loaded.
     """
 
     def __init__(
@@ -227,7 +232,7 @@ class SD3TextEncoders(TextConditioner):
         return self._join([encoder(captions) for encoder in self.encoders])
 
     def null(self, batch_size: int) -> Condition:
-        """The empty caption; each of the encoders keeps its own."""
+        """The condition of the empty caption, encoded once by each encoder."""
         return self._join([encoder.null(batch_size) for encoder in self.encoders])
 
     def _join(self, parts: list[Condition]) -> Condition:
@@ -241,7 +246,7 @@ class SD3TextEncoders(TextConditioner):
         }
 
     def components(self) -> dict[str, object]:
-        """What StableDiffusion3Pipeline saves, by its names."""
+        """The components that StableDiffusion3Pipeline saves, by their names there."""
         parts: dict[str, object] = {}
         for encoder, suffix in zip(self.encoders, ("", "_2", "_3"), strict=False):
             parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}

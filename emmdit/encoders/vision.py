@@ -1,4 +1,4 @@
-"""Patch features of pretrained vision encoders, the targets of REPA: what they share, and DINOv2."""
+"""Patch features of pretrained vision encoders (DINOv2, CLIP), the targets of REPA."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from emmdit.encoders.base import FrozenModel, VisionFeatures, frozen
+from emmdit.encoders.loading import locate, one_sentence, read_config
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of images in [0,1]
 
 
 class PatchFeatures(FrozenModel, VisionFeatures):
-    """A vision transformer with square patches.
+    """Base class of vision transformers with square patches.
 
-    The short side is resized to `image_size` and the long one to the nearest multiple of the patch that keeps
-    the aspect ratio.
+    The short side is resized to `image_size` and the long one to the multiple of the patch nearest to the aspect ratio.
 
     Args:
         source: local folder or hub id.
-        image_size: short side the encoder sees, in pixels; a multiple of `patch_size`.
-        feature_dim, patch_size: known before loading, checked after.
+        image_size: short side of the encoder's input in pixels, a multiple of `patch_size`.
+        feature_dim, patch_size: known before loading, checked afterwards.
         antialias: low-pass filter when the bicubic resize shrinks.
     """
 
@@ -55,8 +55,8 @@ class PatchFeatures(FrozenModel, VisionFeatures):
         return round(patches * height / short), round(patches * width / short)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [-1,1] -> resized bicubically and normalised as the model was trained, float32."""
-        self.load()  # it may bring its own mean and standard deviation
+        """(B,3,H,W) in [-1,1] -> resized bicubically and normalized as in the training of the model, float32."""
+        self.load()  # may set mean and standard deviation
         rows, columns = self.grid(*images.shape[-2:])
         size = (rows * self.patch_size, columns * self.patch_size)
         images = images.float()
@@ -73,8 +73,8 @@ class PatchFeatures(FrozenModel, VisionFeatures):
             return self.tokens(self.preprocess(images.to(self.device)).to(self.dtype)).float()
 
     def _check_sizes(self, model: nn.Module) -> nn.Module:
-        self._agree("feature_dim", self.feature_dim, model.config.hidden_size)
-        self._agree("patch_size", self.patch_size, model.config.patch_size)
+        self._check_argument("feature_dim", self.feature_dim, model.config.hidden_size)
+        self._check_argument("patch_size", self.patch_size, model.config.patch_size)
         return model
 
 
@@ -109,3 +109,48 @@ class DINOv2(PatchFeatures):
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = pixels.shape[-2] * pixels.shape[-1] // self.patch_size**2
         return self.model(pixel_values=pixels).last_hidden_state[:, -patches:]  # CLS and registers come first
+
+
+class CLIPVision(PatchFeatures):
+    """Patch tokens of the last layer of CLIP's image tower, without CLS (`last_hidden_state`, before the LayerNorm).
+
+    Position embeddings are interpolated where the model was trained at another size. Mean and standard deviation of the
+    pixels are those of the folder's preprocessor_config. The CLIP of the shapes world gives one feature per token of an
+    8 x 8 grid: `source: assets/shapes_clip, image_size: 32, feature_dim: 128, patch_size: 4`.
+
+    Args:
+        source: local folder or hub id of a CLIP with both towers, or of its image tower alone.
+        image_size, feature_dim, patch_size, antialias: see `PatchFeatures`.
+    """
+
+    def __init__(
+        self,
+        source: str = "openai/clip-vit-large-patch14",
+        image_size: int = 224,
+        feature_dim: int = 1024,
+        patch_size: int = 14,
+        antialias: bool = True,
+        dtype: str | torch.dtype = "float32",
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(source, image_size, feature_dim, patch_size, antialias, dtype, subfolder, revision)
+
+    def _build(self) -> nn.Module:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
+
+        both = read_config(self.source, self.subfolder, self.revision).get("model_type") == "clip"
+        # The text tower of a whole CLIP is loaded and dropped: CLIPVisionModel would log its weights as unexpected.
+        model = self._load(CLIPModel).vision_model if both else self._load(CLIPVisionModel, ("clip_vision_model",))
+        place, subfolder = locate(self.source, self.subfolder)
+        with one_sentence(place):
+            processor = CLIPImageProcessor.from_pretrained(
+                place, subfolder=subfolder or "", revision=self.revision or "main"
+            )
+        self.mean_std = tuple(processor.image_mean), tuple(processor.image_std)
+        return self._check_sizes(model)
+
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        resized = pixels.shape[-2:] != (self.model.config.image_size,) * 2
+        tokens = self.model(pixel_values=pixels, interpolate_pos_encoding=resized).last_hidden_state
+        return tokens[:, 1:]  # CLS comes first

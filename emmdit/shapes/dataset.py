@@ -1,4 +1,4 @@
-"""The shapes world as a map-style data set, rendered on the fly."""
+"""Map-style dataset of the shapes world, rendered on the fly."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch.utils.data import Dataset
 
 from emmdit.shapes.render import render_scene
-from emmdit.shapes.world import Scene, ShapesWorld
+from emmdit.shapes.scene import Scene
+from emmdit.shapes.world import ShapesWorld
 
 
 class ShapesDataset(Dataset):
     """`length` scenes of stream `seed`.
 
     `ds[i]` is `{"image": (3, H, W) float32 in [-1, 1], "caption": str, "sample_id": int64 scalar}` and
-    depends on (world, seed, i) only: not on the process, the worker or what was read before.
+    depends on (world, seed, i) only, not on the process, the worker or earlier reads.
     """
 
     def __init__(self, world: ShapesWorld | None = None, seed: int = 0, length: int = 100_000) -> None:
@@ -29,12 +30,8 @@ class ShapesDataset(Dataset):
 
     def scene(self, index: int) -> Scene:
         if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} is outside this data set of {self.length} scenes.")
+            raise IndexError(f"sample {index} is outside this dataset of {self.length} scenes.")
         return self.world.sample(self.seed, int(index))
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """The GenEval metadata that scene `index` fulfils."""
-        return self.scene(index).metadata
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)

@@ -1,42 +1,25 @@
-"""Anti-aliased renders of scenes.
+"""Anti-aliased renderer of scenes.
 
-Only + - * / sqrt min max are used, which round the same way on every machine: so the bytes are the same, too.
+It uses only + - * / sqrt min max, which round the same way on every machine, so that the bytes are the same, too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from emmdit.shapes.world import Scene
+from emmdit.shapes.scene import GROUND, PALETTE, SHAPES, Scene
 
-SHAPES = ("circle", "square", "star", "cross")
-GROUND = (212, 212, 212)
-# Seen from the ground no two colours lie in nearly the same direction, so that a half-covered pixel keeps its
-# colour.
-PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (30, 180, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 200, 40),
-    "purple": (170, 60, 200),
-    "black": (20, 20, 20),
-}
-
-# Width in pixels of the box filter that turns outlines into pixels. 1 would be plain area coverage; 1.6 is a
-# little softer: with it the 4x4 block DCT with 32 of 48 coefficients keeps 42 dB, without it 37.7.
+# Width in pixels of the box filter that turns outlines into pixels. 1 would be plain area coverage; with the softer
+# 1.6 the 4x4 block DCT with 32 of 48 coefficients keeps 42 dB instead of 37.7.
 FILTER_WIDTH = 1.6
 CROSS_ARM = 0.34  # arm width over size
 STAR_INNER = 0.45  # inner over outer radius
-# Area and centroid (x, y; y down, from the box centre) of each shape with a box of side 1; measured on
-# coverage masks at size 400 (`tests/test_shapes_world.py` checks them).
+# Area and centroid (x, y; y down, from the box center) of each shape with a box of side 1, measured on coverage masks
+# of size 400 (checked by `tests/test_shapes_world.py`).
 UNIT_AREA = {"circle": 0.785398, "square": 1.0, "star": 0.384347, "cross": 0.5644}
 UNIT_CENTROID = {"circle": (0.0, 0.0), "square": (0.0, 0.0), "star": (0.0, 0.0527864), "cross": (0.0, 0.0)}
 
-# cos and sin of multiples of 18 degrees as literals: the maths library's last bit may differ between
-# machines.
+# cos and sin of multiples of 18 degrees as literals: the last bit of the math library may differ between machines.
 _COS36, _SIN36 = 0.8090169943749475, 0.5877852522924731
 _SIN72 = 0.9510565162951535
 
@@ -44,7 +27,7 @@ _SIN72 = 0.9510565162951535
 def coverage(shape: str, cx: float, cy: float, size: float, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     """Share of each (filtered) pixel that the shape covers, (len(ys), len(xs)) float64 in [0, 1].
 
-    `xs, ys` are the coordinates of the pixels' centres.
+    `xs, ys` are the coordinates of the pixels' centers.
     """
     dx, dy = xs - cx, ys - cy
     half = size / 2
@@ -61,7 +44,7 @@ def coverage(shape: str, cx: float, cy: float, size: float, xs: np.ndarray, ys: 
     elif shape == "star":
         distance = _star_distance(dx, dy, half)
     else:
-        raise ValueError(f"{shape!r} is no shape of this world; the shapes are {', '.join(SHAPES)}.")
+        raise ValueError(f"{shape!r} is not a shape of this world; the shapes are {', '.join(SHAPES)}.")
     return np.minimum(np.maximum(0.5 - distance / FILTER_WIDTH, 0.0), 1.0)
 
 
@@ -75,14 +58,14 @@ def _star_distance(dx: np.ndarray, dy: np.ndarray, half: float) -> np.ndarray:
     """Signed distance (pixels) to a five-point star, tip up, stretched upwards by 5% to fill its box."""
     radius = half / _SIN72  # the box is as wide as the two upper arms
     height = radius * (1 + _COS36)  # from the top tip to the two feet
-    # Star coordinates: origin in its centre, which lies below the box centre; y up.
+    # Star coordinates: origin at its center, which lies below the center of the box; y up.
     y = (radius - height / 2 - dy * (height / (2 * half)))[:, None]
     x = np.abs(dx)[None, :]
-    # Two mirrors take every point into the wedge of the top arm.
+    # Two reflections take every point into the wedge of the top arm.
     for nx in (_COS36, -_COS36):
         t = 2 * np.maximum(nx * x - _SIN36 * y, 0.0)
         x, y = x - t * nx, y + t * _SIN36
-    # One edge is left: from the tip (0, radius) to the notch beside it.
+    # One edge remains: from the tip (0, radius) to the notch beside it.
     px, py = np.abs(x), y - radius
     ex, ey = radius * STAR_INNER * _SIN36, radius * (STAR_INNER * _COS36 - 1)
     along = np.minimum(np.maximum((px * ex + py * ey) / (ex * ex + ey * ey), 0.0), 1.0)
@@ -92,7 +75,7 @@ def _star_distance(dx: np.ndarray, dy: np.ndarray, half: float) -> np.ndarray:
 
 
 def render_scene(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 (H, W, 3)."""
+    """The image of a scene, uint8 (H, W, 3)."""
     n = scene.image_size
     image = np.empty((n, n, 3))
     image[:] = GROUND

@@ -28,7 +28,7 @@ from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
 from emmdit.provenance import machine
 from emmdit.shapes import ShapesWorld
-from emmdit.shapes.bounds import noise, renders
+from emmdit.shapes.metrics import noise, renders
 from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.commands.compare import decisive_parts, measure_pair, open_teacher, pair_metrics, teacher_row
 from lightning_modules.commands.counter import counter

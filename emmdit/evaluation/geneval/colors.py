@@ -1,4 +1,4 @@
-"""The colour of an object, told by CLIP as in GenEval's official evaluator."""
+"""Color classification of detected objects with CLIP, as in GenEval's official evaluator."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from emmdit.evaluation.geneval.judge import COLORS, Detection
 from emmdit.evaluation.metrics.clip import CLIP
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-BACKGROUND = 0x99  # grey #999 in place of all that is not the object
+BACKGROUND = 0x99  # gray #999 in place of everything that is not the object
 
 
 class CLIPColors:
-    """The one of GenEval's ten colours whose texts are most like the object, cut out and put on grey.
+    """Zero-shot CLIP classifier over GenEval's ten colors, applied to the object cut out onto gray.
 
-    The text of a colour is the mean of three templates' unit vectors, normalised again; the picture is masked first
-    and then cropped to the box. The official evaluator uses ViT-L/14 with OpenAI's weights in half precision, ours
-    is in float32 by default.
+    The embedding of a color is the mean of three templates' unit vectors, normalized again; the image is masked first
+    and then cropped to the box. The official evaluator runs ViT-L/14 with OpenAI's weights in half precision; the
+    default here is float32.
 
     Args:
         clip: default OpenAI's ViT-L/14.
@@ -38,9 +38,9 @@ class CLIPColors:
         self._texts.clear()
 
     def __call__(self, image: Tensor, detections: Sequence[Detection], class_name: str) -> list[str]:
-        """The colour of each of `detections` of `class_name` in `image`, uint8 (3, H, W)."""
+        """The color of each of `detections` of `class_name` in `image`, uint8 (3, H, W)."""
         texts = self._classifier(class_name)
-        # One at a time: crops differ in size, and only the objects a prompt asks for come here.
+        # One at a time: crops differ in size, and only the objects that a prompt asks for are classified.
         vectors = [self.clip.images(cut_out(image, detection)[None]).cpu().float() for detection in detections]
         return [self.color_names[int((texts @ vector[0]).argmax())] for vector in vectors]
 
@@ -56,7 +56,7 @@ class CLIPColors:
 
 
 def cut_out(image: Tensor, detection: Detection) -> Tensor:
-    """The object on grey, cropped to its box (whole pixels, at least one): uint8 (3, h, w)."""
+    """The object on gray, cropped to its box (whole pixels, at least one): uint8 (3, h, w)."""
     height, width = image.shape[-2:]
     x1, y1, x2, y2 = (round(v) for v in detection.box)
     x1, y1 = min(max(x1, 0), width - 1), min(max(y1, 0), height - 1)

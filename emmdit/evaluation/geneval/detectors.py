@@ -1,4 +1,4 @@
-"""What looks for objects in pictures: the interface, and the shapes world's own reader."""
+"""Object detector interface of GenEval."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from emmdit.evaluation.geneval.judge import Detection
 
 
 class Detector(ABC):
-    """Finds the objects of known classes in pictures, and says what colour they have.
+    """Detects objects of known classes in images and classifies their colors.
 
-    `name` goes into the metric's name (`geneval_hf`): scores of two detectors can not be compared.
+    `name` becomes part of the metric's name (`geneval_hf`): scores of different detectors cannot be compared.
     """
 
     name: str
     classes: tuple[str, ...]
     color_names: tuple[str, ...]
 
-    def prepare(self, device: torch.device | str = "cpu") -> None:  # noqa: B027 - nothing to do is fine
-        """Load and check all that is needed."""
+    def prepare(self, device: torch.device | str = "cpu") -> None:  # noqa: B027 - optional
+        """Load and check everything that is needed."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        """uint8 (N, 3, H, W) -> the detections in each picture, in any order, boxes in its pixels."""
+        """uint8 (N, 3, H, W) -> the detections in each image, in any order, boxes in pixels."""
 
     @abstractmethod
     def colors(self, image: Tensor, detections: Sequence[Detection], class_name: str) -> list[str]:
-        """The colour of each of `detections`, which are of `class_name` and were found in `image`, uint8 (3, H, W)."""
+        """The color of each of `detections`, all of `class_name` and found in `image`, uint8 (3, H, W)."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """All that decides about what is found, fit for JSON."""
+        """Everything that affects the detections, as JSON types."""
 
 
 def check_images(images: Tensor) -> None:
     """Raise ValueError unless `images` are uint8 (N, 3, H, W)."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f"A detector reads uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}.")
+        raise ValueError(f"A detector needs uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")

@@ -1,7 +1,7 @@
-"""GenEval's verdict on one picture: what was detected in it against what its prompt asked for.
+"""GenEval's verdict on one image: the objects detected in it compared with those its prompt asks for.
 
 The rules and the wording of the reasons are those of the official evaluator (arXiv 2310.11513), tested against it;
-detector and colour classifier are the caller's.
+the detector and the color classifier belong to the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITION_SLACK = 0.1  # offsets count beyond this share of the two objects' summ
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found: box (x1, y1, x2, y2) in pixels, y down; score in [0, 1]; mask (H, W) bool, if there is one."""
+    """One detected object: box (x1, y1, x2, y2) in pixels, y down; score in [0, 1]; optional mask (H, W) bool."""
 
     class_name: str
     score: float
@@ -29,11 +29,11 @@ class Detection:
     mask: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "box", tuple(float(v) for v in self.box))  # lists and arrays can not be hashed
+        object.__setattr__(self, "box", tuple(float(v) for v in self.box))  # lists and arrays cannot be hashed
 
 
 class Verdict(NamedTuple):
-    """`reason` has a line for each thing that is wrong; empty if the picture is correct."""
+    """`reason` has one line for each error; empty if the image is correct."""
 
     correct: bool
     reason: str
@@ -43,17 +43,17 @@ ColorClassifier = Callable[[Sequence[Detection], str], Sequence[str]]
 
 
 def judge(metadata: Mapping[str, Any], detections: Iterable[Detection], classify_color: ColorClassifier) -> Verdict:
-    """Whether a picture shows what `metadata`, a line of GenEval's prompt file, asks for.
+    """Whether an image shows what `metadata`, a line of GenEval's prompt file, asks for.
 
     Args:
         metadata: `tag` (the task), `include` and, for counting, `exclude`: lists of clauses with `class`, `count` and
-            perhaps `color` or `position` ([relation, index of the target's clause]).
+            optionally `color` or `position` ([relation, index of the target's clause]).
         detections: everything the detector found, in any order; thresholds are applied here.
-        classify_color: (objects, class name) -> the colour of each. Called only where a clause asks for a colour.
+        classify_color: (objects, class name) -> the color of each. Called only where a clause asks for a color.
     """
     objects = confident(detections, metadata["tag"])
     reasons: list[str] = []
-    matched: list[list[Detection] | None] = []  # for each clause its objects, None where it failed
+    matched: list[list[Detection] | None] = []  # the objects of each clause, None where it failed
     for clause in metadata.get("include", ()):
         found = objects.get(clause["class"], [])[: clause["count"]]
         reason = _unmet(clause, found, matched, classify_color)
@@ -83,7 +83,7 @@ def _unmet(
     matched: Sequence[list[Detection] | None],
     classify_color: ColorClassifier,
 ) -> str | None:
-    """The first thing wrong with the objects `found` for `clause`; `matched` holds those of the clauses before."""
+    """The first error of the objects `found` for `clause`; `matched` holds those of the earlier clauses."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"
@@ -105,8 +105,8 @@ def _unmet(
 
 
 def relations_of(a: Detection, b: Detection) -> list[str]:
-    """Where `a` lies as seen from `b`: left of or right of, then above or below; one of each, either or none."""
-    (ax, ay, aw, ah), (bx, by, bw, bh) = _centre_and_size(a), _centre_and_size(b)
+    """Relations of `a` to `b`: at most one of left of and right of, then at most one of above and below."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = _center_and_size(a), _center_and_size(b)
     x, y = _beyond_slack(ax - bx, aw + bw), _beyond_slack(ay - by, ah + bh)
     if abs(x) < 1e-3 and abs(y) < 1e-3:
         return []
@@ -120,7 +120,7 @@ def relations_of(a: Detection, b: Detection) -> list[str]:
     return [relation for relation, true in holds.items() if true]
 
 
-def _centre_and_size(detection: Detection) -> tuple[float, float, float, float]:
+def _center_and_size(detection: Detection) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = detection.box
     return (x1 + x2) / 2, (y1 + y2) / 2, abs(x2 - x1), abs(y2 - y1)
 

@@ -1,8 +1,8 @@
 """GenEval's detector without mmdetection: transformers' Mask2Former between mmdet's own pre- and post-processing.
 
-The library's image processor and instance post-processing are not used: they resize masks of the padded picture to a
-fixed 384 x 384, which shifts them, and let instances paint over each other. The weights are not the official
-evaluator's either (Detectron2's, not mmdet's), so scores have a name of their own: geneval_hf.
+The library's image processor and instance post-processing are not used: they resize masks of the padded image to a
+fixed 384 x 384, which shifts them, and let instances overwrite each other. The weights also differ from the official
+evaluator's (Detectron2's, not mmdet's), so its scores have their own name: geneval_hf.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from emmdit.evaluation.geneval.prompts import CLASSES
 from emmdit.weights import sha256_of
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB in 0..255
-PAD_TO = 32  # pixels; zeros right and below, after normalisation
-MAX_INSTANCES = 100  # best pairs of query and class
+PAD_TO = 32  # pixels; zeros at the right and the bottom, after normalization
+MAX_INSTANCES = 100  # best (query, class) pairs
 # Relative difference of two devices' outputs. With random weights of the full size TF32 rounding gave 0.01, deformable
 # attention that returns zeros 0.6 and more.
 SELF_CHECK_TOLERANCE = 0.1
 
 
 class Mask2Former(FrozenModel, Detector):
-    """A COCO instance segmentation of transformers' Mask2Former, in float32.
+    """Instance segmentation with transformers' Mask2Former trained on COCO, in float32.
 
-    Too slow on a CPU for more than a few pictures: about 25 s for one on two cores.
+    Too slow on a CPU for more than a few images: about 25 s each on two cores.
 
     Args:
-        source: local folder or hub id; 80 classes in COCO's order, which stand for GenEval's by their number.
+        source: local folder or hub id; 80 classes in COCO's order, mapped to GenEval's names by index.
         color_classifier: default CLIP ViT-L/14, as in the official evaluator.
         revision: branch, tag or commit of a hub repository.
-        img_scale: long and short side that pictures are resized to fit into, keeping their aspect.
-        batch_size: pictures the network sees at once; 100 masks of each are held in full resolution one by one.
-        score_threshold: what scores no more is not handed on. The judge drops the same.
-        name: what scores are called by; take another one for another detector than the default.
+        img_scale: long and short side that images are resized to fit into, keeping the aspect ratio.
+        batch_size: images in one forward pass; their masks are upsampled to full resolution one image at a time.
+        score_threshold: detections must score higher; the judge applies the same threshold.
+        name: part of the name of the scores; choose another one for another detector than the default.
     """
 
     classes = CLASSES
@@ -78,12 +78,12 @@ class Mask2Former(FrozenModel, Detector):
         return model
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
-        """Load both networks and see that this device computes what the CPU does.
+        """Load both networks and check that this device computes what the CPU does.
 
-        GPUs that a kernel was not built for have given garbage with no error, and scores near zero with it.
+        GPUs that a kernel was not built for have returned garbage without an error, and scores near zero.
 
         Raises:
-            MissingModelError: the weights can not be had.
+            MissingModelError: the weights cannot be loaded.
             RuntimeError: the check failed.
         """
         device = torch.device(device)
@@ -98,28 +98,28 @@ class Mask2Former(FrozenModel, Detector):
         self._checked = device
 
     def _self_check_outputs(self) -> list[Tensor]:
-        """What the network makes of a test picture: features after its deformable attention, classes and masks."""
-        pixels, _ = self.preprocess(probe_picture()[None], (256, 256))
+        """Outputs for a test image: features after the deformable attention, classes and masks."""
+        pixels, _ = self.preprocess(probe_image()[None], (256, 256))
         with frozen(self.device):
             out = self.model(pixel_values=pixels.to(self.device))
         found = (out.pixel_decoder_last_hidden_state, out.class_queries_logits, out.masks_queries_logits)
         return [tensor.cpu().float() for tensor in found]
 
     def preprocess(self, images: Tensor, img_scale: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 (N,3,H,W) -> pixels (N,3,h,w) for the network, and the height and width without padding."""
+        """uint8 (N,3,H,W) -> pixels (N,3,h,w) for the network, and their height and width without padding."""
         height, width = fit(*images.shape[-2:], img_scale or self.img_scale)
         pixels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False).round()
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
         return F.pad((pixels - mean) / std, (0, -width % PAD_TO, 0, -height % PAD_TO)), (height, width)
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        """uint8 (N,3,H,W) -> detections with boxes in the picture's pixels and bool masks (H,W) on the CPU."""
+        """uint8 (N,3,H,W) -> detections with boxes in pixels of the image and bool masks (H,W) on the CPU."""
         check_images(images)
         found = []
         for chunk in images.split(self.batch_size):
             with frozen(self.device):
                 pixels, resized = self.preprocess(chunk.to(self.device))
-                # No pixel mask: neither mmdet's test mode nor the library's network tells padding from picture.
+                # No pixel mask: neither mmdet's test mode nor the library's network separates padding from image.
                 out = self.model(pixel_values=pixels)
                 for logits, masks in zip(out.class_queries_logits, out.masks_queries_logits, strict=True):
                     found.append(self._detections(logits, masks, pixels.shape[-2:], resized, images.shape[-2:]))
@@ -157,7 +157,7 @@ class Mask2Former(FrozenModel, Detector):
 
 
 def fit(height: int, width: int, img_scale: tuple[int, int]) -> tuple[int, int]:
-    """The largest size of the same aspect within `img_scale` (long and short side)."""
+    """The largest (height, width) of the same aspect ratio within `img_scale` (long and short side)."""
     factor = min(max(img_scale) / max(height, width), min(img_scale) / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
@@ -165,15 +165,15 @@ def fit(height: int, width: int, img_scale: tuple[int, int]) -> tuple[int, int]:
 def instances(
     class_logits: Tensor, mask_logits: Tensor, padded: Sequence[int], resized: Sequence[int], original: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mmdet's instances of one picture; sizes are (height, width).
+    """mmdet's instances of one image; sizes are (height, width).
 
     Args:
         class_logits: (Q, classes + 1), the last one for "no object".
-        mask_logits: (Q, h, w), of the padded picture.
+        mask_logits: (Q, h, w), of the padded image.
 
     Returns:
-        of the K best pairs of query and class: score (K), class (K), tight box (K, 4) with x2 and y2 exclusive (zeros
-        for an empty mask), query (K); and the masks of all queries (Q, H, W) bool.
+        for the K best (query, class) pairs: score (K), class (K), tight box (K, 4) with x2 and y2 exclusive (zeros for
+        an empty mask), query (K); and the masks of all queries (Q, H, W) bool.
     """
     logits = F.interpolate(mask_logits[None].float(), tuple(padded), mode="bilinear", align_corners=False)
     logits = logits[..., : resized[0], : resized[1]]
@@ -196,22 +196,22 @@ def _tight_boxes(masks: Tensor) -> Tensor:
     return torch.stack([x1, y1, x2, y2], 1) * masks.any(2).any(1)[:, None]
 
 
-def probe_picture() -> Tensor:
-    """A fixed uint8 (3, 256, 256): discs of many colours and sizes on a ramp."""
+def probe_image() -> Tensor:
+    """A fixed test image, uint8 (3, 256, 256): discs of many colors and sizes on a ramp."""
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
-    picture = torch.stack([x, y, 255 - (x + y) // 2])
+    image = torch.stack([x, y, 255 - (x + y) // 2])
     for i in range(12):
         disc = (x - 37 * i % 256) ** 2 + (y - 91 * i % 256) ** 2 < (10 + 4 * i) ** 2
         color = torch.tensor([i * 83 % 256, i * 151 % 256, i * 199 % 256])
-        picture = torch.where(disc, color.view(3, 1, 1), picture)
-    return picture.to(torch.uint8)
+        image = torch.where(disc, color.view(3, 1, 1), image)
+    return image.to(torch.uint8)
 
 
 def same_outputs(found: Sequence[Tensor], expected: Sequence[Tensor], device: torch.device) -> None:
-    """Raise RuntimeError unless what a device `found` is `expected` of it."""
+    """Raise RuntimeError unless the outputs `found` on a device equal the `expected` ones."""
     difference = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
-    if not difference < SELF_CHECK_TOLERANCE:  # nor if it is nan
+    if not difference < SELF_CHECK_TOLERANCE:  # false for nan, too
         raise RuntimeError(
-            f"On {device} the detector does not compute what it does on the CPU (they differ by {difference:.0%} on a "
-            f"test picture), so its scores would mean nothing: use a torch built for this device, or another device."
+            f"On {device} the detector's outputs differ from those on the CPU by {difference:.0%} for a test image: "
+            f"use a torch built for this device, or another device."
         )

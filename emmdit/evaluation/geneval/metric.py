@@ -1,4 +1,4 @@
-"""GenEval as a metric of a set of images."""
+"""The GenEval metric of a set of images."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MISSING, _WRONG, _CORRECT = 0, 1, 2
 
 
 class GenEval(ImageMetric):
-    """The share of images that show what their prompt asks for: for each task, and as headline the mean of the tasks.
+    """Share of images that show what their prompt asks for: for each task, and as headline the mean over tasks.
 
-    `begin` says which images are to come; `compute` refuses to give a score while one of them is missing. `rows` are
-    the results of the images this process judged, with reasons and detections.
+    `begin` announces the images of the set; `compute` raises while one of them is missing. `rows` are the results of
+    the images that this process judged, with reasons and detections.
     """
 
     kind = "geneval"
@@ -47,20 +47,20 @@ class GenEval(ImageMetric):
         return f"geneval_{self.detector.name}"
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """The images of the whole set, over all processes.
+        """Announce the images of the whole set, over all processes.
 
         Raises:
-            ValueError: a prompt can not be judged, with its number.
+            ValueError: a prompt cannot be judged, with its index.
         """
         for index, line in {sample.index: sample.line for sample in samples}.items():
             try:
                 self._check(line)
             except ValueError as error:
-                raise ValueError(f"GenEval can not judge prompt {index} ({line.get('prompt')!r}): {error}.") from None
+                raise ValueError(f"GenEval cannot judge prompt {index} ({line.get('prompt')!r}): {error}.") from None
         self._samples = list(samples)
         self._places = {(sample.index, sample.number): i for i, sample in enumerate(samples)}
-        # One number an image, which processes join by the maximum: they may have any number of images, none, or the
-        # same one.
+        # One number per image, reduced by the maximum: a process may have any number of images, none, or the same
+        # ones as another.
         default = torch.full((len(samples),), _MISSING, dtype=torch.int8, device=self.device)
         self.add_state("verdicts", default, dist_reduce_fx="max")
         self.reset()
@@ -71,7 +71,7 @@ class GenEval(ImageMetric):
             unknown = [clause["class"]] if clause["class"] not in self.detector.classes else []
             unknown += [c for c in (clause.get("color"),) if c not in (None, *self.detector.color_names)]
             if unknown:
-                raise ValueError(f"the detector '{self.detector.name}' does not know '{unknown[0]}', so use another")
+                raise ValueError(f"the detector '{self.detector.name}' does not know '{unknown[0]}', use another")
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
         self.detector.prepare(device)
@@ -84,16 +84,16 @@ class GenEval(ImageMetric):
         for image, sample, detections in zip(images, samples, self.detector(images), strict=True):
             place = self._places.get((sample.index, sample.number))
             if place is None:
-                raise ValueError(f"{sample.path} is no image of the set that GenEval was told of: call begin first.")
+                raise ValueError(f"{sample.path} is not an image of the set announced to GenEval: call begin first.")
             verdict = judge(sample.line, detections, partial(self.detector.colors, image))
             self.verdicts[place] = _CORRECT if verdict.correct else _WRONG
             self.rows.append(result_row(sample.path, sample.line, verdict, detections))
 
     def compute(self) -> dict[str, float]:
-        """{"": mean of the tasks, task: share of correct images}.
+        """{"": mean over tasks, task: share of correct images}.
 
         Raises:
-            ValueError: images of the set are missing, with their number and the first few.
+            ValueError: images of the set are missing, with their count and the first few.
         """
         verdicts = self.verdicts.tolist()
         missing = [s for s, verdict in zip(self._samples, verdicts, strict=True) if verdict == _MISSING]
@@ -116,11 +116,8 @@ class GenEval(ImageMetric):
 
 def _incomplete(missing: Sequence[Sample], n: int) -> str:
     if not n:
-        return "GenEval has no images to score: call begin with those that are to come."
+        return "GenEval has no images to score: call begin with the samples of the set."
     prompts = {sample.index: sample for sample in missing}
     first = ", ".join(f"{sample.path} ({sample.line['prompt']!r})" for sample in missing[:3])
     more = ", ..." if len(missing) > 3 else ""
-    return (
-        f"GenEval misses {len(missing)} of {n} images, of {len(prompts)} prompts: {first}{more}; a part of the set has "
-        f"no score, so make these images first."
-    )
+    return f"GenEval lacks {len(missing)} of {n} images, of {len(prompts)} prompts: {first}{more}; generate them first."

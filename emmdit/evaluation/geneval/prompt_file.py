@@ -1,4 +1,4 @@
-"""Prompt files of a user, checked line by line."""
+"""Reader of prompt files, with line-by-line validation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from emmdit.evaluation.geneval.prompts import RELATIONS, Line
 
 
 def read_prompts(path: str | Path) -> list[Line]:
-    """The lines of a .jsonl file (GenEval's metadata, or just {"prompt": ...}) or of a .txt file, one prompt a line.
+    """The lines of a .jsonl file (GenEval's metadata, or only {"prompt": ...}) or of a .txt file, one prompt per line.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that can not be used, with its number; another kind of file; nothing in it.
+        ValueError: a line is invalid (with its number), the file is empty, or it has another suffix.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"The prompt file {path} must end in .jsonl or .txt.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {path}.")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte order mark
     lines = []
     for number, raw in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
         try:
@@ -42,16 +42,16 @@ def read_prompts(path: str | Path) -> list[Line]:
 
 def _checked(line: Any) -> Line:
     if not isinstance(line, dict):
-        raise ValueError('it is no JSON object: write {"prompt": "..."}')
+        raise ValueError('it is not a JSON object: write {"prompt": "..."}')
     if not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
-        raise ValueError('it has no "prompt" with text in it')
+        raise ValueError('it has no "prompt" with text')
     if "tag" in line or "include" in line or "exclude" in line:
         check_metadata(line)
     return line
 
 
 def check_metadata(line: dict[str, Any]) -> None:
-    """Raise ValueError, without a full stop, unless GenEval can judge an image by `line`."""
+    """Raise ValueError (a sentence without its period) unless GenEval can judge an image by `line`."""
     if not isinstance(line.get("tag"), str) or not line["tag"]:
         raise ValueError('it has no "tag", the name of its task')
     if not isinstance(line.get("include"), list) or not line["include"]:
@@ -68,11 +68,11 @@ def _check_clause(clause: Any, where: str, place: int | None) -> None:
     if not isinstance(clause, dict) or not isinstance(clause.get("class"), str) or not clause["class"]:
         raise ValueError(f'{where} has no "class"')
     if not _is_int(clause.get("count")) or clause["count"] < 1:
-        raise ValueError(f'{where} has no "count", a number from 1 on')
+        raise ValueError(f'{where} has no "count" of at least 1')
     if place is None:
         return
     if "color" in clause and not isinstance(clause["color"], str):
-        raise ValueError(f'the "color" of {where} is not a word')
+        raise ValueError(f'the "color" of {where} is not a string')
     if "position" in clause:
         position = clause["position"]
         if (
@@ -83,7 +83,7 @@ def _check_clause(clause: Any, where: str, place: int | None) -> None:
             or not 0 <= position[1] < place
         ):
             raise ValueError(
-                f'the "position" of {where} is not [{" or ".join(RELATIONS)}, number of an earlier object in "include"]'
+                f'the "position" of {where} is not [{" or ".join(RELATIONS)}, index of an earlier object in "include"]'
             )
 
 

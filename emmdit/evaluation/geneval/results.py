@@ -1,4 +1,4 @@
-"""GenEval's results: a row for each image with the official columns, their file, and the summary."""
+"""GenEval's results: one row per image with the official columns, their file, and the summary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from emmdit.evaluation.geneval.prompts import TASKS
 
 
 class ResultRow(TypedDict):
-    """One image. `metadata` and `details` are JSON texts: the prompt's line, and {class: [[x1, y1, x2, y2, score]]}
-    of the objects that counted."""
+    """One image. `metadata` and `details` are JSON strings: the prompt's line, and {class: [[x1, y1, x2, y2, score]]}
+    of the objects above the thresholds."""
 
-    filename: str  # within the set's folder
+    filename: str  # relative to the folder of the set
     tag: str
     prompt: str
     correct: bool
@@ -43,28 +43,9 @@ def result_row(
 
 def write_results(path: str | Path, rows: Iterable[ResultRow]) -> None:
     """The official results file, sorted by file name."""
-    lines = [json.dumps({key: row[key] for key in ResultRow.__annotations__}) for row in _sorted(rows)]
+    ordered = sorted(rows, key=lambda row: row["filename"])
+    lines = [json.dumps({key: row[key] for key in ResultRow.__annotations__}) for row in ordered]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def read_results(path: str | Path) -> list[ResultRow]:
-    """Rows of a results file, ours or the official tool's.
-
-    Raises:
-        ValueError: a line is none, with its number.
-    """
-    rows = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(text)
-            rows.append(ResultRow(**{key: row[key] for key in ResultRow.__annotations__}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: this is no row of GenEval results ({error!r}).") from None
-    return _sorted(rows)
-
-
-def _sorted(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    return sorted(rows, key=lambda row: row["filename"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +61,7 @@ class TaskScore:
 
 
 def score_tasks(verdicts: Iterable[tuple[str, bool]]) -> dict[str, TaskScore]:
-    """(task, correct) of each image -> the score of each task, in the benchmark's order."""
+    """(task, correct) of each image -> the score of each task, in the order of the benchmark."""
     found: dict[str, list[bool]] = {}
     for tag, correct in verdicts:
         found.setdefault(tag, []).append(bool(correct))
@@ -89,13 +70,13 @@ def score_tasks(verdicts: Iterable[tuple[str, bool]]) -> dict[str, TaskScore]:
 
 
 def overall_score(tasks: Mapping[str, TaskScore]) -> float:
-    """The mean of the tasks' scores, each weighing the same whatever its number of images."""
+    """The mean of the tasks' scores, each with equal weight whatever its number of images."""
     return statistics.fmean(task.score for task in tasks.values())
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The official summary. A prompt is correct if one of its images is. `str()` gives the official text."""
+    """The official summary; a prompt is correct if one of its images is. `str()` gives the official text."""
 
     images: int
     prompts: int
@@ -123,9 +104,9 @@ class Summary:
 
 
 def summary(rows: Sequence[ResultRow]) -> Summary:
-    """Of the rows there are. Whether they are all that were asked for is not known here: `GenEval` checks that."""
+    """The summary of `rows`; that they are complete is checked by `GenEval.compute`, not here."""
     if not rows:
-        raise ValueError("There are no GenEval results to sum up.")
+        raise ValueError("There are no GenEval results to summarize.")
     prompts: dict[str, bool] = {}
     for row in rows:
         prompts[row["metadata"]] = prompts.get(row["metadata"], False) or row["correct"]

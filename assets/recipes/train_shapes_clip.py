@@ -1,15 +1,15 @@
 """Trains the CLIP of the shapes world (`assets/shapes_clip`) from scratch, scores it and writes its folder and card.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.train_shapes_clip --out assets/shapes_clip
+    OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out assets/shapes_clip
 
-Contrastive, with what the world knows made use of: a caption is true of many pictures and a picture has several true
-captions, so the truth of every (picture, caption) pair is read off the scene, and each picture is held against all
-captions the world can utter (460), hence against every near miss: other colour, other number, relation turned round,
-colours swapped. Captions that are true of a part of the picture only ("a circle" where there are two) count neither
-way. Linear heads help, and are thrown away afterwards: one on the patch tokens is asked what each patch shows and on
-which side of the other object, which makes these tokens worth aligning with; one on the vectors of pictures and of
-captions is asked on which side of the other each shape is. Without that neither tower learns which shape is on the left
-before the other has: the choice against the relation turned round stayed at 50% for 600 steps.
+The loss is contrastive with known truth: a caption is true of many images and an image has several true captions, so
+the truth of every (image, caption) pair follows from the scene, and each image is compared with all 460 captions of the
+world, hence with every near miss: another color, another number, the opposite relation, swapped colors. Captions that
+are true of only a part of the image ("a circle" where there are two) are ignored. Auxiliary linear heads help and are
+dropped afterwards: one on the patch tokens predicts what each patch shows and on which side of the other object it is,
+which makes these tokens worth aligning with; one on the embeddings of images and captions predicts on which side of the
+other each shape is. Without the latter neither tower learns which shape is on the left before the other has: the
+accuracy against the opposite relation stayed at 50% for 600 steps.
 """
 
 from __future__ import annotations
@@ -27,44 +27,22 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
-from benchmarks.shapes_truth import Captions, near_misses, patch_targets, sides, stated_sides
+from assets.recipes.shapes_truth import Captions, near_misses, patch_targets, sides, stated_sides
+from emmdit.evaluation.geneval.prompts import RELATIONS, TASKS
 from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.optim import MuonAdamW, WarmupDecay
 from emmdit.provenance import machine
-from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapesWorld, render_scene
-from emmdit.shapes.world import RELATIONS
+from emmdit.shapes import PALETTE, SHAPES, Scene, ShapesWorld, render_scene
+from emmdit.shapes.text import shapes_tokenizer
 
 IMAGE, PATCH, MAX_LENGTH = 32, 4, 16
 VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
 TEXT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
 DIM = 64
-TRAINING_STREAM, HELD_OUT_STREAM = 1_000_000, 2_000_000  # plus --seed; no model's training or evaluation uses these
-TASK_WEIGHTS = (0.5, 1.0, 1.5, 0.5, 2.0, 1.0)  # relations and numbers are learned last
-PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"  # EOS has id 3: with id 2 CLIP pools at the highest id
+TRAINING_STREAM, HELD_OUT_STREAM = 1_000_000, 2_000_000  # plus --seed; used by no training or evaluation of a model
+TASK_WEIGHTS = (0.5, 1.0, 1.5, 0.5, 2.0, 1.0)  # relations and counts are learned last
 
 # -- the model ---------------------------------------------------------------------------------------
-
-
-def make_tokenizer(world: ShapesWorld):
-    """Lower-cased words of the world, `<bos>` in front and `<eos>` behind."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate([PAD, BOS, UNKNOWN, EOS, *world.vocabulary()])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocabulary[BOS]), (EOS, vocabulary[EOS])]
-    )
-    special = dict(pad_token=PAD, bos_token=BOS, unk_token=UNKNOWN, eos_token=EOS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        model_max_length=MAX_LENGTH,
-        model_input_names=["input_ids", "attention_mask"],
-        **special,
-    )
 
 
 def make_model(tokenizer: Any) -> nn.Module:
@@ -94,9 +72,9 @@ def parameter_groups(model: nn.Module, *heads: nn.Module) -> list[dict[str, Any]
 
 
 def contrast(logits: Tensor, truth: Tensor) -> Tensor:
-    """The true ones of each row against all its false ones; true ones do not compete with each other.
+    """Each true entry of a row against all its false ones; true ones do not compete with each other.
 
-    -log(e^t / (e^t + sum of e^f)), mean over the true of a row and then over rows that have any.
+    -log(e^t / (e^t + sum of e^f)), mean over the true ones of a row and then over the rows that have any.
     """
     true, false = truth == 1, truth == 0
     against = logits.masked_fill(~false, -torch.inf).logsumexp(1, keepdim=True)
@@ -106,7 +84,7 @@ def contrast(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def batch_of(scenes: list[Scene], captions: Captions) -> tuple[Tensor, ...]:
-    """Pixels (B,3,32,32) in -1..1, truth (B,captions), sides (B,shapes,4), targets of the patches (B,64), (B,64,4)."""
+    """Pixels (B,3,32,32) in -1..1, truth (B,captions), sides (B,shapes,4), patch targets (B,64), (B,64,4)."""
     pixels = np.stack([render_scene(scene) for scene in scenes]).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     classes, related = zip(*(patch_targets(scene, PATCH) for scene in scenes), strict=True)
     rows = [[captions.truth(scene) for scene in scenes], [sides(scene) for scene in scenes], classes, related]
@@ -114,18 +92,19 @@ def batch_of(scenes: list[Scene], captions: Captions) -> tuple[Tensor, ...]:
 
 
 def known_loss(logits: Tensor, known: Tensor) -> Tensor:
-    """Binary cross-entropy where `known` is not nan; 0 where it is nan throughout."""
+    """Mean binary cross-entropy where `known` is not nan; 0 if it is nan everywhere."""
     given = ~known.isnan()
     return F.binary_cross_entropy_with_logits(logits[given], known[given], reduction="sum") / given.sum().clamp_min(1)
 
 
 def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int) -> tuple[nn.Module, Any, list[dict]]:
-    """-> model, tokenizer, rows of the curve."""
-    tokenizer, captions = make_tokenizer(world), Captions(world)
+    """The trained model, its tokenizer, and the rows of the loss curve."""
+    # <eos> has id 3: with id 2 CLIP would pool at the highest id
+    tokenizer, captions = shapes_tokenizer(MAX_LENGTH, eos=True), Captions(world)
     tokens = tokenizer(captions.texts, padding=True, return_tensors="pt")
     stated = torch.from_numpy(np.stack([stated_sides(spec) for spec in captions.specs])).flatten(1)
     model = make_model(tokenizer).train()
-    model.set_attn_implementation("eager")  # on a CPU twice as fast as the fused one, whose backward is slow
+    model.set_attn_implementation("eager")  # twice as fast on a CPU as the fused one, whose backward is slow
     of_patches = nn.Linear(VISION["hidden_size"], 1 + len(SHAPES) * len(PALETTE) + len(RELATIONS))
     of_vectors = nn.Linear(DIM, len(SHAPES) * len(RELATIONS))
     groups = parameter_groups(model, of_patches, of_vectors)
@@ -155,7 +134,7 @@ def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             row = {"step": step + 1, **{name: loss.item() for name, loss in losses.items()}}
             row["seconds"] = round(time.perf_counter() - start, 1)
-            progress(", ".join(f"{k} {v:.3g}" for k, v in row.items()))
+            print(", ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
             curve.append(row)
     model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer, curve
@@ -166,9 +145,9 @@ def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int)
 
 @torch.no_grad()
 def scores(clip: CLIP, world: ShapesWorld, scenes_per_task: int, seed: int) -> list[dict[str, Any]]:
-    """For each task and kind of near miss how often the true caption is nearer, on held-out scenes.
+    """For each task and kind of near miss, how often the true caption is nearer, on held-out scenes.
 
-    Kind "all false": how often it is nearer than every caption of the world that is false of the scene.
+    Kind "all false": how often it is nearer than every caption of the world that is false for the scene.
     """
     captions = Captions(world)
     texts = clip.texts(captions.texts)
@@ -176,8 +155,8 @@ def scores(clip: CLIP, world: ShapesWorld, scenes_per_task: int, seed: int) -> l
     for number, task in enumerate(TASKS):
         only = ShapesWorld(task_weights=tuple(float(i == number) for i in range(len(TASKS))))
         scenes = [only.sample(HELD_OUT_STREAM + seed, i) for i in range(scenes_per_task)]
-        pictures = torch.from_numpy(np.stack([render_scene(s) for s in scenes])).permute(0, 3, 1, 2)
-        cosines = torch.cat([clip.images(part) @ texts.T for part in pictures.split(128)]).cpu().numpy()
+        images = torch.from_numpy(np.stack([render_scene(s) for s in scenes])).permute(0, 3, 1, 2)
+        cosines = torch.cat([clip.images(part) @ texts.T for part in images.split(128)]).cpu().numpy()
         found: dict[str, list[float]] = {}
         true_cosines, false_cosines = [], []
         for scene, row in zip(scenes, cosines, strict=True):
@@ -194,87 +173,76 @@ def scores(clip: CLIP, world: ShapesWorld, scenes_per_task: int, seed: int) -> l
     return rows
 
 
-def card(rows: list[dict], settings: dict[str, Any], found: dict[str, Any], folder: Path, curve: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
+    """The scores as Markdown."""
+    lines = ["| task | true caption against | accuracy | choices | cosine, true | cosine, false |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
+    for row in rows:
+        cosines = [f"{row[key]:.3g}" if key in row else "" for key in ("true", "false")]
+        cells = [row["task"], row["against"], f"{row['accuracy']:.3g}", str(row["choices"]), *cosines]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def card(rows: list[dict], args: argparse.Namespace, curve: list[dict]) -> str:
     """The README of the folder."""
-    weights = folder / "model.safetensors"
+    found, out = machine("cpu"), args.out.name if args.out.is_absolute() else args.out
+    weights = args.out / "model.safetensors"
     with safe_open(weights, "pt") as file:
         parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     megabytes = weights.stat().st_size / 1e6
-    columns = {"task": "task", "against": "true caption against", "accuracy": "accuracy", "choices": "choices"}
-    columns |= {"true": "cosine, true", "false": "cosine, false"}
-    command = f"OMP_NUM_THREADS=1 python -m benchmarks.train_shapes_clip --out {settings['out']}"
-    command += f" --steps {settings['steps']} --batch-size {settings['batch_size']} --seed {settings['seed']}"
+    command = f"OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out {out}"
+    command += f" --steps {args.steps} --batch-size {args.batch_size} --seed {args.seed}"
     return f"""# A CLIP of the shapes world
 
 A `CLIPModel` of transformers ({parameters:,} parameters, float16, {megabytes:.1f} MB), trained from scratch on renders
-and captions of the shapes world. It scores pictures of that world and gives patch features for REPA (8 x 8 of
-{VISION["hidden_size"]} numbers for a picture of {IMAGE} px); of other pictures and words it knows nothing.
+and captions of the shapes world. It scores images of that world and gives patch features for REPA (8 x 8 of
+{VISION["hidden_size"]} numbers for an image of {IMAGE} px); other images and words mean nothing to it.
 
 ```bash
 {command}
 ```
 
-{settings["steps"]} steps of {settings["batch_size"]} pictures, seed {settings["seed"]}, {curve[-1]["seconds"]:.0f} s on
-{settings["threads"]} of {found["cpu_threads"]} threads of a shared {found["cpu"]}; last contrastive loss
-{curve[-1]["contrast"]:.3f}. Other machines and thread counts round differently: a rerun gives a like model, not the
+{args.steps} steps of {args.batch_size} images, seed {args.seed}, {curve[-1]["seconds"]:.0f} s on
+{torch.get_num_threads()} of {found["cpu_threads"]} threads of a shared {found["cpu"]}; last contrastive loss
+{curve[-1]["contrast"]:.3f}. Other machines and thread counts round differently: a rerun gives a similar model, not the
 same bits.
 
-The loss is contrastive with known truth: each picture against all {settings["captions"]} captions of the world, every
-true one a positive; beside it linear heads, thrown away, name what each patch shows, on which side of the other object
-that is, and (from the vectors of pictures and captions) on which side each shape is. So this CLIP was told shapes,
-colours and places: REPA on it hands these on. Details: `benchmarks/train_shapes_clip.py`.
+The loss is contrastive with known truth: each image against all {len(Captions(ShapesWorld()).texts)} captions of the
+world, every true one a positive; auxiliary linear heads, dropped afterwards, predict what each patch shows, on which
+side of the other object it is, and (from the embeddings of images and captions) on which side each shape is. So this
+CLIP was supervised with shapes, colors and places, and REPA on it passes these on. Details:
+`assets/recipes/train_shapes_clip.py`.
 
 ## Scores
 
-How often the true caption is nearer than a false one, on {settings["scenes_per_task"]} held-out scenes of each task,
-with the weights of this folder. The scenes are new, the captions are not: training sees all there are. "all false":
-nearer than every caption of the world that is false of the picture.
+How often the true caption is nearer than a false one, on {args.scenes} held-out scenes of each task, with the weights
+of this folder. The scenes are new, the captions are not: training sees all of them. "all false": nearer than every
+caption of the world that is false for the image.
 
-{markdown_table(rows, columns)}
+{table(rows)}
 """
 
 
-def natural(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=natural, help="default 900, --quick 4")
-    parser.add_argument("--batch-size", type=natural, default=64)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=natural, help="held-out scenes of each task; default 500, --quick 8")
+    parser.add_argument("--scenes", type=int, default=500, help="held-out scenes of each task")
     args = parser.parse_args(argv)
-    steps, scenes = args.steps or (4 if args.quick else 900), args.scenes or (8 if args.quick else 500)
     world = ShapesWorld(task_weights=TASK_WEIGHTS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
-        model, tokenizer, curve = train(world, steps, args.batch_size, args.lr, args.seed)
+        model, tokenizer, curve = train(world, args.steps, args.batch_size, args.lr, args.seed)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     make_processor().save_pretrained(args.out)
-    rows = scores(CLIP(str(args.out)), world, scenes, args.seed)
-    found = machine("cpu")
-    settings = {
-        "out": args.out.name if args.out.is_absolute() else str(args.out),
-        "steps": steps,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "seed": args.seed,
-        "scenes_per_task": scenes,
-        "captions": len(Captions(world).texts),
-        "threads": torch.get_num_threads(),
-    }
-    (args.out / "README.md").write_text(card(rows, settings, found, args.out, curve), encoding="utf-8")
-    columns = {key: key for key in ("task", "against", "accuracy", "choices", "true", "false")}
-    show("A CLIP of the shapes world", found, [markdown_table(rows, columns)])
-    if args.json is not None:
-        content = {"benchmark": "train_shapes_clip", "machine": found, "settings": settings}
-        write_json(args.json, content | {"rows": rows, "curve": curve})
+    rows = scores(CLIP(str(args.out)), world, args.scenes, args.seed)
+    (args.out / "README.md").write_text(card(rows, args, curve), encoding="utf-8")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is true of a scene of the shapes world: of its captions, of where its objects lie, of its picture's patches."""
+"""Ground truth of a scene of the shapes world: which captions and relations hold, and what each patch shows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from emmdit.evaluation.geneval.judge import POSITION_SLACK
-from emmdit.shapes import PALETTE, SHAPES, TASKS, Scene, ShapeObject, ShapesWorld
+from emmdit.evaluation.geneval.prompts import RELATIONS, TASKS
+from emmdit.shapes import PALETTE, SHAPES, Scene, ShapeObject, ShapesWorld, Spec
 from emmdit.shapes.render import coverage
-from emmdit.shapes.world import RELATIONS, Spec
 
-SURE, SURELY_NOT = 0.55, 0.45  # GenEval's rule for a relation says 0.5
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+HOLDS, HOLDS_NOT = 0.55, 0.45  # GenEval's threshold for a relation is 0.5
+OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
 
 class Captions:
-    """All captions of the world, and which of them are true of a scene."""
+    """All captions of the world, and which of them a scene satisfies."""
 
     def __init__(self, world: ShapesWorld) -> None:
         self.specs = [spec for task in TASKS for spec in world.specs(task)]
@@ -25,7 +25,7 @@ class Captions:
         self.index = {text: i for i, text in enumerate(self.texts)}
 
     def truth(self, scene: Scene) -> np.ndarray:
-        """(captions,) float32: 1 true of the picture, 0 false, nan neither: true of a part, or a matter of taste."""
+        """(captions,) float32: 1 for true, 0 for false, nan for neither: true of a part only, or near the threshold."""
         truth = np.zeros(len(self.texts), np.float32)
         objects = [(o.shape, o.color) for o in scene.objects]
         shapes = {shape for shape, _ in objects}
@@ -50,15 +50,15 @@ class Captions:
 
 
 def relations(a: ShapeObject, b: ShapeObject) -> list[float]:
-    """For each of RELATIONS, of a to b: 1 holds, 0 does not, nan a matter of taste."""
+    """For each of RELATIONS, of a to b: 1 holds, 0 does not, nan near the threshold."""
     dx, dy = a.cx - b.cx, a.cy - b.cy
     slack = POSITION_SLACK * (a.size + b.size)
     shares = [(offset - slack) / float(np.hypot(dx, dy)) for offset in (-dx, dx, -dy, dy)]
-    return [1.0 if share > SURE else 0.0 if share < SURELY_NOT else np.nan for share in shares]
+    return [1.0 if share > HOLDS else 0.0 if share < HOLDS_NOT else np.nan for share in shares]
 
 
 def sides(scene: Scene) -> np.ndarray:
-    """(shapes, 4) float32: in which RELATIONS each shape is to the other; nan unless there are two different ones."""
+    """(shapes, 4) float32: the RELATIONS of each shape to the other; nan unless there are two different ones."""
     known = np.full((len(SHAPES), len(RELATIONS)), np.nan, np.float32)
     if len(scene.objects) == 2 and len({o.shape for o in scene.objects}) == 2:
         for a, b in itertools.permutations(scene.objects):
@@ -67,7 +67,7 @@ def sides(scene: Scene) -> np.ndarray:
 
 
 def stated_sides(spec: Spec) -> np.ndarray:
-    """The same of a caption: what it says and the opposite; nan what it leaves open."""
+    """The same for a caption: 1 for what it states, 0 for the opposite, nan for what it leaves open."""
     known = np.full((len(SHAPES), len(RELATIONS)), np.nan, np.float32)
     if spec.relation:
         there, back = RELATIONS.index(spec.relation), RELATIONS.index(OPPOSITE[spec.relation])
@@ -78,7 +78,7 @@ def stated_sides(spec: Spec) -> np.ndarray:
 
 
 def near_misses(spec: Spec, world: ShapesWorld) -> dict[str, list[str]]:
-    """By kind, the captions that differ from the spec's in one thing."""
+    """By kind, the captions that differ from the spec's in one respect."""
     objects = list(spec.objects)
     misses: dict[str, list[Spec]] = {"shape": []}
     if spec.task == "counting":
@@ -91,7 +91,7 @@ def near_misses(spec: Spec, world: ShapesWorld) -> dict[str, list[str]]:
                 named = (*objects[:i], (other, color), *objects[i + 1 :])
                 misses["shape"].append(Spec(spec.task, named, spec.relation))
     if spec.relation:
-        misses["relation turned round"] = [Spec("position", spec.objects, OPPOSITE[spec.relation])]
+        misses["opposite relation"] = [Spec("position", spec.objects, OPPOSITE[spec.relation])]
         same_axis = (spec.relation, OPPOSITE[spec.relation])
         misses["other axis"] = [Spec("position", spec.objects, r) for r in RELATIONS if r not in same_axis]
     if spec.task in ("colors", "color_attr"):
@@ -109,8 +109,8 @@ def near_misses(spec: Spec, world: ShapesWorld) -> dict[str, list[str]]:
 
 
 def patch_targets(scene: Scene, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each patch shows most of: 0 the ground, else a shape in a colour, (patches,) int64; and where of two objects
-    it shows one, in which RELATIONS that is to the other, (patches, 4) float32, elsewhere nan."""
+    """The class that covers most of each patch, (patches,) int64: 0 for the ground, else a shape in a color; and for
+    patches that show one of two objects its RELATIONS to the other, (patches, 4) float32, elsewhere nan."""
     grid = scene.image_size // patch
     pixels = np.arange(scene.image_size) + 0.5
     best, classes = np.full((grid, grid), 0.25), np.zeros((grid, grid), np.int64)
