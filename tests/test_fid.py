@@ -17,10 +17,9 @@ from emmdit.encoders.loading import MissingModelError
 from emmdit.evaluation.metrics import features as features_module
 from emmdit.evaluation.metrics.cmmd import CMMD, cmmd
 from emmdit.evaluation.metrics.features import INCEPTION, CleanInception, CLIPFeatures
-from emmdit.evaluation.metrics.fid import FID, frechet_distance
+from emmdit.evaluation.metrics.fid import FID, FeatureStatistics, frechet_distance
 from emmdit.evaluation.metrics.kid import KID, kernel_distance
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.evaluation.metrics.statistics import FeatureStatistics
 from tests.tiny_features import TinyFeatures, pictures, samples, write_folder
 
 METRICS = {"fid": FID, "kid": KID, "cmmd": CMMD}

@@ -41,18 +41,18 @@ def open_teacher(student: Model, ckpt: str | Path, weights: str | None = None, *
     check_pair(student.network, found.network)
     check_parts(student.pipeline, found.pipeline)
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
         own = student.network
         student.pipeline.transformer = found.network
         try:
-            return student.draw(prompts, seeds)
+            return student.generate(prompts, seeds)
         finally:
             student.pipeline.transformer = own
 
     def to(device: torch.device, dtype: str) -> None:
         found.network.to(device, DTYPES[dtype])
 
-    return Model(found.source, student.sampling, draw, to, found.pipeline)
+    return Model(found.source, student.sampling, generate, to, found.pipeline)
 
 
 def check_parts(student: Any, teacher: Any) -> None:
@@ -129,7 +129,7 @@ def measure_pair(
     def trajectories() -> Iterator[list[Call]]:
         for sample in samples:  # one by one: outputs of every layer are kept
             with recorded_calls(teacher.network) as calls:
-                teacher.draw([sample.line["prompt"]], [sample.seed])
+                teacher.generate([sample.line["prompt"]], [sample.seed])
             chosen = spread_over(calls, TIMESTEPS)
             first[:] = first or [chosen[len(chosen) // 2]]
             yield chosen

@@ -10,7 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from emmdit.data.precompute.generate import FORMATS, Prompts, generate
 from emmdit.encoders.loading import one_sentence
-from lightning_modules.commands.counter import counter
+from lightning_modules.commands.progress import counter
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, Model, of_diffusers, open_model
 from lightning_modules.commands.precompute import report
@@ -55,7 +55,7 @@ def generate_dataset(argv: list[str]) -> None:
         made_with = {"model": model.source, "sampling": model.sampling, "dtype": args.dtype}
         manifest = generate(
             prompts,
-            model.draw,
+            model.generate,
             args.out,
             made_with,
             args.seed,
