@@ -31,9 +31,9 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
+from emmdit.config_text import flatten_config, mask_secrets
 from emmdit.files import grid
 from emmdit.provenance import git_state
-from emmdit.config_text import flatten_config, mask_secrets
 
 RUN_FILE = "mlflow_run.json"
 DEFAULT_STORE = "sqlite:///mlflow.db"  # also the default of `mlflow ui`

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
-from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
 from emmdit.config_text import flatten_config, mask_secrets
+from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
 from lightning_modules.mlflow_logger import MLflowLogger
 
 

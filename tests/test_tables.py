@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import chdir
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock

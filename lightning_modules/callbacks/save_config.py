@@ -18,7 +18,7 @@ class SaveConfig(SaveConfigCallback):
     """For `LightningCLI(save_config_callback=SaveConfig)`; Lightning's own stops at a file that exists.
 
     `config.yaml` in the run folder is what the run began with. A resume with other settings writes
-    `config-1.yaml`, `config-2.yaml`, ...; `lightning_modules.runs.latest_config` finds the last. A fresh start in a used folder
+    `config-1.yaml`, `config-2.yaml`, ...; `runs.latest_config` finds the last. A fresh start in a used folder
     moves older files to `*.yaml.old`. Only `fit` writes, as training starts; secrets are masked in all
     places.
     """

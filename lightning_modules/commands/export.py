@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emmdit.weights import is_diffusers_folder
-from lightning_modules.commands.load_model import DTYPES, load_pipeline
-from lightning_modules.commands.model_card import write_card
-from lightning_modules.commands.options import command_parser, refuse_used
+from lightning_modules.commands.options import DTYPES, command_parser, refuse_used
 
 
 def export(argv: list[str]) -> None:
@@ -16,7 +13,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which weights; EMA if available")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="type in which the weights are stored")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type in which the weights are stored")
     parser.add_argument(
         "--include_encoders",
         action="store_true",
@@ -26,10 +23,14 @@ def export(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out)
     refuse_used(out)
+    from emmdit.weights import is_diffusers_folder  # these take seconds: --help and errors need not wait
+    from lightning_modules.commands import load_model
+    from lightning_modules.commands.model_card import write_card
+
     if is_diffusers_folder(args.ckpt):
         raise ValueError(f"{args.ckpt} is a diffusers folder already: --ckpt names a run folder or a checkpoint.")
-    pipeline, note = load_pipeline(args.ckpt, args.weights, args.include_encoders)
-    pipeline.transformer.to(DTYPES[args.dtype])
+    pipeline, note = load_model.load_pipeline(args.ckpt, args.weights, args.include_encoders)
+    pipeline.transformer.to(load_model.DTYPES[args.dtype])
     pipeline.save_pretrained(out)
     write_card(out, args.ckpt, pipeline, note, args.dtype)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())

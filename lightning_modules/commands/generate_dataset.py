@@ -10,10 +10,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from emmdit.data.precompute.generate import FORMATS, Prompts, generate
 from emmdit.encoders.loading import one_sentence
-from lightning_modules.commands.progress import counter
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, Model, of_diffusers, open_model
 from lightning_modules.commands.precompute import report
+from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.commands.load_model import nitro_e_pipeline
 from lightning_modules.commands.options import command_parser, refuse_used
 
 
@@ -23,6 +22,8 @@ def import_nitro_e(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out)
     refuse_used(out)
+    from lightning_modules.commands.load_model import nitro_e_pipeline  # takes seconds: --help need not wait
+
     pipeline, _ = nitro_e_pipeline(
         Path(args.file), args.resolution, args.steps, args.guidance, args.text_encoder, args.autoencoder
     )

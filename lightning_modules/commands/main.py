@@ -1,6 +1,6 @@
 """The `emmdit` command: dispatch and usage.
 
-A subcommand `like-this` is the function `like_this` in the file `like_this.py` beside this one, imported when it is called.
+A subcommand `like-this` is the function `like_this` in `like_this.py` beside this file, imported when it is called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_modules.commands.config_errors import sentence
 
 LIGHTNING = ("fit", "validate")  # subcommands of LightningCLI, see fit.py
 COMMANDS = {
-    "sample": 'generate images:  emmdit sample --ckpt assets/shapes_emmdit --prompt "a photo of a red circle" --out out',
+    "sample": 'images:  emmdit sample --ckpt assets/shapes_emmdit --prompt "a photo of a red circle" --out out',
     "export": "a checkpoint as a diffusers folder that TextToImagePipeline.from_pretrained loads",
     "import-nitro-e": "a released Nitro-E .safetensors file as such a folder",
     "evaluate": "FID, CLIP score, GenEval:  emmdit evaluate --ckpt RUN -c experiments/evaluation/shapes.yaml",
@@ -25,7 +25,7 @@ COMMANDS = {
     + " " * 19
     + "-c experiments/precompute/dcae_512.yaml -c experiments/trainer/ddp_8gpu.yaml --out latents/pd12m",
     "generate-dataset": "a dataset of images for a list of prompts, by any text-to-image pipeline",
-    "inspect-data": "sizes, caption lengths, buckets, rejected rows and a contact sheet of any source or latents folder",
+    "inspect-data": "sizes, caption lengths, buckets, rejected rows and a contact sheet of a source or latents folder",
 }
 USAGE = """usage: emmdit COMMAND [options]
 
@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> None:
             SuiteCLI(args=[command, *arguments], exit_on_error=False)
         else:
             raise ValueError(f"There is no command {command!r}: emmdit --help lists them.")
-    except _user_errors() as error:
-        if os.environ.get("EMMDIT_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("EMMDIT_TRACEBACK") or not isinstance(error, _user_errors()):
             raise
         print(f"emmdit {command}: {sentence(error)}\n(EMMDIT_TRACEBACK=1 shows where.)", file=sys.stderr)
         sys.exit(2)
 
 
 def normalized(arguments: list[str]) -> list[str]:
-    """`--like-this` as `--like_this`, up to the first dot of a dotted key; values, and all behind `--`, stay as they are."""
+    """`--like-this` as `--like_this`, up to the first dot of a dotted key. Values, and all behind `--`, are kept."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return [_normalized(argument) for argument in arguments[:end]] + arguments[end:]
 

@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from emmdit.files import grid, save_png, to_uint8
-from lightning_modules.commands.load_model import open_model
 from lightning_modules.commands.options import DTYPES, SAMPLING, add_sampling_arguments, command_parser, given
 from lightning_modules.commands.progress import counter
 
@@ -27,6 +26,8 @@ def sample(argv: list[str]) -> None:
         raise ValueError("No prompt is given: use --prompt or --prompts.")
     if args.num_images < 1 or args.batch_size < 1:
         raise ValueError("--num_images and --batch_size must be at least 1.")
+    from lightning_modules.commands.load_model import open_model  # takes seconds: --help and errors need not wait
+
     model = open_model(args.ckpt, args.weights, given(args, SAMPLING), hashed=False)
     model.to(torch.device(args.device), args.dtype)
     prompts = [prompt for prompt in prompts for _ in range(args.num_images)]

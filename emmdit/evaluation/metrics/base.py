@@ -1,7 +1,7 @@
 """Base class of image metrics.
 
-A metric is a subclass of `ImageMetric` in a file of its own and a line in `_HOMES` of `emmdit/evaluation/__init__.py`; then
-YAML files name it as `emmdit.evaluation.NAME`, for `emmdit evaluate` and the `Evaluation` callback alike.
+A metric is a subclass of `ImageMetric` in a file of its own and a line in `_HOMES` of `emmdit/evaluation/__init__.py`.
+Then YAML files name it as `emmdit.evaluation.NAME`, for `emmdit evaluate` and for the `Evaluation` callback.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ RESIZE_THREADS = 8  # Pillow releases the GIL while it resizes
 class FeatureExtractor(ABC):
     """A plain object that holds its network, which `prepare` loads.
 
-    `name` becomes part of the metric's ("clean", "clip_vitl14"), `dim` is the length of the vectors, `resize` says in words
-    what happens to the pixels; references that were made with another `resize` are refused.
+    `name` becomes part of the metric's ("clean", "clip_vitl14"), `dim` is the length of the vectors, `resize` says in
+    words what happens to the pixels; references that were made with another `resize` are refused.
     """
 
     name: str
