@@ -90,10 +90,13 @@ def test_a_writer_that_dies_leaves_the_old_ledger(path: Path, monkeypatch: pytes
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger.os, "replace", die)
+    monkeypatch.setattr("emmdit.files.os.replace", die)
     with pytest.raises(KeyboardInterrupt):
         ledger.append(path, row(seed=1))
-    assert path.read_text() == before and not list(path.parent.glob(".shapes.json.[0-9]*"))
+    assert path.read_text() == before and {p.name for p in path.parent.iterdir()} == {
+        "shapes.json",
+        ".shapes.json.lock",
+    }
 
 
 @pytest.mark.parametrize(

@@ -106,19 +106,6 @@ def test_the_page_stands_alone_and_shows_text_as_it_was(tmp_path: Path, images: 
     assert path.stat().st_size < 30_000
 
 
-def test_markdown_shows_text_as_it_was_and_finds_its_pictures(tmp_path: Path, images: Path):
-    rows = [record(0, prompt=NASTY, correct=False, reason=f"{NASTY}\n{NASTY}"), record(1), record(2)]
-    write_report(tmp_path / "out", RESULT | {"source": {"source": NASTY}}, rows, images)
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "<script" not in text and "a|b" not in text and "*c*" not in text and "[d](e)" not in text
-    sources = re.findall(r'<img src="([^"]+)"', text)
-    assert len(sources) == 3 and all((tmp_path / "out" / source).is_file() for source in sources)
-    widths = {}  # every line of a table has as many cells as its head
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        widths[block] = {line.count("|") for line in block.splitlines()}
-    assert len(widths) == 4 and all(len(counts) == 1 for counts in widths.values())
-
-
 def test_settings_are_all_listed_and_results_are_not_among_them(tmp_path: Path, images: Path):
     page = Page(write_report(tmp_path, RESULT, [], images).read_text())
     text = page.text
