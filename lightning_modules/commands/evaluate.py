@@ -36,13 +36,19 @@ from emmdit.weights import is_diffusers_folder, run_folder
 from lightning_modules.commands.compare import decisive_parts, measure_pair, open_teacher, pair_metrics, teacher_row
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, open_model
-from lightning_modules.commands.options import SAMPLING, add_sampling_arguments, command_parser, given
+from lightning_modules.commands.options import (
+    RELEASED,
+    SAMPLING,
+    add_released_arguments,
+    add_sampling_arguments,
+    command_parser,
+    given,
+)
 from lightning_modules.commands.progress import counter
 from lightning_modules.mlflow_runs import log_evaluation, read_training_record
 from lightning_modules.runs import instantiate, read_config
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "transformers", "diffusers", "clean-fid", "numpy", "scipy")
-RELEASED = ("resolution", "text_encoder", "autoencoder")
 
 
 def evaluate(argv: list[str]) -> None:
@@ -82,9 +88,7 @@ def evaluation_parser() -> ArgumentParser:
         required=True,
         help="run folder, checkpoint, export, diffusers pipeline (folder or hub id), Nitro-E file",
     )
-    parser.add_argument("--resolution", type=int, choices=[512, 1024], help="pixels, of a Nitro-E file; 512 by default")
-    parser.add_argument("--text_encoder", help="of a Nitro-E file: folder or hub id in place of the published one")
-    parser.add_argument("--autoencoder", help="of a Nitro-E file: folder or hub id in place of the published one")
+    add_released_arguments(parser)
     parser.add_argument("--teacher", help="model to compare this student with, side by side; anything --ckpt may be")
     parser.add_argument("--teacher_weights", choices=["ema", "raw"], help="weights of a teacher's checkpoint")
     parser.add_argument(

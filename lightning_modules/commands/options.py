@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("euler", "heun", "dpm_solver")
 SAMPLING = ("steps", "guidance", "sampler", "height", "width")
+RELEASED = ("resolution", "text_encoder", "autoencoder")
 
 
 def command_parser(command: Callable[[list[str]], None]) -> ArgumentParser:
@@ -26,6 +27,13 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, help="integrator of the sampling ODE")
     parser.add_argument("--height", type=int, help="image height in pixels")
     parser.add_argument("--width", type=int, help="image width in pixels")
+
+
+def add_released_arguments(parser: ArgumentParser) -> None:
+    """The options of `RELEASED`: what a released Nitro-E file does not say about itself."""
+    parser.add_argument("--resolution", type=int, choices=(512, 1024), help="pixels, of a Nitro-E file; 512 by default")
+    parser.add_argument("--text_encoder", help="of a Nitro-E file: folder or hub id in place of the published one")
+    parser.add_argument("--autoencoder", help="of a Nitro-E file: folder or hub id in place of the published one")
 
 
 def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:

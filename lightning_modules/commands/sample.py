@@ -10,7 +10,15 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from emmdit.files import grid, save_png, to_uint8
-from lightning_modules.commands.options import DTYPES, SAMPLING, add_sampling_arguments, command_parser, given
+from lightning_modules.commands.options import (
+    DTYPES,
+    RELEASED,
+    SAMPLING,
+    add_released_arguments,
+    add_sampling_arguments,
+    command_parser,
+    given,
+)
 from lightning_modules.commands.progress import counter
 
 
@@ -28,7 +36,7 @@ def sample(argv: list[str]) -> None:
         raise ValueError("--num_images and --batch_size must be at least 1.")
     from lightning_modules.commands.load_model import open_model  # takes seconds: --help and errors need not wait
 
-    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), hashed=False)
+    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), hashed=False, **given(args, RELEASED))
     model.to(torch.device(args.device), args.dtype)
     prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
     settings = {"dtype": args.dtype, **model.sampling, **model.source}
@@ -55,6 +63,7 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--out", required=True, help="folder for the PNG files and grid.png")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; image i uses seed + i")
+    add_released_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--weights", choices=("ema", "raw"), help="weights of a checkpoint; EMA if available")
     parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass")
