@@ -146,16 +146,6 @@ def test_cmmd_is_the_plain_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cmmd(features(drawn), features(real)) == pytest.approx(float(expected))
 
 
-def test_sums_of_parts_are_the_sum_of_all() -> None:
-    vectors = torch.randn(30, 5) + 2
-    parts = [FeatureStatistics.zeros(5) for _ in range(2)]
-    parts[0].add(vectors[:4])
-    parts[1].add(vectors[4:10])
-    parts[1].add(vectors[10:])
-    for found, expected in zip((parts[0] + parts[1]).moments(), moments(vectors), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize("family", METRICS)
 def test_a_metric_starts_anew_and_holds_no_weights(family: str, tmp_path: Path) -> None:
     images = pictures(24, seed=2)

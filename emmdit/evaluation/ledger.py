@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ from emmdit.files import atomic_path
 
 Row = dict[str, Any]
 
+TYPES = {
+    "experiment": str,
+    "seed": int,
+    "metrics": dict,
+    "command": str,
+    "commit": str | None,
+    "hardware": str,
+    "train_seconds": int | float | None,
+}
 KEYS = ("experiment", "seed", "eval_seed", "metrics", "train_seconds", "train", "settings", "command", "commit")
 
 
@@ -79,38 +88,17 @@ def _ordered(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-# key: what it must be, in words and as a test
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "experiment": (
-        "the name of a YAML such as shapes/one_path",
-        lambda v: _text(v) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", v) is not None,
-    ),
-    "seed": ("a whole number", _whole),
-    "metrics": ("finite numbers by name", lambda v: isinstance(v, Mapping) and v and all(map(_number, v.values()))),
-    "command": ("text", _text),
-    "commit": ("text or null", lambda v: v is None or _text(v)),
-    "hardware": ("text", _text),
-    "train_seconds": ("a number or null", lambda v: v is None or _number(v)),
-}
-
-
 def _check(row: Any, where: str) -> None:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, not a dict.")
-    if missing := [name for name in FIELDS if name not in row]:
+    if missing := [name for name in TYPES if name not in row]:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
-    for name, (wanted, valid) in (FIELDS | {"eval_seed": FIELDS["seed"]}).items():
-        if not valid(row.get(name, 0)):
-            raise ValueError(f"{where} has {row[name]!r} as {name}, which must be {wanted}.")
+    wrong = {name: row[name] for name, kind in TYPES.items() if not isinstance(row[name], kind) or row[name] == {}}
+    if not wrong:
+        numbers = row["metrics"] | {"seed": row["seed"], "eval_seed": row.get("eval_seed", 0)}
+        wrong = {k: v for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+    if not wrong and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", row["experiment"]):  # named like its YAML
+        wrong = {"experiment": row["experiment"]}
+    if wrong:
+        told = ", ".join(f"{value!r} as {name}" for name, value in wrong.items())
+        raise ValueError(f"{where} has {told}: names are text such as shapes/one_path, values finite numbers.")

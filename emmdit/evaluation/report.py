@@ -93,7 +93,7 @@ def pick(rows: Sequence[Row], correct: bool, n: int) -> list[Row]:
     if ranked(rows):
         found.sort(key=lambda row: (-row["clip_score"] if correct else row["clip_score"], row["filename"]))
     else:
-        found.sort(key=lambda row: hashlib.sha256(_place(row).encode()).digest())
+        found.sort(key=lambda row: hashlib.sha256(row["filename"].encode()).digest())
     seen: dict[str, int] = defaultdict(int)
     rounds = []
     for row in found:
@@ -110,7 +110,7 @@ def ranked(rows: Sequence[Row]) -> bool:
 
 def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
     tasks: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=_place):  # prompts of a task follow each other in GenEval's files
+    for row in sorted(rows, key=lambda row: row["filename"]):  # prompts of a task follow each other in GenEval's files
         tasks.setdefault(row["tag"], []).append(row)
     return tasks
 
@@ -172,7 +172,7 @@ def _embedded(path: Path, alt: str) -> str:
 
 
 def _figure(row: Row, images: Path) -> str:
-    image = _embedded(_image_path(row, images), row["prompt"])
+    image = _embedded(images / row["filename"], row["prompt"])
     score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
     why = (
         ""
@@ -232,13 +232,3 @@ def _number(value: Any, sign: bool = False) -> str:
         return ""
     plus = "+" if sign else ""
     return f"{value:{plus}.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{plus}.3g}"
-
-
-def _place(row: Row) -> str:
-    """The end of a file name in GenEval's layout: 00012/samples/00003.png."""
-    return "/".join(Path(row["filename"]).parts[-3:])
-
-
-def _image_path(row: Row, images: Path) -> Path:
-    path = images / row["filename"]  # an absolute name stays one
-    return path if path.is_file() else images / _place(row)

@@ -61,9 +61,6 @@ class FeatureStatistics:
         self.total += vectors.sum(0)
         self.outer.addmm_(vectors.T, vectors)
 
-    def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
-        return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (d,) and unbiased covariance (d, d), float64. ValueError below two vectors."""
         n = int(self.count)
