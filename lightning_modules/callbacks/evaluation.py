@@ -133,24 +133,24 @@ class Evaluation(Callback):
 
 
 class FIDCallback(Evaluation):
-    """`Evaluation` with FID alone."""
+    """`Evaluation` with FID alone and its default settings."""
 
-    def __init__(self, prompts: PromptSet, features: FeatureExtractor, reference: str, **settings: Any) -> None:
-        super().__init__(prompts, [FID(features, reference)], **settings)
+    def __init__(self, prompts: PromptSet, features: FeatureExtractor, reference: str, every_n_steps: int = 0) -> None:
+        super().__init__(prompts, [FID(features, reference)], every_n_steps)
 
 
 class CLIPScoreCallback(Evaluation):
-    """`Evaluation` with the CLIP score alone."""
+    """`Evaluation` with the CLIP score alone and its default settings."""
 
-    def __init__(self, prompts: PromptSet, clip: CLIP, **settings: Any) -> None:
-        super().__init__(prompts, [CLIPScore(clip)], **settings)
+    def __init__(self, prompts: PromptSet, clip: CLIP, every_n_steps: int = 0) -> None:
+        super().__init__(prompts, [CLIPScore(clip)], every_n_steps)
 
 
 class GenEvalCallback(Evaluation):
-    """`Evaluation` with GenEval alone."""
+    """`Evaluation` with GenEval alone and its default settings."""
 
-    def __init__(self, prompts: PromptSet, detector: Detector, **settings: Any) -> None:
-        super().__init__(prompts, [GenEval(detector)], **settings)
+    def __init__(self, prompts: PromptSet, detector: Detector, every_n_steps: int = 0) -> None:
+        super().__init__(prompts, [GenEval(detector)], every_n_steps)
 
 
 def training_steps(trainer: Trainer, pl_module: LightningModule) -> int:
