@@ -34,7 +34,7 @@ th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
 .value { font-family: ui-monospace, monospace; font-size: 12px; overflow-wrap: anywhere; }
 .strip { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 112px; font-size: 12px; }
 figure img, .missing { width: 112px; min-height: 112px; display: block; background: #eee; }
-.small { image-rendering: pixelated; } .why { color: #a22; } summary { cursor: pointer; }
+.small { image-rendering: pixelated; } .why { color: #a22; white-space: pre-line; } summary { cursor: pointer; }
 """
 
 
@@ -174,11 +174,7 @@ def _embedded(path: Path, alt: str) -> str:
 def _figure(row: Row, images: Path) -> str:
     image = _embedded(images / row["filename"], row["prompt"])
     score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
-    why = (
-        ""
-        if row["correct"]
-        else f'<br><span class="why">{html.escape(row["reason"]).strip().replace(chr(10), "<br>")}</span>'
-    )
+    why = "" if row["correct"] else f'<div class="why">{html.escape(row["reason"])}</div>'
     return f"<figure>{image}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
 
 

@@ -72,7 +72,13 @@ def open_model(
     """
     settings, path = settings or {}, Path(source).expanduser()
     kind = _pipeline_class(path)
-    if kind not in (None, *OWN) or (not path.exists() and is_hub_id(source) and path.suffix != ".safetensors"):
+    on_hub = not path.exists() and is_hub_id(source) and path.suffix != ".safetensors"
+    if not (path.exists() or on_hub):
+        raise FileNotFoundError(
+            f"There is no model '{source}': give a run folder, a checkpoint, an export, a Nitro-E file, or a diffusers "
+            "pipeline (folder or hub id)."
+        )
+    if on_hub or kind not in (None, *OWN):
         if weights is not None or "sampler" in settings:
             raise ValueError(f"{source} is a diffusers pipeline with weights and a sampler of its own: omit both.")
         return _from_diffusers(path if kind else str(source), settings, encoders, revision, hashed)
@@ -199,7 +205,7 @@ def _pipeline_class(path: Path) -> str | None:
 def _from_diffusers(
     source: Path | str, settings: dict[str, Any], encoders: bool, revision: str | None, hashed: bool
 ) -> Model:
-    """A stock pipeline from a local folder (Path) or the hub (str)."""
+    """A stock pipeline from a local folder (Path) or the hub (str); `settings` by the names in `SETTINGS`."""
     from diffusers import DiffusionPipeline
 
     if isinstance(source, Path):
@@ -214,11 +220,6 @@ def _from_diffusers(
                 source, revision=revision, use_safetensors=True, torch_dtype=torch.bfloat16
             )
         note = {"source": source, "revision": revision, "pipeline": type(pipeline).__name__}
-    return of_diffusers(pipeline, settings, note)
-
-
-def of_diffusers(pipeline: Any, settings: dict[str, Any], source: dict[str, Any]) -> Model:
-    """A loaded stock pipeline; `settings`, by the names in `SETTINGS`, in place of its own."""
     arguments = {SETTINGS[key]: value for key, value in settings.items()}
     pipeline.set_progress_bar_config(disable=True)
     if "height" in settings and "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
@@ -231,7 +232,7 @@ def of_diffusers(pipeline: Any, settings: dict[str, Any], source: dict[str, Any]
     def to(device: torch.device, dtype: str) -> None:
         pipeline.to(device, DTYPES[dtype])
 
-    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, generate, to, pipeline)
+    return Model(note, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, generate, to, pipeline)
 
 
 def _published(path: Path, hashed: bool) -> dict[str, str]:
