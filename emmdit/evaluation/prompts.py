@@ -130,7 +130,7 @@ class HubPrompts(PromptSet):
             raise ValueError(
                 f"'{self.source}' has no column '{self.column}': set column to one of {', '.join(rows.column_names)}."
             )
-        captions = rows.select_columns([self.column]).shuffle(seed=self.seed)
+        captions = rows.select_columns([self.column]).table.shuffle(seed=self.seed)
         count = len(captions) if self.count is None else self.count
         if count > len(captions):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`emmdit precompute`: a source of captioned images to latents on disk, on all ranks."""
+"""Command `emmdit precompute`: a source of captioned images to latents on disk, on all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from datamodules import HubDataModule
+from datamodules import CaptionedImagesDataModule
 from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
 from emmdit.data.precompute.precompute import Settings
@@ -28,23 +28,31 @@ def precompute_parser() -> ArgumentParser:
         help="experiments/data, then experiments/precompute and a trainer's file",
     )
     parser.add_subclass_arguments(
-        HubDataModule, "data", required=True, help="the source, as a file of experiments/data"
+        CaptionedImagesDataModule, "data", required=True, help="the source, as a file of experiments/data"
     )
-    parser.add_argument("--codec", type=ImageCodec, help="what encodes the images")
-    parser.add_argument("--text", type=TextConditioner | None, help="store text features, too: 512 KiB a sample")
-    parser.add_argument("--vision", type=VisionFeatures | None, help="store vision features, too: 384 KiB a sample")
-    parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
-    parser.add_argument("--resolution", type=int, default=512, help="in pixels")
+    parser.add_argument("--codec", type=ImageCodec, help="autoencoder that encodes the images")
+    parser.add_argument(
+        "--text", type=TextConditioner | None, help="encoder of text features to store, too: 512 KiB a sample"
+    )
+    parser.add_argument(
+        "--vision", type=VisionFeatures | None, help="encoder of vision features to store, too: 384 KiB a sample"
+    )
+    parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
+    parser.add_argument(
+        "--resolution", type=int, default=512, help="pixels: side of the square that images are resized and cropped to"
+    )
     parser.add_argument("--buckets", type=Buckets | None, help="several sizes in place of the square: {step: 128}")
     parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
-    parser.add_argument("--dtype", default="float16", help="latents are stored in")
-    parser.add_argument("--min_side", type=int | None, help="smaller images are left out; by default those to enlarge")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
+    parser.add_argument("--dtype", default="float16", help="type of the stored latents")
+    parser.add_argument(
+        "--min_side", type=int | None, help="pixels: smaller images are rejected; default: those to enlarge"
+    )
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
     parser.add_argument("--keep_images", type=int | None, help="JPEG quality of a copy of each image, for REPA")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in a call of the codec")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per call of the autoencoder")
     parser.add_argument("--rows_per_shard", type=int, default=10_000, help="rows of the source in one file")
-    parser.add_argument("--num_workers", type=int, default=8, help="processes of each rank that decode")
-    parser.add_argument("--seed", type=int, default=0, help="of codecs that draw their latents")
+    parser.add_argument("--num_workers", type=int, default=8, help="processes of each rank that decode images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of autoencoders that sample their latents")
     add_trainer_arguments(parser)
     return parser
 
@@ -76,7 +84,7 @@ def precompute(argv: list[str]) -> None:
         "split": data.split,
         "data_files": data.data_files,
         "revision": data.revision,
-        "licence": data.licence,
+        "license": data.license,
         "card": data.card,
     }
 
@@ -92,14 +100,14 @@ def precompute(argv: list[str]) -> None:
 
 
 def report(manifest: dict, out: Path) -> None:
-    """Said by the rank that ended last; by several, if they ended together."""
+    """Printed by the rank that ends last; by several, if they end together."""
     counts = manifest["counts"]
-    left_out = sum(counts["rejected"].values())
+    rejected = sum(counts["rejected"].values())
     print(
         f"{counts['samples']:,} samples of {counts['rows']:,} rows in {len(manifest['shards'])} shards: {out}",
         flush=True,
     )
-    if left_out:
+    if rejected:
         print(
-            f"{left_out:,} rows left out, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
+            f"{rejected:,} rows rejected, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
         )

@@ -1,4 +1,4 @@
-"""What of the data set a training sees, by source and by bucket, and what each bucket loses."""
+"""Report of what an epoch of the training stream holds, by source and by bucket."""
 
 from __future__ import annotations
 
@@ -7,37 +7,44 @@ from typing import Any
 
 import numpy as np
 
-from emmdit.data.buckets import cropped, size
-from emmdit.data.order import Order
+from emmdit.data.buckets import cropped
+from emmdit.data.stream import Order
 
 
-def report(order: Order, names: Sequence[str] | None = None, sizes: np.ndarray | None = None) -> dict[str, Any]:
-    """`sources` and `buckets`, a dict for each; nothing is dropped but what is cropped.
+def report(
+    order: Order,
+    names: Sequence[str] = (),
+    buckets: Sequence[tuple[int, int]] = (),
+    sizes: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """`sources` and `buckets`, a dict for each.
 
     Sources: `samples`, `draws` an epoch, `passes` (draws per sample and epoch). Buckets: `height`, `width`, `samples`,
-    `draws` and `runs` an epoch, `waits` (samples that the first epoch leaves to the next, because they fill no run),
-    `cropped` (mean part of a picture's area; None where the sizes are not known).
+    `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch leaves to the next, because they do not
+    fill a chunk), `cropped` (mean part of an image's area; None where the sizes are unknown).
 
     Args:
         names: of the sources, where the order mixes some.
-        sizes: (samples, 2) height and width of the pictures before the crop.
+        buckets: (height, width) of each bucket.
+        sizes: (samples, 2) height and width of the images before the crop.
     """
     sources = []
-    for place, name in enumerate(names or ()):
+    for place, name in enumerate(names):
         draws = sum(group.draws[place] for group in order.groups)
         count = order.counts[place]
         sources.append({"name": name, "samples": count, "draws": draws, "passes": draws / count})
-    buckets = []
-    for group in order.groups if len(order.groups) > 1 else ():
-        height, width = size(group.bucket)
+    rows = []
+    for group in order.groups if order.chunk is not None else ():
         lost = None
         if sizes is not None:
             known = sizes[group.members]
             known = known[known.min(1) > 0]
-            lost = float(cropped(known, (height, width)).mean()) if len(known) else None
+            lost = float(cropped(known, buckets[group.bucket]).mean()) if len(known) else None
+        height, width = buckets[group.bucket]
         row = {"height": height, "width": width, "samples": sum(group.counts), "draws": group.length}
-        buckets.append({**row, "runs": group.length / order.run, "waits": group.length % order.run, "cropped": lost})
-    return {"epoch": order.length, "run": order.run, "sources": sources, "buckets": buckets}
+        row |= {"chunks": group.length / order.chunk, "carried_over": group.length % order.chunk, "cropped": lost}
+        rows.append(row)
+    return {"epoch": order.length, "chunk": order.chunk, "sources": sources, "buckets": rows}
 
 
 def report_text(found: dict[str, Any]) -> str:
@@ -53,7 +60,7 @@ def report_text(found: dict[str, Any]) -> str:
     for row in found["buckets"]:
         lost = "" if row["cropped"] is None else f", {row['cropped']:.1%} of the area cropped"
         lines.append(
-            f"  {row['height']} x {row['width']} (height x width): {row['samples']:,} samples, {row['runs']:.2f} runs "
-            f"of {found['run']:,}, {row['waits']:,} samples wait for the next epoch{lost}"
+            f"  {row['height']} x {row['width']} (height x width): {row['samples']:,} samples, {row['chunks']:.2f} "
+            f"chunks of {found['chunk']:,}, {row['carried_over']:,} samples carried over to the next epoch{lost}"
         )
     return "\n".join(lines)
