@@ -97,8 +97,8 @@ def test_what_would_take_too_long_is_left_out():
     assert guard.refuses(("a",), work=1e30, tokens=1) is None  # nothing known yet
     guard.saw(("a",), work=1e9, tokens=100, seconds=1.0, memory=2**20)
     assert guard.refuses(("a",), work=9e9, tokens=400) is None
-    assert guard.refuses(("a",), work=11e9, tokens=400) == "11 s a call"
-    assert guard.refuses(("b",), work=11e9, tokens=400) == "11 s a call"  # by the speed of another kind
+    assert guard.refuses(("a",), work=11e9, tokens=400).startswith("11 s")
+    assert guard.refuses(("b",), work=11e9, tokens=400).startswith("11 s")  # by the speed of another kind
     assert guard.refuses(("a",), work=1e9, tokens=100, weights=10**15).endswith("GiB")
     assert guard.refuses(("a",), work=1e9, tokens=100 * 2**30).endswith("GiB")
     assert Guard(torch.device("cuda"), 10).refuses(("a",), 1e9, 1, weights=10**15) is None  # the allocator will tell
