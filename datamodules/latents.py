@@ -6,7 +6,7 @@ from typing import Any
 
 from datamodules.base import TextImageDataModule
 from emmdit.data.captions import check_weights
-from emmdit.data.inspect import Inspected, LatentsItems
+from emmdit.data.inspect import Inspected, SampleItems
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.manifest import check, check_text, read_manifest
 
@@ -85,13 +85,13 @@ class LatentsDataModule(TextImageDataModule):
         return LatentsDataset(self.source, 0, self.validation_samples, self.images, self.text)
 
     def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
-        samples = LatentsDataset(self.source, images=False)
+        samples = LatentsDataset(self.source, captions=True)
         manifest, about = samples.manifest, self.provenance()
         made = {"class_path": "?", "source": "", "weights_sha256": "?"} | manifest["codec"]
         about = {name: about[name] for name in ("source", "license", "card")}
         about["kind"] = f"{len(manifest['shards'])} shards of latents"
         about["encoder"] = f"{made['class_path']} {made['source']}, weights {made['weights_sha256'][:12]}"
-        return Inspected(LatentsItems(samples), about, latents=samples)
+        return Inspected(SampleItems(samples), about, latents=samples)
 
     def provenance(self) -> dict[str, str]:
         """Where the images behind the latents come from, and the hash of the latents."""

@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the few sizes that images are resized to, so that a batch has one shape and little is cropped.
 
-A data set whose images have several sizes says so by `buckets()`: the sizes, (height, width) in pixels, in rising order,
-and for each sample an index into them (see `bucketing`).
+A data set whose images have several sizes has a method `buckets()`: the sizes, (height, width) in pixels, in rising
+order, and for each sample an index into them (see `bucketing`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Buckets:
         return sorted(found)
 
     def assign(self, sizes: np.ndarray, resolution: int) -> np.ndarray:
-        """Index into `self.sizes` for images (n, 2) of height and width: the nearest in shape; the square for (0, 0)."""
+        """Index into `self.sizes` of images (n, 2) height and width: the nearest in shape; the square for (0, 0)."""
         buckets = self.sizes(resolution)
         ratios = np.log([width / height for height, width in reversed(buckets)])  # tallest first: rising
         heights, widths = np.maximum(sizes, 1).astype(np.float64).T

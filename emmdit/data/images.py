@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -30,7 +31,8 @@ class InvalidSample(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return re.sub(r" <_io\.BytesIO object at 0x\w+>", "", text)  # Pillow's name for bytes
 
 
 def _opened(value: Any) -> Image.Image:

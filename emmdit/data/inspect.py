@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from emmdit.data.buckets import Buckets, cropped
-from emmdit.data.images import InvalidSample, first_line, open_image
+from emmdit.data.images import first_line
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.precompute import Item
 from emmdit.files import to_uint8
@@ -31,7 +32,7 @@ class Inspected:
     """What a data module offers for inspection.
 
     Args:
-        items: map-style; `items[i]` is an `Item` as `emmdit precompute` would judge it, with pixels where it has an image.
+        items: map-style, of `Item` as `emmdit precompute` would judge it, with pixels where there is an image.
         about: facts for the head of the report; `kind` among them.
         latents: of a precomputed folder.
     """
@@ -76,34 +77,11 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.array(image)
 
 
-class LatentsItems(Dataset):
-    """Rows of a precomputed folder; the image is the kept one, if there is any."""
-
-    def __init__(self, samples: LatentsDataset) -> None:
-        names = {"sample_id", "key", "caption", "captions", "original_width", "original_height", "image"}
-        self.rows = samples.table.select_columns([name for name in samples.table.column_names if name in names])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Item:
-        row = self.rows[number]
-        item = Item(number, f"row {row['sample_id']} {row['key']}".strip())
-        item.captions = row["captions"] or [row["caption"]]
-        item.original = (row["original_width"], row["original_height"])
-        if "image" in row:
-            try:
-                item.pixels = np.array(open_image(row["image"]))
-            except InvalidSample as error:
-                item.reason, item.detail = error.reason, first_line(error)
-        return item
-
-
 class SampleItems(Dataset):
-    """Samples of any data set: where images are rendered, or only latents are there."""
+    """Samples of any data set: where images are rendered, or latents are stored."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset, self.sizes = dataset, getattr(dataset, "sizes", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -121,6 +99,8 @@ class SampleItems(Dataset):
         if "image" in sample:
             item.pixels = to_uint8(sample["image"][None])[0]
             item.original = (item.pixels.shape[1], item.pixels.shape[0])
+        if self.sizes is not None:
+            item.original = (int(self.sizes[number, 1]), int(self.sizes[number, 0]))
         return item
 
 
@@ -133,8 +113,8 @@ def summary(
     resolution: int | None = 512,
     buckets: Buckets | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
-    """`good`, `rejected`, `rejects`, `sizes` (of rejected ones, too), `captions` and `buckets` of the good ones; and the
-    items that have a thumbnail or a fault."""
+    """`good`, `rejected`, `rejects`, `sizes` (of rejected ones, too), `captions` and `buckets` of the good ones; and
+    the items that have a thumbnail or a fault."""
     rejects, kept, captions = [], [], []
     sizes, used = [], []  # height, width: of all, of the good ones
     counts: Counter[int] = Counter()
@@ -189,14 +169,13 @@ def quantiles(values: Any) -> dict[str, float]:
 
 def size_table(sizes: np.ndarray) -> dict[str, Any]:
     """Of (n, 2) heights and widths in pixels."""
-    common = Counter(map(tuple, sizes.tolist())).most_common(5)
-    return {
-        "width": quantiles(sizes[:, 1]),
-        "height": quantiles(sizes[:, 0]),
-        "short_side": quantiles(sizes.min(1)),
-        "ratio": quantiles(sizes[:, 1] / sizes[:, 0]),
-        "most_frequent": [{"height": h, "width": w, "images": n} for (h, w), n in common],
+    sides = {
+        "width": sizes[:, 1],
+        "height": sizes[:, 0],
+        "short_side": sizes.min(1),
+        "ratio": sizes[:, 1] / sizes[:, 0],
     }
+    return {name: quantiles(values) for name, values in sides.items()}
 
 
 def caption_table(captions: list[str], counts: Counter[int], tokenizers: Sequence[Tokenizer]) -> dict[str, Any]:
@@ -244,59 +223,23 @@ def bucket_table(
 
 
 def as_text(report: dict[str, Any], rejects: int = 20) -> str:
-    """The report to read: a line for each fact."""
-    lines = [
-        f"{name:<10} {report[name]}" for name in ("source", "license", "card", "columns", "encoder") if report.get(name)
-    ]
-
-    def add(name: str, text: str) -> None:
-        lines.append(f"{name:<10} {text}")
-
-    add(
-        "rows",
-        f"{report['rows']:,} ({report['kind']}); inspected {report['inspected']:,}: {report['good']:,} good, "
-        f"{sum(report['rejected'].values()):,} rejected",
-    )
-    lines += [f"  rejected   {count:,} {reason}" for reason, count in report["rejected"].items()]
-    for reject in report["rejects"][:rejects]:
+    """The report as YAML, with the first rejects alone."""
+    lines = []
+    for reject in report["rejects"]:
         key = f" ({reject['key']})" if reject["key"] else ""
-        lines.append(f"    row {reject['row']}{key}: {reject['reason']}: {reject['detail']}")
-    if len(report["rejects"]) > rejects:
-        lines.append(f"    and {len(report['rejects']) - rejects:,} more, see report.json")
-    if sizes := report["sizes"]:
-        for name in ("width", "height", "short_side", "ratio"):
-            add(name.replace("_", " "), _points(sizes[name], 2 if name == "ratio" else 0))
-        common = ", ".join(f"{r['width']} x {r['height']} ({r['images']:,})" for r in sizes["most_frequent"])
-        add("frequent", f"{common} (width x height)")
-    captions = report["captions"]
-    counts = ", ".join(f"{images:,} images with {count}" for count, images in captions["an_image"].items())
-    add("captions", f"{captions['captions']:,} ({counts}); {captions['repeated']:,} repeat another one")
-    for row in captions["in"]:
-        if row["lengths"] is not None:
-            share = (row["cut"] or 0) / captions["captions"]
-            cut = "" if row["cut"] is None else f"; {row['cut']:,} ({share:.1%}) cut at {row['max_length']}"
-            add("length", f"in {row['unit']}: {_points(row['lengths'])}, mean {row['lengths']['mean']:.0f}{cut}")
-    if buckets := report["buckets"]:
-        what = f"steps of {buckets['step']} px, up to {buckets['max_ratio']:g}:1" if "step" in buckets else "as encoded"
-        add(
-            "buckets",
-            f"at {buckets['resolution']} px, {what}: {buckets['cropped']:.1%} of the area cropped; "
-            f"the square crop takes {buckets['cropped_square']:.1%}",
-        )
-        for row in buckets["rows"]:
-            lost = "" if row["cropped"] is None else f", {row['cropped']:.1%} cropped"
-            lines.append(f"  {row['width']:>5} x {row['height']:<5} {row['images']:>8,} {row['share']:>6.1%}{lost}")
-    if latents := report.get("latents"):
-        add(
-            "latents",
-            f"{latents['shape']} {latents['dtype']}: mean {latents['mean']:.3f}, standard deviation "
-            f"{latents['std']:.3f} over {latents['samples']:,} samples",
-        )
-    return "\n".join(lines)
+        lines.append(f"row {reject['row']}{key}: {reject['reason']}: {reject['detail']}")
+    short = {key: found for key, found in report.items() if found not in (None, "", {}, [])}
+    if lines:
+        short["rejects"] = lines[:rejects] + [f"and {len(lines) - rejects:,} more"] * (len(lines) > rejects)
+    return yaml.safe_dump(_rounded(short), sort_keys=False, width=10_000, default_flow_style=None, allow_unicode=True)
 
 
-def _points(row: dict[str, float], digits: int = 0) -> str:
-    return ", ".join(f"{key} {row[key]:.{digits}f}" for key in ("min", "p5", "median", "p95", "max"))
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(found) for key, found in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(found) for found in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def contact_sheet(items: list[Item], side: int = 160, columns: int = 6, lines: int = 4) -> Image.Image:

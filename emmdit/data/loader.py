@@ -38,16 +38,16 @@ class ResumableLoader:
     """Endless, resumable stream of training batches over a map-style data set of dicts.
 
     Iterating gives `len(self)` batches from the current position; the next iteration continues from there, so passes
-    follow each other without repeating or dropping a sample (see `emmdit.data.stream`). Samples are counted here, in the
-    main process, as batches are handed out: what workers have prefetched is not counted. The batches do not depend on
-    `num_workers`, as long as `dataset[i]` is a function of i alone.
+    follow each other without repeating or dropping a sample (see `emmdit.data.stream`). Samples are counted here, in
+    the main process, as batches are handed out: what workers have prefetched is not counted. The batches do not depend
+    on `num_workers`, as long as `dataset[i]` is a function of i alone.
 
     Where a sample has `captions`, pairs of text and weight, one becomes its `caption`, by seed and position.
 
     Use it for training only: validation wants the same samples every time. With Lightning set
-    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a loader's
-    state only when it resumes in mid epoch or trains by `max_steps`. Its `overfit_batches` has no effect on the samples
-    drawn; use a smaller data set.
+    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a
+    loader's state only when it resumes in mid epoch or trains by `max_steps`. Its `overfit_batches` has no effect on
+    the samples drawn; use a smaller data set.
 
     Args:
         dataset: map-style, `dataset[i] -> dict`.

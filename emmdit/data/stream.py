@@ -1,15 +1,16 @@
 """The training stream: which sample of the data set stands at which position, as a pure function of (seed, position).
 
 The training data are one endless stream. *Position* p is the number of samples that all ranks together drew before it;
-data epoch e covers the positions [e * length, (e + 1) * length). A global batch is the next `global_batch` positions and
-may span two epochs, so nothing is dropped whatever the batch size; within it rank r takes every `world_size`-th. The
-position is therefore all that has to be stored, and it means the same on every rank and for any number of ranks.
+data epoch e covers the positions [e * length, (e + 1) * length). A global batch is the next `global_batch` positions
+and may span two epochs, so nothing is dropped whatever the batch size; within it rank r takes the positions start + r,
+start + r + world_size, ... The position is therefore all that has to be stored, and it means the same on every rank and
+for any number of ranks.
 
 `Order` answers three questions from (seed, position) alone:
 
 - **Which chunk?** Samples of one bucket (images of one size) come in chunks of `chunk` samples, so that a batch has one
-  shape on all ranks. Bucket b with n_b samples gives floor((e + 1) n_b / chunk) - floor(e n_b / chunk) chunks to epoch e,
-  and the chunks of an epoch are shuffled. What does not fill a chunk is carried over to the bucket's next one.
+  shape on all ranks. Bucket b with n_b samples gives floor((e + 1) n_b / chunk) - floor(e n_b / chunk) chunks to epoch
+  e, and the chunks of an epoch are shuffled. What does not fill a chunk is carried over to the bucket's next one.
 - **Which draw?** Each bucket is an endless stream of its own, epoch after epoch in a fresh order.
 - **Which sample?** Where sources are mixed by weights, a bucket's epoch holds as many draws of each source as its
   weight asks for; a source gives its samples evenly, each as often as any other, or once more.
@@ -45,8 +46,8 @@ def epoch_order(
     """The indices of one epoch in their order, (length,) int32 (int64 above 2**31). 25M samples take 100 MB.
 
     Args:
-        block: None: a permutation of all. Else blocks of this many consecutive indices are permuted, and then the indices
-            of `window` consecutive blocks are mixed: reads stay local, for disks on which that counts.
+        block: None: a permutation of all. Else blocks of this many consecutive indices are permuted, and then the
+            indices of `window` consecutive blocks are mixed: reads stay local, for disks on which that counts.
         key: separates streams that share seed and epoch; its last number is not 0.
     """
     order = np.arange(length, dtype=_index_dtype(length))
@@ -139,7 +140,7 @@ class Order:
         if len(self.groups) > 1 and (chunk is None or chunk < 1):
             raise ValueError(
                 f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch "
-                "(batch_size x processes), so that a batch has one size and the order is the same on any number of them."
+                "(batch_size x processes), so that a batch has one size and the order does not depend on their number."
             )
         self._cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 

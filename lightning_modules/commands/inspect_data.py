@@ -1,4 +1,4 @@
-"""Command `emmdit inspect-data`: a source, an experiment's data or a latents folder as text, JSON and a contact sheet."""
+"""Command `emmdit inspect-data`: a source, an experiment's data or a latents folder as text, JSON and contact sheet."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def inspect_data(argv: list[str]) -> None:
     parser.add_argument("--source", help="in place of files: folder, file, glob or hub id")
     parser.add_argument("--image_column", help="with --source; by default found by its name")
     parser.add_argument("--caption_column", help="with --source; by default found by its name")
-    parser.add_argument("--out", required=True, type=Path, help="folder for report.json, report.txt and sheet.png")
+    parser.add_argument("--out", required=True, type=Path, help="folder for report.json and sheet.png")
     parser.add_argument("--limit", type=int, help="only the first rows")
     parser.add_argument("--sample", type=int, default=2000, help="random rows of them, chosen by --seed; 0: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -125,8 +125,10 @@ def tokenizers(module: Any, args: argparse.Namespace) -> list[Tokenizer]:
     text = getattr(module, "text", None)
     try:
         encoders = [] if text is None else getattr(text, "encoders", None) or [text]
-        return [_tokenizer(encoder.source, encoder.tokenizer, encoder.max_length) for encoder in encoders] or [WORDS]
-    except (ValueError, OSError, AttributeError) as error:
+        names = [getattr(encoder, "source", type(encoder).__name__) for encoder in encoders]
+        found = zip(names, encoders, strict=True)
+        return [_tokenizer(name, encoder.tokenizer, encoder.max_length) for name, encoder in found] or [WORDS]
+    except (ValueError, OSError) as error:
         print(f"emmdit inspect-data: captions are counted in words: {error}", file=sys.stderr)
         return [WORDS]
 
@@ -169,7 +171,6 @@ def inspect_part(
     out.mkdir(parents=True, exist_ok=True)
     text = as_text(report)
     print(text, flush=True)
-    (out / "report.txt").write_text(text + "\n")
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if any(item.pixels is not None for item in kept):
         save_png(contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})

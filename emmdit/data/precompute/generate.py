@@ -1,7 +1,7 @@
 """Generated data set: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
 
-Unlike `emmdit.evaluation.image_set.ImageSet`, which keeps one folder a prompt in GenEval's layout, this writes shards: ten
-million images are ten thousand files.
+Unlike `emmdit.evaluation.image_set.ImageSet`, which keeps one folder a prompt in GenEval's layout, this writes shards:
+ten million images are ten thousand files.
 """
 
 from __future__ import annotations

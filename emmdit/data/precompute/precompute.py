@@ -50,7 +50,7 @@ class Settings:
         min_side: images with a shorter side are rejected; None: those that would have to be enlarged.
         max_pixels: images with more are rejected before they are decoded.
         keep_images: quality of a JPEG of the encoded image; None keeps none.
-        batch_size: images in a call of the autoencoder. Part of the plan, because it may change the last bits of a latent.
+        batch_size: images per call of the autoencoder. Part of the plan: it may change the last bits of a latent.
         seed: of autoencoders that sample their latents.
         rows_per_shard: rows of the source in one file.
     """

@@ -70,7 +70,7 @@ def _open(source: Source) -> Any:
     local = name.endswith((".parquet", ".arrow", ".tar"))
     if path.is_file() and not local:
         raise ValueError(
-            f"'{name}' is not a parquet, Arrow, tar or text file: unpack it if it is packed, give its folder, or convert it."
+            f"'{name}' is not a parquet, Arrow, tar or text file: unpack it if it is packed, or convert it."
         )
     if not path.is_dir() and not local:
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:

@@ -38,7 +38,7 @@ class Source:
         return Path(self.name).expanduser()
 
     def files(self, suffix: str) -> list[str]:
-        """The local files with this suffix: the file itself, a glob's, those of `data_files`, or all below the folder."""
+        """The local files with this suffix: the file itself, the glob's, of `data_files`, or all below the folder."""
         if suffix not in self._found:  # a scan of millions of files takes a while
             patterns = [self.data_files] if isinstance(self.data_files, str) else self.data_files or [f"**/*{suffix}"]
             whole = [str(self.path / pattern) for pattern in patterns] if self.path.is_dir() else [str(self.path)]
@@ -50,8 +50,8 @@ class Source:
 class Rows(Dataset, ABC):
     """Rows of a table, read at any place: `len(rows)`, `rows[i] -> dict` of the columns.
 
-    Opening is cheap and finds the number of rows. A row that cannot be used while its neighbors can (a truncated file, a
-    missing one, an unsafe path) raises `InvalidSample` when it is read, so it is counted and named. Images are
+    Opening is cheap and finds the number of rows. A row that cannot be used while its neighbors can (a truncated file,
+    a missing one, an unsafe path) raises `InvalidSample` when it is read, so it is counted and named. Images are
     encoded: bytes, a path, `{"bytes": ..., "path": ...}`, or a PIL image that is not decoded yet. An instance is sent
     to loader processes: leave open files out of `__getstate__`.
 
