@@ -13,10 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from emmdit.data.buckets import bucketing
-from emmdit.data.inspect import Inspected, SampleItems
+from emmdit.data.inspect import Inspected, SampleItems, to_yaml
 from emmdit.data.loader import ResumableLoader
 from emmdit.data.stream import Order, StreamSampler
-from emmdit.data.stream_report import report, report_text
+from emmdit.data.stream_report import report
 
 
 class TextImageDataModule(LightningDataModule):
@@ -121,8 +121,8 @@ class TextImageDataModule(LightningDataModule):
         """What is mixed and what the buckets lose: printed once, and `data_report.json` in the run folder."""
         sizes = None if order.chunk is None else getattr(dataset, "sizes", None)
         found = report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
-        if text := report_text(found):
-            print(text, flush=True)
+        if found["sources"] or found["buckets"]:
+            print(to_yaml(found), flush=True)
             folder = Path(self.trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "data_report.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -60,7 +60,7 @@ CONTRADICTIONS = {
         ("caption_dropout", "1.5"),
     ),
     "batch": (files(SHAPES), "--data.init_args.batch_size=0", ("batch_size", "1", "0")),
-    "no column": (STAGE1, "--data.init_args.image_column=null", ("HubDataModule", "image_column", "latents_column")),
+    "no column": (STAGE1, "--data.init_args.image_column=null", ("image_column", "latents_column")),
 }
 
 

@@ -184,7 +184,7 @@ def test_images_come_in_batches_of_one_bucket_on_all_ranks(table: Path, tmp_path
     tall = told["buckets"][-1]
     assert (tall["height"], tall["width"], tall["samples"]) == (40, 24, 21)
     assert tall["cropped"] == pytest.approx((1 / 6 + 0.1 + 4 / 9) / 3)
-    assert any("40 x 24" in line and "21" in line for line in capsys.readouterr().out.splitlines())
+    assert "{height: 40, width: 24, samples: 21, draws: 21" in capsys.readouterr().out
 
     shares = []
     for rank in range(2):  # one size a batch, and the same number of batches
@@ -270,8 +270,7 @@ def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: P
     shares = [[i for b in take(mixture(r, 2, weights=weights), 44) for i in b["sample_id"].tolist()] for r in range(2)]
     drawn = np.array(shares).reshape(-1)
     assert (drawn >= 36).mean() == pytest.approx(0.75, abs=0.01)
-    lines = capsys.readouterr().out.splitlines()
-    assert any("few" in line and "75.0%" in line and "4.12" in line for line in lines)
+    assert "{name: few, samples: 8, draws: 33, share: 0.75, passes: 4.125}" in capsys.readouterr().out
     told = data.provenances()
     assert [found["name"] for found in told] == ["many", "few"] and told[0]["license"] == "CC0-1.0"
 

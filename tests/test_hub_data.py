@@ -66,31 +66,6 @@ def parquet(tmp_path: Path) -> Path:
     return tmp_path / "rows.parquet"
 
 
-def test_every_kind_of_source_gives_the_same_samples(tmp_path: Path, parquet: Path) -> None:
-    rows().save_to_disk(tmp_path / "disk")
-    datasets.DatasetDict({"train": rows(), "rest": rows()}).save_to_disk(tmp_path / "splits")
-    for part in range(2):
-        rows().select(range(part * 5, part * 5 + 5)).to_parquet(tmp_path / "many" / f"{part}.parquet")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    lines = ["file_name,caption"]
-    for i in range(COUNT):
-        picture(i).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,picture {i}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-
-    expected = module(parquet).train_dataset()
-    assert len(expected) == COUNT - 3
-    for source in ("disk", "splits", "many/*.parquet", "many", "folder"):
-        found = module(tmp_path / source).train_dataset()
-        assert len(found) == len(expected), source
-        for i in (0, 6):
-            a, b = expected[i], found[i]
-            assert a["caption"] == b["caption"] == f"picture {i + 3}", source
-            assert torch.equal(a["image"], b["image"]), source
-            assert torch.equal(a["image"], load_image(png(picture(i + 3)), 16))
-
-
 def test_the_first_rows_are_held_out_and_samples_do_not_depend_on_workers(parquet: Path) -> None:
     data = module(parquet)
     validation, train = data.validation_dataset(), data.train_dataset()

@@ -86,8 +86,15 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict({"train": table, "rest": table.select([0])}).save_to_disk(tmp_path / "splits")
+    for part in range(3):
+        table.select(range(3 * part, 3 * part + 3)).to_parquet(tmp_path / "many" / f"{part}.parquet")
+    shutil.copytree(tmp_path / "json", tmp_path / "csv", ignore=shutil.ignore_patterns("*.json"))
+    lines = [f"{i:03d}.png,text {i}" for i in range(9)]
+    (tmp_path / "csv/metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
 
-    sources = ("tars", "tars/*.tar", "folder", "json", "rows.parquet", "disk", "disk/*.arrow")
+    sources = ["tars", "tars/*.tar", "folder", "json", "csv", "rows.parquet", "many", "many/*.parquet", "splits"]
+    sources += ["disk", "disk/*.arrow"]
     for name in sources:
         rows = select_columns(open_source(str(tmp_path / name)), {"image": "image", "caption": "caption"}, name)
         samples = CaptionedDataset(rows, name, {"image": "image", "caption": "caption"}, 16)

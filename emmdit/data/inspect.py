@@ -231,7 +231,12 @@ def as_text(report: dict[str, Any], rejects: int = 20) -> str:
     short = {key: found for key, found in report.items() if found not in (None, "", {}, [])}
     if lines:
         short["rejects"] = lines[:rejects] + [f"and {len(lines) - rejects:,} more"] * (len(lines) > rejects)
-    return yaml.safe_dump(_rounded(short), sort_keys=False, width=10_000, default_flow_style=None, allow_unicode=True)
+    return to_yaml(short)
+
+
+def to_yaml(report: dict[str, Any]) -> str:
+    """A report to read, floats to three digits, a row a line."""
+    return yaml.safe_dump(_rounded(report), sort_keys=False, width=10_000, default_flow_style=None, allow_unicode=True)
 
 
 def _rounded(value: Any) -> Any:

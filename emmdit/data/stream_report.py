@@ -19,9 +19,9 @@ def report(
 ) -> dict[str, Any]:
     """`sources` and `buckets`, a dict for each.
 
-    Sources: `samples`, `draws` an epoch, `passes` (draws per sample and epoch). Buckets: `height`, `width`, `samples`,
-    `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch leaves to the next, because they do not
-    fill a chunk), `cropped` (mean part of an image's area; None where the sizes are unknown).
+    Sources: `samples`, `draws` an epoch, `share` of all draws, `passes` (draws per sample and epoch). Buckets: `height`,
+    `width`, `samples`, `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch leaves to the next,
+    because they do not fill a chunk), `cropped` (mean part of an image's area; None where the sizes are unknown).
 
     Args:
         names: of the sources, where the order mixes some.
@@ -32,7 +32,8 @@ def report(
     for place, name in enumerate(names):
         draws = sum(group.draws[place] for group in order.groups)
         count = order.counts[place]
-        sources.append({"name": name, "samples": count, "draws": draws, "passes": draws / count})
+        row = {"name": name, "samples": count, "draws": draws, "share": draws / order.length, "passes": draws / count}
+        sources.append(row)
     rows = []
     for group in order.groups if order.chunk is not None else ():
         lost = None
@@ -45,22 +46,3 @@ def report(
         row |= {"chunks": group.length / order.chunk, "carried_over": group.length % order.chunk, "cropped": lost}
         rows.append(row)
     return {"epoch": order.length, "chunk": order.chunk, "sources": sources, "buckets": rows}
-
-
-def report_text(found: dict[str, Any]) -> str:
-    """A line for each source and bucket; empty for a single source in a single bucket."""
-    lines = []
-    if found["sources"] or found["buckets"]:
-        lines.append(f"{found['epoch']:,} draws an epoch")
-    for row in found["sources"]:
-        share = row["draws"] / found["epoch"]
-        lines.append(
-            f"  {row['name']}: {row['samples']:,} samples, {share:.1%} of the draws, {row['passes']:.2f} passes"
-        )
-    for row in found["buckets"]:
-        lost = "" if row["cropped"] is None else f", {row['cropped']:.1%} of the area cropped"
-        lines.append(
-            f"  {row['height']} x {row['width']} (height x width): {row['samples']:,} samples, {row['chunks']:.2f} "
-            f"chunks of {found['chunk']:,}, {row['carried_over']:,} samples carried over to the next epoch{lost}"
-        )
-    return "\n".join(lines)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from datamodules import CaptionedImagesDataModule
-from emmdit.data.buckets import Buckets
-from emmdit.data.images import MAX_PIXELS
 from emmdit.data.precompute.precompute import Settings
 from emmdit.data.precompute.precompute import precompute as precompute_rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
@@ -38,21 +37,9 @@ def precompute_parser() -> ArgumentParser:
         "--vision", type=VisionFeatures | None, help="encoder of vision features to store, too: 384 KiB a sample"
     )
     parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
-    parser.add_argument(
-        "--resolution", type=int, default=512, help="pixels: side of the square that images are resized and cropped to"
-    )
-    parser.add_argument("--buckets", type=Buckets | None, help="several sizes in place of the square: {step: 128}")
+    parser.add_class_arguments(Settings, skip={"image_column", "caption_columns"})
     parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
-    parser.add_argument("--dtype", default="float16", help="type of the stored latents")
-    parser.add_argument(
-        "--min_side", type=int | None, help="pixels: smaller images are rejected; default: those to enlarge"
-    )
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
-    parser.add_argument("--keep_images", type=int | None, help="JPEG quality of a copy of each image, for REPA")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per call of the autoencoder")
-    parser.add_argument("--rows_per_shard", type=int, default=10_000, help="rows of the source in one file")
     parser.add_argument("--num_workers", type=int, default=8, help="processes of each rank that decode images")
-    parser.add_argument("--seed", type=int, default=0, help="seed of autoencoders that sample their latents")
     add_trainer_arguments(parser)
     return parser
 
@@ -69,24 +56,11 @@ def precompute(argv: list[str]) -> None:
         )
     if "image" not in data.columns:
         raise ValueError("The data section names no image_column, and latents are made of images.")
-    settings = Settings(
-        resolution=args.resolution,
-        image_column=data.columns["image"],
-        caption_columns=tuple(args.caption_columns or data.caption_columns),
-        buckets=built.buckets,
-        **{
-            name: getattr(args, name)
-            for name in ("dtype", "min_side", "max_pixels", "keep_images", "batch_size", "seed", "rows_per_shard")
-        },
-    )
-    source = {
-        "source": data.source,
-        "split": data.split,
-        "data_files": data.data_files,
-        "revision": data.revision,
-        "license": data.license,
-        "card": data.card,
-    }
+    chosen = {field.name: built[field.name] for field in fields(Settings) if field.name in built}
+    captions = tuple(args.caption_columns or data.caption_columns)
+    settings = Settings(**chosen | {"image_column": data.columns["image"], "caption_columns": captions})
+    names = ("source", "split", "data_files", "revision", "license", "card")
+    source = {name: getattr(data, name) for name in names}
 
     def work(device: torch.device, rank: int, world: int) -> None:
         rows = data.source_rows()

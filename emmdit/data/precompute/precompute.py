@@ -42,20 +42,20 @@ class Settings:
     """Settings that determine the result beside source and encoders.
 
     Args:
-        resolution: short side after the resize, both sides after the crop. In pixels.
-        buckets: bring images to the nearest of several sizes of about resolution x resolution pixels instead.
+        resolution: side of the square that images are resized and cropped to, in pixels.
+        buckets: several sizes of about resolution x resolution pixels in place of the square, as {step: 128}.
         image_column: of the source.
         caption_columns: of the source; each holds a text or a list of texts.
-        dtype: latents are stored in.
-        min_side: images with a shorter side are rejected; None: those that would have to be enlarged.
+        dtype: of the stored latents.
+        min_side: images with a shorter side, in pixels, are rejected; by default those that would be enlarged.
         max_pixels: images with more are rejected before they are decoded.
-        keep_images: quality of a JPEG of the encoded image; None keeps none.
+        keep_images: JPEG quality of a copy of each encoded image, for REPA; by default none is kept.
         batch_size: images per call of the autoencoder. Part of the plan: it may change the last bits of a latent.
         seed: of autoencoders that sample their latents.
-        rows_per_shard: rows of the source in one file.
+        rows_per_shard: rows of the source in one file; a kill costs each rank at most one.
     """
 
-    resolution: int
+    resolution: int = 512
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("caption",)
     dtype: str = "float16"
