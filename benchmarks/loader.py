@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 
 from benchmarks.common import argument_parser, markdown_table, progress, show, write_json
-from datamodules import HubDataModule, LatentsDataModule, TextImageDataModule
+from datamodules import CaptionedImagesDataModule, LatentsDataModule, TextImageDataModule
 from emmdit.data.images import load_image
-from emmdit.data.precompute.job import ShardedJob
+from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.manifest import KIND, VERSION
 from emmdit.data.precompute.precompute import finish, write_arrow
 from emmdit.provenance import machine
@@ -67,7 +67,7 @@ def write_latents(folder: Path, samples: int) -> None:
     """As `emmdit precompute` does, without the encoder."""
     codec = {"downsample": 32, "latent_channels": SHAPE[0]}
     about = {"kind": KIND, "version": VERSION, "source": {"source": "noise"}, "codec": codec, "resolution": 512}
-    with ShardedJob(folder, about, samples, ROWS) as job:
+    with ResumableJob(folder, about, samples, ROWS) as job:
         for unit in job.pending():
             sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 512)
             made = [
@@ -189,9 +189,13 @@ def latents_cases(folder: Path, samples: int, batch_size: int) -> dict[str, Call
     stored = {"image_column": None, "latents_column": "latents", "latents_shape": SHAPE} | common
     cases = {
         "LatentsDataModule": reads(LatentsDataModule(str(folder / "latents"), **common)),
-        "HubDataModule, the same folder": reads(HubDataModule(str(folder / "latents"), **stored)),
-        "HubDataModule, MDS": reads(HubDataModule(str(folder / "mds"), **stored)),
-        "HubDataModule, webdataset tars": reads(HubDataModule(str(folder / "tars"), caption_column="txt", **stored)),
+        "CaptionedImagesDataModule, the same folder": reads(
+            CaptionedImagesDataModule(str(folder / "latents"), **stored)
+        ),
+        "CaptionedImagesDataModule, MDS": reads(CaptionedImagesDataModule(str(folder / "mds"), **stored)),
+        "CaptionedImagesDataModule, webdataset tars": reads(
+            CaptionedImagesDataModule(str(folder / "tars"), caption_column="txt", **stored)
+        ),
     }
     if importlib.util.find_spec("webdataset") is not None:
         cases["package webdataset, buffer of 1,000"] = webdataset_reads(folder / "tars", batch_size)

@@ -1,9 +1,18 @@
 """One LightningDataModule per kind of source."""
 
 from datamodules.base import TextImageDataModule
-from datamodules.captioned import HubDataModule
+from datamodules.captioned import CaptionedImagesDataModule
 from datamodules.latents import LatentsDataModule
 from datamodules.mixture import MixtureDataModule
 from datamodules.shapes import ShapesDataModule
 
-__all__ = ["HubDataModule", "LatentsDataModule", "MixtureDataModule", "ShapesDataModule", "TextImageDataModule"]
+HubDataModule = CaptionedImagesDataModule  # its older name, in users' YAML files
+
+__all__ = [
+    "CaptionedImagesDataModule",
+    "HubDataModule",
+    "LatentsDataModule",
+    "MixtureDataModule",
+    "ShapesDataModule",
+    "TextImageDataModule",
+]

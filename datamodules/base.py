@@ -1,4 +1,4 @@
-"""What every data module of the suite does: resumable training batches, fixed validation batches, provenance."""
+"""Base data module: resumable training batches, fixed validation batches, provenance."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from emmdit.data.buckets import codes_of, size
+from emmdit.data.buckets import bucketing
+from emmdit.data.inspect import Inspected, SampleItems, to_yaml
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.order import Order
-from emmdit.data.precompute.report import report, report_text
-from emmdit.data.sampler import ResumableSampler
+from emmdit.data.stream import Order, StreamSampler
+from emmdit.data.stream_report import report
 
 
 class TextImageDataModule(LightningDataModule):
-    """Base class; a subclass makes its data sets in `setup` and tells where they come from.
+    """Base class; a subclass makes its data sets in `setup` and says where they come from.
 
     Data sets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
-    whose images have several sizes tell them by `buckets()`, see `emmdit.data.buckets`.
+    whose images have several sizes have a method `buckets()`, see `emmdit.data.buckets`. A batch is an
+    `emmdit.data.Batch`.
 
     Args:
         batch_size: samples per process and forward pass.
         num_workers: loader processes; 0 loads in the training process.
         seed: of the order of samples.
         validation_samples: how many the validation loss is computed on.
-        shuffle_block: None: any sample may follow any. Else blocks of so many consecutive samples are shuffled, and
+        shuffle_block: None: any sample may follow any. Else blocks of this many consecutive samples are shuffled, and
             then samples within 16 of them: reads stay local, for disks on which that counts.
-        bucket_batch: where images have several sizes, so many samples of one size follow each other. A multiple of
-            the global batch (batch_size x processes); a part of the order, so keep it when a run is resumed.
+        bucket_batch: where images have several sizes, this many samples of one size follow each other. A multiple of
+            the global batch (batch_size x processes); part of the order, so keep it when a run is resumed.
     """
 
     source: ClassVar[str] = ""
-    licence: ClassVar[str] = ""
+    license: ClassVar[str] = ""
     card: ClassVar[str] = ""
 
     def __init__(
@@ -64,30 +65,37 @@ class TextImageDataModule(LightningDataModule):
     def validation_dataset(self) -> Any: ...
 
     def provenance(self) -> dict[str, str]:
-        """What the tracker records: name, source, licence, card, digest."""
-        return {
-            "name": type(self).__name__,
-            "source": self.source,
-            "licence": self.licence,
-            "card": self.card,
-            "digest": "",
-        }
+        """For the tracker: name, source, license, card, digest."""
+        about = {"source": self.source, "license": self.license, "card": self.card}
+        return {"name": type(self).__name__, **about, "digest": ""}
+
+    def parts(self) -> dict[str, TextImageDataModule]:
+        """Each source by its name; "" for the only one."""
+        return {"": self}
 
     def provenances(self) -> list[dict[str, str]]:
         """Of each source."""
-        return [self.provenance()]
+        return [part.provenance() | ({"name": name} if name else {}) for name, part in self.parts().items()]
+
+    def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
+        """Rows and facts for `emmdit inspect-data`.
+
+        Args:
+            resolution: in pixels, in place of the data's own.
+            settings: `min_side`, `max_pixels`, `buckets` of `emmdit.data.precompute.precompute.Settings`.
+        """
+        return Inspected(SampleItems(self.train_dataset()), {"kind": type(self).__name__}, resolution)
 
     def order(self, dataset: Any) -> Order:
-        """Which of the data set's samples stands where in the stream. ValueError with one sentence."""
-        codes = codes_of(dataset)
+        """Which of the data set's samples stands where in the stream. ValueError: sizes without `bucket_batch`."""
         return Order(
             len(dataset),
             self.seed,
             block=self.shuffle_block,
             counts=getattr(dataset, "counts", None),
             weights=getattr(dataset, "weights", None),
-            buckets=None if isinstance(codes, int) else codes,
-            run=self.bucket_batch,
+            buckets=bucketing(dataset)[1],
+            chunk=self.bucket_batch,
         )
 
     def train_dataloader(self) -> ResumableLoader:
@@ -100,38 +108,37 @@ class TextImageDataModule(LightningDataModule):
             self._report(dataset, order)
         self._loader = ResumableLoader(
             dataset,
+            order,
             global_batch=self.batch_size * trainer.world_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            seed=self.seed,
             num_workers=self.num_workers,
             samples_seen=samples_seen,
-            order=order,
         )
         return self._loader
 
     def _report(self, dataset: Any, order: Order) -> None:
-        """What is mixed and what the buckets lose: said once, and `data_report.json` in the run folder."""
-        bucketed = len(order.groups) > 1
-        sources = list(getattr(dataset, "sources", ()))
-        found = report(order, sources, getattr(dataset, "sizes", None) if bucketed else None)
-        if text := report_text(found):
-            print(text, flush=True)
+        """What is mixed and what the buckets lose: printed once, and `data_report.json` in the run folder."""
+        sizes = None if order.chunk is None else getattr(dataset, "sizes", None)
+        found = report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
+        if found["sources"] or found["buckets"]:
+            print(to_yaml(found), flush=True)
             folder = Path(self.trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "data_report.json").write_text(json.dumps(found, indent=1) + "\n")
 
     def check_order(self, dataset: Any) -> None:
-        """Refuse sizes that the network or the batch can not take, before the network is built."""
-        codes = codes_of(dataset)
+        """Refuse sizes that the network or the batch cannot take, before the network is built."""
+        sizes, index = bucketing(dataset)
         world_size = getattr(self.trainer, "world_size", 1)
-        ResumableSampler(len(dataset), self.batch_size * world_size, 0, world_size, order=self.order(dataset))
+        order = self.order(dataset)
+        StreamSampler(order, self.batch_size * world_size, 0, world_size)
         module = self.trainer.lightning_module if self.trainer else None
-        if isinstance(codes, int) or not hasattr(module, "denoiser_factory"):
+        if order.chunk is None or not hasattr(module, "denoiser_factory"):
             return
         with torch.device("meta"):
             denoiser = module.denoiser_factory()
-        for height, width in map(size, np.unique(codes).tolist()):
+        for height, width in (sizes[place] for place in np.unique(index)):
             try:
                 if height % module.codec.downsample or width % module.codec.downsample:
                     raise ValueError(f"{type(module.codec).__name__} needs multiples of {module.codec.downsample}.")
@@ -153,10 +160,10 @@ class TextImageDataModule(LightningDataModule):
         dataset = self.validation_dataset()
         rank, world = self.trainer.global_rank, self.trainer.world_size
         indices = self.validation_indices(dataset)
-        codes = np.broadcast_to(codes_of(dataset), len(dataset))[indices]
+        buckets = bucketing(dataset)[1][indices]
         batches: list[list[int]] = []
-        for bucket in np.unique(codes):
-            members = indices[codes == bucket]
+        for bucket in np.unique(buckets):
+            members = indices[buckets == bucket]
             mine = members[rank : len(members) // world * world : world].tolist()
             batches += [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
         if not batches:

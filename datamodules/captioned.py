@@ -1,4 +1,4 @@
-"""Captioned images or latents from the hub, Arrow, parquet, webdataset tars, MDS shards, folders of pictures."""
+"""Captioned images or latents from the hub, Arrow, parquet, webdataset tars, MDS shards or folders of images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 from datamodules.base import TextImageDataModule
 from emmdit.data.buckets import Buckets, image_sizes
 from emmdit.data.captions import check_weights
-from emmdit.data.dataset import CaptionedRows
+from emmdit.data.dataset import CaptionedDataset
+from emmdit.data.inspect import Inspected, SampleItems
 from emmdit.data.precompute.manifest import check, read_manifest
-from emmdit.data.readers.open import fingerprint, open_source, select_columns
+from emmdit.data.precompute.precompute import Items, Settings
+from emmdit.data.readers.open import open_source, select_columns
+from emmdit.data.readers.protocol import Rows
 
 
-class HubDataModule(TextImageDataModule):
+class CaptionedImagesDataModule(TextImageDataModule):
     """One source of rows, the first `validation_samples` held out; training sample i is the i-th after them.
 
     Args:
         source: hub id; folder made by `save_to_disk` or `emmdit precompute`; file, glob or folder of parquet,
-            webdataset tars (`data/*.tar`) or Arrow; folder of MDS shards; folder of pictures with `metadata.csv`,
+            webdataset tars (`data/*.tar`) or Arrow; folder of MDS shards; folder of images with `metadata.csv`,
             `metadata.jsonl`, or a .txt or .json beside each.
         image_column: images (`datasets.Image`, or encoded bytes); null where there are latents alone.
         caption_column: text, or a list of texts; `json.prompt` reads `prompt` inside a column `json`. Several columns
@@ -27,14 +30,14 @@ class HubDataModule(TextImageDataModule):
         latents_column: precomputed latents, which then are not encoded from the image (REPA still sees it):
             an array (C, h, w), or the bytes of one in float16 together with `latents_shape`.
         latents_shape: (C, h, w) of latents stored as bytes.
-        latents_scale: factor to the codec's scaled latents: 1 if they are stored as `codec.encode` gives
+        latents_scale: factor to the autoencoder's scaled latents: 1 if they are stored as `codec.encode` gives
             them, 0.41407 for the unscaled DC-AE latents of the Nitro-E recipe.
-        resolution: images are resized to this short side and cut to the square in the centre. In pixels.
+        resolution: images are resized to this short side and center-cropped to the square. In pixels.
         buckets: bring images to the nearest of several sizes of about resolution x resolution pixels instead.
         size_columns: height and width of the images, for the buckets; by default their headers are read, once.
         data_files: glob or list inside the source, as in `datasets.load_dataset`.
         split, revision: of the source; a revision pins a hub repository to a branch, tag or commit.
-        licence, card: recorded with the run; the card is the page that describes the data.
+        license, card: recorded with the run; the card is the page that describes the data.
         batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
     """
 
@@ -53,7 +56,7 @@ class HubDataModule(TextImageDataModule):
         data_files: str | list[str] | None = None,
         split: str = "train",
         revision: str | None = None,
-        licence: str = "",
+        license: str = "",
         card: str = "",
         batch_size: int = 64,
         num_workers: int = 4,
@@ -78,17 +81,19 @@ class HubDataModule(TextImageDataModule):
             buckets.sizes(resolution)  # raises where step and resolution do not fit
         self.buckets, self.size_columns = buckets, size_columns
         if len(self.columns) < 2 or "caption" not in self.columns:
-            raise ValueError("HubDataModule needs image_column, latents_column or both, and caption_column.")
+            raise ValueError(
+                "CaptionedImagesDataModule needs image_column, latents_column or both, and caption_column."
+            )
         for name, value in (("resolution", resolution), ("validation_samples", validation_samples)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.source, self.licence, self.card = source, licence, card
+        self.source, self.license, self.card = source, license, card
         self.split, self.data_files, self.revision = split, data_files, revision
         self.latents_shape, self.latents_scale, self.resolution = latents_shape, latents_scale, resolution
-        self._rows: Any = None
+        self._rows: Rows | None = None
         self._sizes: Any = None
 
-    def rows(self) -> Any:
+    def rows(self) -> Rows:
         """The table of rows, opened at first use, with the columns that are read."""
         if self._rows is None:
             more = {f"caption {i}": name for i, name in enumerate(self.caption_columns[1:], 1)}
@@ -96,13 +101,13 @@ class HubDataModule(TextImageDataModule):
         return self._rows
 
     def sizes(self) -> Any:
-        """(rows, 2) height and width of all images, told without decoding them; None without buckets."""
+        """(rows, 2) height and width of all images, found without decoding them; None without buckets."""
         if self._sizes is None and self.buckets is not None:
             rows = self.rows() if self.size_columns is None else self.source_rows()
             self._sizes = image_sizes(rows, self.columns["image"], self.size_columns)
         return self._sizes
 
-    def source_rows(self) -> Any:
+    def source_rows(self) -> Rows:
         """The table with all its columns."""
         return open_source(self.source, self.split, self.data_files, self.revision)
 
@@ -137,15 +142,15 @@ class HubDataModule(TextImageDataModule):
                     f"{type(codec).__name__} {codec.latent_channels}: name the codec that made them."
                 )
 
-    def train_dataset(self) -> CaptionedRows:
+    def train_dataset(self) -> CaptionedDataset:
         weights = dict(zip(self.caption_columns, self.caption_weights, strict=True))
         return self._part(self.validation_samples, None, weights)
 
-    def validation_dataset(self) -> CaptionedRows:
+    def validation_dataset(self) -> CaptionedDataset:
         return self._part(0, self.validation_samples)
 
-    def _part(self, first: int, last: int | None, captions: dict[str, float] | None = None) -> CaptionedRows:
-        return CaptionedRows(
+    def _part(self, first: int, last: int | None, captions: dict[str, float] | None = None) -> CaptionedDataset:
+        return CaptionedDataset(
             self.rows(),
             self.source,
             self.columns,
@@ -159,8 +164,17 @@ class HubDataModule(TextImageDataModule):
             self.buckets,
         )
 
+    def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
+        rows, resolution = self.rows(), resolution or self.resolution
+        about = {"kind": type(rows).__name__, "fingerprint": rows.fingerprint, "columns": ", ".join(rows.column_names)}
+        settings["buckets"] = settings.get("buckets") or self.buckets
+        if "image" not in self.columns:
+            return Inspected(SampleItems(self._part(0, None)), about, resolution)
+        settings |= {"image_column": self.columns["image"], "caption_columns": tuple(self.caption_columns)}
+        return Inspected(Items(rows, Settings(resolution, **settings)), about, resolution, settings["buckets"])
+
     def provenance(self) -> dict[str, str]:
         rows = self.rows()
         source = self.source if self.revision is None else f"{self.source}@{self.revision}"
-        about = {"source": f"{source} {self.split}", "digest": f"{fingerprint(rows)} {len(rows)} rows"}
+        about = {"source": f"{source} {self.split}", "digest": f"{rows.fingerprint} {len(rows)} rows"}
         return super().provenance() | {"name": self.source} | about

@@ -1,4 +1,4 @@
-"""Latents that `emmdit precompute` made, checked against the experiment's codec before the network is built."""
+"""Latents made by `emmdit precompute`, checked against the experiment's autoencoder before the network is built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from datamodules.base import TextImageDataModule
 from emmdit.data.captions import check_weights
-from emmdit.data.precompute.latents import LatentsRows
+from emmdit.data.inspect import Inspected, SampleItems
+from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.manifest import check, check_text, read_manifest
 
 
@@ -16,12 +17,12 @@ class LatentsDataModule(TextImageDataModule):
     Args:
         source: the folder.
         resolution: of the images behind the latents, in pixels; null takes what the manifest says.
-        images: give kept pictures to the training, too, for a REPA that computes its features.
+        images: give kept images to the training, too, for a REPA that computes its features.
         text: use kept text features in place of running the text encoder (dropped captions still become its empty one).
             They are of the first caption, and so is the training then.
-        caption_weights: of the first, second, ... caption where pictures have several; by default equal. Each position
+        caption_weights: of the first, second, ... caption where images have several; by default equal. Each position
             of the training takes one.
-        licence, card: in place of those that the manifest has from the source.
+        license, card: in place of those that the manifest has from the source.
         batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
     """
 
@@ -32,7 +33,7 @@ class LatentsDataModule(TextImageDataModule):
         images: bool = True,
         text: bool = True,
         caption_weights: list[float] | None = None,
-        licence: str = "",
+        license: str = "",
         card: str = "",
         batch_size: int = 64,
         num_workers: int = 4,
@@ -44,7 +45,7 @@ class LatentsDataModule(TextImageDataModule):
         super().__init__(batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch)
         check_weights(caption_weights)
         self.text, self.caption_weights = text, caption_weights
-        self.source, self.licence, self.card = source, licence, card
+        self.source, self.license, self.card = source, license, card
         self.resolution, self.images = resolution, images
 
     def setup(self, stage: str) -> None:
@@ -74,23 +75,32 @@ class LatentsDataModule(TextImageDataModule):
     def _has_text(self, manifest: dict[str, Any]) -> bool:
         return self.text and "text" in manifest
 
-    def train_dataset(self) -> LatentsRows:
+    def train_dataset(self) -> LatentsDataset:
         captions = not self._has_text(read_manifest(self.source))
-        return LatentsRows(
+        return LatentsDataset(
             self.source, self.validation_samples, None, self.images, self.text, captions, self.caption_weights
         )
 
-    def validation_dataset(self) -> LatentsRows:
-        return LatentsRows(self.source, 0, self.validation_samples, self.images, self.text)
+    def validation_dataset(self) -> LatentsDataset:
+        return LatentsDataset(self.source, 0, self.validation_samples, self.images, self.text)
+
+    def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
+        samples = LatentsDataset(self.source, captions=True)
+        manifest, about = samples.manifest, self.provenance()
+        made = {"class_path": "?", "source": "", "weights_sha256": "?"} | manifest["codec"]
+        about = {name: about[name] for name in ("source", "license", "card")}
+        about["kind"] = f"{len(manifest['shards'])} shards of latents"
+        about["encoder"] = f"{made['class_path']} {made['source']}, weights {made['weights_sha256'][:12]}"
+        return Inspected(SampleItems(samples), about, latents=samples)
 
     def provenance(self) -> dict[str, str]:
-        """Where the pictures behind the latents come from, and the hash of the latents."""
+        """Where the images behind the latents come from, and the hash of the latents."""
         manifest = read_manifest(self.source)
         origin = manifest["source"]
         return {
             "name": str(origin.get("source", self.source)),
             "source": f"{origin.get('source', '')} -> {self.source}",
-            "licence": self.licence or origin.get("licence", ""),
+            "license": self.license or origin.get("license", ""),
             "card": self.card or origin.get("card", ""),
             "digest": f"{manifest['sha256'][:16]} {manifest['counts']['samples']} samples",
         }

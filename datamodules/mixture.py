@@ -1,4 +1,4 @@
-"""Several sources in one training, mixed by weights."""
+"""Mixture of several sources in one training, by weights."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ class MixtureDataModule(TextImageDataModule):
         parts = [np.arange(s, s + min(count, n)) for s, n in zip(starts, dataset.counts, strict=True)]
         return np.concatenate(parts)
 
-    def provenances(self) -> list[dict[str, str]]:
-        return [source.provenance() | {"name": name} for name, source in self.sources.items()]
+    def parts(self) -> dict[str, TextImageDataModule]:
+        return self.sources

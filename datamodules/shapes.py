@@ -1,4 +1,4 @@
-"""The embedded world of coloured shapes, rendered on the fly: no download, no disk."""
+"""The embedded world of colored shapes, rendered on the fly: no download, no disk."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from emmdit.shapes import ShapesDataset, ShapesWorld
 
 
 class ShapesDataModule(TextImageDataModule):
-    """Captioned pictures of 1-4 coloured shapes; every sample is a function of (seed, index).
+    """Captioned images of 1-4 colored shapes; every sample is a function of (seed, index).
 
     Args:
-        world: shapes, colours, image size, weights of the six tasks.
+        world: shapes, colors, image size, weights of the six tasks.
         length: samples in an epoch. The training and validation scenes come from different seeds.
         batch_size, num_workers, seed, validation_samples: see `TextImageDataModule`.
     """
 
     source = "rendered by emmdit.shapes"
-    licence = "Apache-2.0"
+    license = "Apache-2.0"
     card = "docs/shapes_world.md"
 
     def __init__(

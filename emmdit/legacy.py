@@ -11,7 +11,7 @@ CLASSES = {
     "emmdit.evaluation.AskedColor": "emmdit.shapes.AskedColor",
     "emmdit.evaluation.ShapesDetector": "emmdit.shapes.ShapesDetector",
     "emmdit.evaluation.ShapesPrompts": "emmdit.shapes.ShapesPrompts",
-    "emmdit.networks.linearize": "emmdit.networks",
+    "emmdit.networks.linearize": "emmdit.networks.edit.students",
 }
 KEYS = {"grid": "schedule", "licence": "license"}
 VALUES = {("schedule", "nitro"): "flow_match_euler"}  # (key, old value)

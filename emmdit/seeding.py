@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def digest(seed: int, purpose: str, position: int) -> int:
+    """64 random bits for one purpose at one position: `digest(...) / 2**64` is uniform in [0, 1)."""
+    key = f"{int(seed)}|{purpose}|{int(position)}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
 def generator(seed: int, purpose: str, position: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator for one purpose ("noise", "timesteps", "dropout", ...) at one position.
 
@@ -24,9 +30,7 @@ def generator(seed: int, purpose: str, position: int, device: torch.device | str
             (torch's CPU generator reads only 32 bits of the seed: among 100,000 steps about one pair shares
             its noise. Harmless.)
     """
-    key = f"{int(seed)}|{purpose}|{int(position)}".encode()
-    digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-    return torch.Generator(device).manual_seed(digest & (2**63 - 1))
+    return torch.Generator(device).manual_seed(digest(seed, purpose, position) & (2**63 - 1))
 
 
 def step_noise(

@@ -236,16 +236,16 @@ class MLflowLogger(MLFlowLogger):
         self,
         name: str,
         source: str,
-        licence: str,
+        license: str,
         digest: str = "",
         context: str = "training",
         card: str = "",
     ) -> None:
-        """Log the data of a run: their origin, licence and card, and a digest of their contents."""
-        about = {"uri": mask_secrets(source), "licence": licence, "card": card}
+        """Log the data of a run: their origin, license and card, and a digest of their contents."""
+        about = {"uri": mask_secrets(source), "license": license, "card": card}
         digest = digest or hashlib.sha256(f"{name} {source}".encode()).hexdigest()  # MLflow wants one
         tags = [InputTag("mlflow.data.context", context)]
-        tags += [InputTag(k, v[:500]) for k, v in (("licence", licence), ("card", card)) if v]
+        tags += [InputTag(k, v[:500]) for k, v in (("license", license), ("card", card)) if v]
         run_id = self.run_id
         with self._survive(f"data set {name}"):
             dataset = Dataset(name, digest[:36], "uri", json.dumps(about))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import loader, prepare_cost
-from datamodules import HubDataModule, LatentsDataModule
+from datamodules import CaptionedImagesDataModule, LatentsDataModule
 from tests.command_line import elsewhere as elsewhere
 
 
@@ -25,9 +25,9 @@ def test_all_formats_hold_the_same_latents(tmp_path: Path) -> None:
     common = {"batch_size": 8, "validation_samples": 2}
     streams = [
         loader.batches(LatentsDataModule(str(tmp_path / "latents"), num_workers=0, **common)),
-        loader.batches(HubDataModule(str(tmp_path / "latents"), **stored, **common)),
-        loader.batches(HubDataModule(str(tmp_path / "mds"), **stored, **common)),
-        loader.batches(HubDataModule(str(tmp_path / "tars"), caption_column="txt", **stored, **common)),
+        loader.batches(CaptionedImagesDataModule(str(tmp_path / "latents"), **stored, **common)),
+        loader.batches(CaptionedImagesDataModule(str(tmp_path / "mds"), **stored, **common)),
+        loader.batches(CaptionedImagesDataModule(str(tmp_path / "tars"), caption_column="txt", **stored, **common)),
     ]
     for _ in range(3):
         first, *others = [next(stream) for stream in streams]
@@ -43,7 +43,7 @@ def test_all_formats_hold_the_same_latents(tmp_path: Path) -> None:
 def test_the_benchmark_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     loader.main(["--samples", "400", "--rounds", "1", "--quick", "--json", str(tmp_path / "a.json")])
     found = json.loads((tmp_path / "a.json").read_text())
-    assert {row["case"] for row in found["rows"]} >= {"LatentsDataModule", "HubDataModule, MDS"}
+    assert {row["case"] for row in found["rows"]} >= {"LatentsDataModule", "CaptionedImagesDataModule, MDS"}
     assert all(row["rate"] > 0 for row in found["rows"] + found["jpeg"]) and found["rows"][0]["ratio"] == 1
     assert found["memory"][-1]["samples"] >= 10_000 and "samples/s" in capsys.readouterr().out
 

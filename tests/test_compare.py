@@ -371,7 +371,7 @@ def test_calls_from_the_trajectory_are_those_that_generation_makes(student: Path
     teacher = open_teacher(model, MODEL)
     found = teacher_calls(model, teacher, "a photo of a star", 3)
     with recorded_calls(teacher.network) as expected:
-        teacher.draw(["a photo of a star"], [3])
+        teacher.generate(["a photo of a star"], [3])
     assert [len(call.latents) for call in found] == [1, 2, 2, 1]
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.latents, b.latents) and a.arguments.keys() == b.arguments.keys()

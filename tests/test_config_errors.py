@@ -34,7 +34,7 @@ CONTRADICTIONS = {
     "precision": (files(SHAPES), "--trainer.precision=bf16-true", ("bf16-true", "bf16-mixed")),
     "dropout": (files(SHAPES), "--model.init_args.caption_dropout=1.5", ("caption_dropout", "1.5")),
     "batch": (files(SHAPES), "--data.init_args.batch_size=0", ("batch_size", "1", "0")),
-    "no column": (STAGE1, "--data.init_args.image_column=null", ("HubDataModule", "image_column", "latents_column")),
+    "no column": (STAGE1, "--data.init_args.image_column=null", ("image_column", "latents_column")),
 }
 
 

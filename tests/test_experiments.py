@@ -89,7 +89,7 @@ def test_data_files_hold_data_alone_and_say_where_they_come_from(name: str) -> N
     if name == "data/latents.yaml":
         assert isinstance(data, LatentsDataModule)
         return
-    assert data.source and data.licence and data.card.startswith("https://")
+    assert data.source and data.license and data.card.startswith("https://")
     parser = precompute_parser()  # and the same file is a source to precompute
     args = parser.parse_args([*files(name, PRECOMPUTED[0]), "--out", "unused"])
     assert parser.instantiate(args).data.columns == data.columns
@@ -146,7 +146,7 @@ def test_the_published_stages_are_the_released_network_and_schedule(name: str) -
     assert (optimizer.eps, optimizer.weight_decay, tuple(optimizer.betas)) == (1e-10, 0.03, (0.9, 0.999))
     assert data.batch_size * trainer.accumulate_grad_batches * 8 == 2048
     assert data.resolution == network.config.sample_size * run.model.codec.downsample
-    assert data.licence and data.card
+    assert data.license and data.card
     stage = {
         STAGES[0]: (3e-4, 0.5, 100_000, False, 1),
         STAGES[1]: (1e-4, 1.0, 50_000, True, 0),
@@ -375,4 +375,4 @@ def test_the_published_mixes_train_from_precomputed_latents(tmp_path: Path) -> N
     for run, names in zip(client.search_runs(["1"]), (list(counts)[1:], list(counts)), strict=True):  # the latest first
         inputs = {found.dataset.name: found for found in client.get_run(run.info.run_id).inputs.dataset_inputs}
         assert inputs.keys() == set(names)
-        assert {"licence", "card"} <= {tag.key for tag in inputs["journeydb"].tags}
+        assert {"license", "card"} <= {tag.key for tag in inputs["journeydb"].tags}

@@ -200,7 +200,7 @@ def test_images_text_and_data_sets(tmp_path, monkeypatch):
     assert len(client.list_artifacts(run.info.run_id, "images")) == 4  # PNG and preview of each
     data, bare = sorted(run.inputs.dataset_inputs, key=lambda entry: -len(entry.tags))
     assert bare.dataset.name == "bare"
-    assert data.dataset.name == "shapes" and {t.key: t.value for t in data.tags}["licence"] == "Apache-2.0"
+    assert data.dataset.name == "shapes" and {t.key: t.value for t in data.tags}["license"] == "Apache-2.0"
     assert [m.value for m in client.get_metric_history(run.info.run_id, "a")] == [1.0, 2.0]
     # artifacts lie beside the database, and nothing lands in the working folder
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import HubDataModule, LatentsDataModule
+from datamodules import CaptionedImagesDataModule, LatentsDataModule
+from emmdit.data.buckets import Buckets
 from emmdit.data.images import load_image
-from emmdit.data.precompute.job import ShardedJob
-from emmdit.data.precompute.latents import LatentsRows
-from emmdit.data.precompute.manifest import check, read_manifest, verify
+from emmdit.data.precompute.job import ResumableJob
+from emmdit.data.precompute.latents import LatentsDataset
+from emmdit.data.precompute.manifest import check, read_manifest
 from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE, SD3VAE, DCTCodec
@@ -59,6 +61,11 @@ def run(source: Path, out: Path, codec=None, **changes) -> dict | None:
     return precompute(open_source(str(source)), {"source": str(source)}, codec or DCTCodec(), out, settings, **others)
 
 
+def assert_hashes(out: Path) -> None:
+    for shard in read_manifest(out)["shards"]:
+        assert hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("made")
@@ -73,7 +80,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, Path]) -> None:
     source, out = made
     manifest = read_manifest(out)
-    verify(out)
+    assert_hashes(out)
     assert manifest["counts"] == {"rows": COUNT, "samples": COUNT, "rejected": {}}
     assert len(manifest["shards"]) == 6 and manifest["columns"]["latents"] == {"dtype": "float16", "shape": [32, 8, 8]}
     assert manifest["codec"]["class_path"] == "emmdit.encoders.dct.DCTCodec" and manifest["resolution"] == 32
@@ -81,20 +88,19 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     rows = datasets.load_from_disk(str(out))
     assert rows["sample_id"][:] == list(range(COUNT)) and rows[5]["key"] == "005.jpg"
     assert (rows[5]["original_width"], rows[5]["original_height"], rows[5]["captions"]) == (45, 40, [])
-    samples = LatentsRows(out)
+    samples = LatentsDataset(out)
     codec = DCTCodec()
     for i in (0, 7, 22):
         expected = codec.encode(load_image(str(source / f"{i:03d}.jpg"), 32)[None])[0]
         assert samples[i]["caption"] == f"picture {i}"
         assert torch.equal(samples[i]["latents"], expected.half().float())
-    assert torch.equal(samples.__getitems__([3, 9])[1]["latents"], samples[9]["latents"])
     with pytest.raises(IndexError):
-        LatentsRows(out, 3)[COUNT - 3]
+        LatentsDataset(out, 3)[COUNT - 3]
 
-    plain = HubDataModule(
+    plain = CaptionedImagesDataModule(
         str(out), image_column=None, latents_column="latents", latents_shape=(32, 8, 8), resolution=32
     )
-    assert torch.equal(plain._part(0, None)[4]["latents"], samples[4]["latents"])  # and HubDataModule reads it, too
+    assert torch.equal(plain._part(0, None)[4]["latents"], samples[4]["latents"])  # read as any source, too
 
 
 def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
@@ -123,13 +129,44 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     rows = datasets.load_from_disk(str(tmp_path / "out"))
     assert rows["caption"][:] == ["a long one", "three", "long 2"]
     assert rows["captions"][:] == [["a long one", "one", "two"], ["", "three", "four"], []]
-    sample = LatentsRows(tmp_path / "out")[1]
+    sample = LatentsDataset(tmp_path / "out")[1]
     assert sample["features"].shape == (4, 5) and sample["image"].shape == (3, 32, 32)
     assert sample["latents"].dtype == torch.float32 and sample["latents"].shape == (32, 8, 8)
     spec = read_manifest(tmp_path / "out")["columns"]["text.encoder_hidden_states"]
     assert spec == {"dtype": "bfloat16", "shape": [1, 1]}
     length = torch.frombuffer(bytearray(rows[0]["text.encoder_hidden_states"]), dtype=torch.bfloat16)
     assert length.tolist() == [10.0]
+
+
+def test_reading_in_batches_is_reading_one_by_one(tmp_path: Path) -> None:
+    """Of latents of several sizes and features, in any order and more than once."""
+    (tmp_path / "source").mkdir()
+    for i in range(9):
+        (tmp_path / f"source/{i}.jpg").write_bytes(jpeg(picture(0).resize((48 + 24 * (i % 3), 72))))
+        (tmp_path / f"source/{i}.txt").write_text(f"picture {i}")
+
+    class Vision:
+        feature_dim, dtype = 3, torch.float32
+
+        def to(self, device):
+            return self
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
+
+    run(tmp_path / "source", tmp_path / "out", vision=Vision(), buckets=Buckets(8), min_side=1)
+    rows = LatentsDataset(tmp_path / "out")
+    order = [8, 0, 3, 3, 7, 1, 2, 6, 5, 4]
+    batch = rows.__getitems__(order)
+    assert len({tuple(sample["latents"].shape) for sample in batch}) == 3
+    for index, sample in zip(order, batch, strict=True):
+        alone = rows[index]
+        assert sample.keys() == alone.keys() and sample["sample_id"] == index
+        assert sample["caption"] == alone["caption"] == f"picture {index}"
+        for name in ("latents", "features"):
+            assert torch.equal(sample[name], alone[name]) and sample[name].dtype == torch.float32
+        stored = np.frombuffer(rows.table[index]["latents"], np.float16)
+        assert (sample["latents"].numpy().ravel() == stored).all()
 
 
 # -- kill and go on ----------------------------------------------------------------------------------
@@ -141,7 +178,7 @@ def killed(source: Path, out: Path, rank: int, world: int, after: int, where: st
     if child == 0:
         try:
             calls = iter(range(after + 1))
-            encode, commit = DCTCodec.encode, ShardedJob.commit
+            encode, commit = DCTCodec.encode, ResumableJob.commit
 
             def dying_encode(codec, images):
                 if next(calls) == after:
@@ -151,17 +188,17 @@ def killed(source: Path, out: Path, rank: int, world: int, after: int, where: st
             def dying_commit(job, unit, write, *arguments, **more):
                 last = next(calls) == after
                 if last and where == "write":
-                    (job.folder / f".rank-{rank:05d}-data-{unit:06d}.arrow").write_bytes(b"half a file")
+                    (job.folder / f".data-{unit:06d}-1.arrow").write_bytes(b"half a file")
                     os.kill(os.getpid(), signal.SIGKILL)
                 commit(job, unit, write, *arguments, **more)
                 if last:  # in the middle of the journal's line
-                    os.truncate(job._journal_file(), job._journal_file().stat().st_size - 9)
+                    os.truncate(job.journal, job.journal.stat().st_size - 9)
                     os.kill(os.getpid(), signal.SIGKILL)
 
             if where == "encode":
                 DCTCodec.encode = dying_encode
             else:
-                ShardedJob.commit = dying_commit
+                ResumableJob.commit = dying_commit
             run(source, out, rank=rank, world=world)
         finally:
             os._exit(1)
@@ -179,7 +216,7 @@ def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
     with pytest.raises(ValueError, match="emmdit precompute"):
         read_manifest(out)
     killed(source, out, 0, 1, 1, "write")  # an unfinished file
-    assert list(out.glob(".rank-00000-*"))
+    assert list(out.glob(".data-*"))
     assert [run(source, out, rank=rank, world=3) is None for rank in (2, 0)] == [True, True]
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("data-*")}
     assert run(source, out, rank=1, world=3)["counts"]["samples"] == COUNT
@@ -187,7 +224,7 @@ def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
 
     for name in [f"data-{i:06d}.arrow" for i in range(6)] + ["manifest.json", "plan.json", "state.json"]:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not list(out.glob(".rank-*"))
+    assert not list(out.glob(".data-*"))
     again = run(source, out)  # nothing left to do
     assert again == read_manifest(out)
 
@@ -218,7 +255,7 @@ def test_a_shard_that_got_lost_is_made_again(made: tuple[Path, Path], tmp_path: 
     with pytest.raises(FileNotFoundError, match=r"data-000002\.arrow"):
         read_manifest(out)
     run(source, out)
-    verify(out)
+    assert_hashes(out)
     assert read_manifest(out) == read_manifest(whole) | {"source": read_manifest(out)["source"]}
 
 
@@ -237,53 +274,6 @@ def test_a_folder_of_other_settings_is_refused(made: tuple[Path, Path], tmp_path
     with pytest.raises(ValueError, match=r"resolution.*\b33\b.*DCTCodec.*\b4\b"):
         run(source, tmp_path / "new", resolution=33)
     assert not (tmp_path / "new").exists()
-
-
-# -- rejects -----------------------------------------------------------------------------------------
-
-
-def test_each_bad_row_is_named_and_nothing_else_is_lost(tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", 12)
-    (source / "001.jpg").write_bytes(jpeg(picture(1))[:300])  # truncated
-    (source / "002.jpg").write_bytes(b"<html>404</html>")
-    (source / "003.txt").write_text(" \n")
-    (source / "004.txt").unlink()
-    Image.new("1", (10_000, 10_001)).save(source / "005.jpg", "PNG")  # 100 megapixels in 13 kB
-    (source / "006.jpg").write_bytes(jpeg(picture(0, 20)))
-    (source / "007.txt").write_bytes(b"\xff\xfe")
-    (source / "008.jpg").unlink()
-    (source / "008.jpg").symlink_to("nowhere.jpg")
-
-    class Overflow(DCTCodec):
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            latents = super().encode(images)
-            return torch.where((images.mean((1, 2, 3)) > 0.9).view(-1, 1, 1, 1), latents.new_tensor(1e9), latents)
-
-    (source / "009.jpg").write_bytes(jpeg(Image.new("RGB", (40, 40), "white")))
-    manifest = run(source, tmp_path / "out", Overflow(), num_workers=1)
-    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert [(r["row"], r["key"], r["reason"]) for r in rejects] == [
-        (1, "001.jpg", "corrupt"),
-        (2, "002.jpg", "corrupt"),
-        (3, "003.jpg", "empty caption"),
-        (4, "004.jpg", "empty caption"),
-        (5, "005.jpg", "decompression bomb"),
-        (6, "006.jpg", "too small"),
-        (7, "007.jpg", "corrupt"),
-        (8, "008.jpg", "missing"),
-        (9, "009.jpg", "non-finite latents"),
-    ]
-    assert all(reject["detail"] for reject in rejects)
-    assert manifest["counts"]["rejected"]["corrupt"] == 3
-    assert datasets.load_from_disk(str(tmp_path / "out"))["sample_id"][:] == [0, 10, 11]
-
-
-def test_a_source_of_bad_rows_alone_says_so(tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", 3)
-    manifest = run(source, tmp_path / "out", resolution=64)
-    assert manifest["counts"] == {"rows": 3, "samples": 0, "rejected": {"too small": 3}}
-    with pytest.raises(ValueError, match=r"rejects\.jsonl"):
-        LatentsRows(tmp_path / "out")
 
 
 # -- the manifest against the experiment -------------------------------------------------------------
@@ -317,7 +307,7 @@ def test_training_refuses_latents_of_another_codec(tmp_path: Path, made: tuple[P
 
     for data in (
         LatentsDataModule(str(made[1]), validation_samples=3),
-        HubDataModule(str(made[1]), None, latents_column="latents", latents_shape=(32, 8, 8), resolution=32,
+        CaptionedImagesDataModule(str(made[1]), None, latents_column="latents", latents_shape=(32, 8, 8), resolution=32,
                       validation_samples=3),
     ):  # fmt: skip
         data.trainer = Trainer

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from emmdit.data.loader import ResumableLoader
+from emmdit.data.stream import Order
 from lightning_modules.callbacks import ProgressBar
 
 
@@ -26,20 +27,28 @@ class Points(torch.utils.data.Dataset):
         return {"image": x * float("nan") if index in self.bad else x, "caption": str(index)}
 
 
+class Unshuffled(Order):
+    """The samples as they stand in the data set, epoch after epoch."""
+
+    def indices(self, positions):
+        return positions % self.length
+
+
 class Toy(pl.LightningModule):
     """The contract that the callbacks rely on: denoiser, ema_denoiser, samples_seen, training_steps."""
 
-    def __init__(self, dataset=None, momentum: float = 0.0, **loader) -> None:
+    def __init__(self, dataset=None, momentum: float = 0.0, shuffle: bool = True, **loader) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.denoiser = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, affine=False))
         self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.dataset, self.loader, self.momentum = dataset or Points(), {"global_batch": 4} | loader, momentum
         self.samples_seen = self.training_steps = 0
+        self.order = (Order if shuffle else Unshuffled)(len(self.dataset))
         self.history, self.ids = [], []
 
     def train_dataloader(self):
-        return ResumableLoader(self.dataset, samples_seen=self.samples_seen, **self.loader)
+        return ResumableLoader(self.dataset, self.order, samples_seen=self.samples_seen, **self.loader)
 
     def training_step(self, batch, batch_idx):
         self.samples_seen += len(batch["sample_id"])

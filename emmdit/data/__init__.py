@@ -1,4 +1,4 @@
-"""Captions and images to samples. No Lightning here."""
+"""Data: readers of storage formats, samples, buckets, the training stream, precomputed latents."""
 
 from emmdit.data.batch import Batch
 from emmdit.data.readers.mds import MDSDataset

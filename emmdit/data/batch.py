@@ -1,4 +1,4 @@
-"""What a data loader hands to a training module."""
+"""Batch of training samples, as the data loaders hand it to a training module."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 
 class Batch(TypedDict):
-    """One batch. It has `image` or `latents`; conditions are computed from `caption`."""
+    """It has `image` or `latents`; conditions are computed from `caption`."""
 
     caption: list[str]
     sample_id: torch.Tensor
     """(B,) int64, index in the data set."""
     position: NotRequired[torch.Tensor]
-    """(B,) int64, global position in the stream of samples; the sampler adds it."""
+    """(B,) int64, global position in the training stream."""
     image: NotRequired[torch.Tensor]
     """(B, 3, H, W) float32 in [-1, 1]."""
     latents: NotRequired[torch.Tensor]
-    """(B, C, h, w), already scaled as the codec's `encode` would."""
+    """(B, C, h, w), scaled as the autoencoder's `encode` does."""
     features: NotRequired[torch.Tensor]
     """(B, N, D) precomputed vision features, row-major patches."""
     condition: NotRequired[dict[str, torch.Tensor]]

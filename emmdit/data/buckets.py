@@ -1,6 +1,7 @@
-"""Aspect-ratio buckets: the few sizes that images are brought to, so that a batch has one shape and little is cropped.
+"""Aspect-ratio buckets: the few sizes that images are resized to, so that a batch has one shape and little is cropped.
 
-A size is passed on as one number, `height << 16 | width`, in pixels: see `code` and `size`.
+A data set whose images have several sizes has a method `buckets()`: the sizes, (height, width) in pixels, in rising
+order, and for each sample an index into them (see `bucketing`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from emmdit.data.images import image_size
-from emmdit.data.readers.open import fingerprint, value
+from emmdit.data.readers.open import value
+from emmdit.data.readers.protocol import Rows
+from emmdit.files import atomic_path
+
+Bucketing = tuple[list[tuple[int, int]], np.ndarray]  # sizes in rising order; (n,) index of each sample into them
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes of about resolution x resolution pixels, from tall to wide.
+    """Sizes of about resolution x resolution pixels, from wide to tall.
 
     Args:
-        step: sides are multiples of it. The network and the codec decide: 128 px for E-MMDiT on DC-AE.
-        max_ratio: of the longer to the shorter side; what is longer is cropped to the last bucket.
+        step: sides are multiples of it. The network and the autoencoder decide: 128 px for E-MMDiT on DC-AE.
+        max_ratio: of the longer to the shorter side; longer images are cropped to the last bucket.
     """
 
     step: int = 64
@@ -35,32 +40,42 @@ class Buckets:
             raise ValueError(f"buckets need a step of at least 1 and a max_ratio of at least 1, got {self}.")
 
     def sizes(self, resolution: int) -> list[tuple[int, int]]:
-        """(height, width) of each bucket, the tallest first."""
+        """(height, width) of each bucket, the widest first."""
         if resolution % self.step:
-            raise ValueError(f"The resolution {resolution} is no multiple of the buckets' step {self.step}.")
+            raise ValueError(f"The resolution {resolution} is not a multiple of the buckets' step {self.step}.")
         found = set()
         for short in range(self.step, resolution + 1, self.step):
             long = round(resolution**2 / short / self.step) * self.step
             if long <= self.max_ratio * short:
                 found |= {(short, long), (long, short)}
-        return sorted(found, key=lambda size: size[1] / size[0])
+        return sorted(found)
 
     def assign(self, sizes: np.ndarray, resolution: int) -> np.ndarray:
-        """The bucket, as a code, of images (n, 2) height and width: the nearest in shape; the square for (0, 0)."""
+        """Index into `self.sizes` of images (n, 2) height and width: the nearest in shape; the square for (0, 0)."""
         buckets = self.sizes(resolution)
-        ratios = np.log([width / height for height, width in buckets])
+        ratios = np.log([width / height for height, width in reversed(buckets)])  # tallest first: rising
         heights, widths = np.maximum(sizes, 1).astype(np.float64).T
         nearest = np.searchsorted((ratios[1:] + ratios[:-1]) / 2, np.log(widths / heights))
-        return np.array([code(*bucket) for bucket in buckets], np.int32)[nearest]
+        return (len(buckets) - 1 - nearest).astype(np.int16)
 
 
-def code(height: int, width: int) -> int:
-    return height << 16 | width
+def bucketing(dataset: Any) -> Bucketing:
+    """`dataset.buckets()`; one bucket of unknown size for a data set that has no such method."""
+    return dataset.buckets() if hasattr(dataset, "buckets") else one_bucket((0, 0), len(dataset))
 
 
-def size(code: int) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    return code >> 16, code & 0xFFFF
+def one_bucket(size: tuple[int, int], count: int) -> Bucketing:
+    """All of `count` samples in one bucket; the index takes no memory."""
+    return [size], np.broadcast_to(np.int16(0), count)
+
+
+def concatenated(parts: Sequence[Bucketing]) -> Bucketing:
+    """The bucketing of several data sets in a row."""
+    sizes = sorted({size for part, _ in parts for size in part})
+    if len(sizes) == 1:
+        return one_bucket(sizes[0], sum(len(index) for _, index in parts))
+    places = [np.array([sizes.index(size) for size in part], np.int16)[index] for part, index in parts]
+    return sizes, np.concatenate(places)
 
 
 def cropped(sizes: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
@@ -69,22 +84,16 @@ def cropped(sizes: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     return 1 - fractions.min(1) / fractions.max(1)
 
 
-def codes_of(dataset: Any) -> np.ndarray | int:
-    """Bucket of each sample of a data set, or the one that all are of; data sets tell by `buckets()`."""
-    codes = dataset.buckets() if hasattr(dataset, "buckets") else 0
-    return codes if isinstance(codes, int) or (codes != codes[0]).any() else int(codes[0])
-
-
-def image_sizes(rows: Any, image_column: str, size_columns: Sequence[str] | None = None) -> np.ndarray:
-    """(n, 2) int32 height and width of upright images, (0, 0) where they can not be told.
+def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | None = None) -> np.ndarray:
+    """(n, 2) int32 height and width of upright images, (0, 0) where they are unknown.
 
     From `size_columns` (height, width) where they are given; else from the images' headers, which are read once
-    and kept in `$EMMDIT_CACHE/sizes`. No image is decoded; but all files are read, so that large sets want columns.
+    and cached in `$EMMDIT_CACHE/sizes`. No image is decoded; but all files are read, so large sets should have columns.
     """
     if size_columns is not None:
         columns = [np.asarray(_column(rows, name), dtype=np.float64) for name in size_columns]  # None becomes NaN
         return np.stack([np.nan_to_num(column).astype(np.int32) for column in columns], axis=1)
-    name = f"{fingerprint(rows)} {len(rows)} {image_column}"
+    name = f"{rows.fingerprint} {len(rows)} {image_column}"
     folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "sizes").expanduser()
     kept = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
     if kept.is_file():
@@ -96,21 +105,18 @@ def image_sizes(rows: Any, image_column: str, size_columns: Sequence[str] | None
         except Exception:  # it is named when its turn comes to be read
             continue
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{kept.name}.{os.getpid()}.npy"
-        np.save(part, found)
-        os.replace(part, kept)
+        with atomic_path(kept) as part:
+            np.save(part, found)
     except OSError:
         pass  # a full or read-only home is no reason to stop
     return found
 
 
-def _column(rows: Any, column: str) -> Any:
-    """All values of one column; of a table in memory maps without reading the others."""
+def _column(rows: Rows, column: str) -> Sequence[Any]:
     name = column if column in rows.column_names else column.partition(".")[0]
     if name not in rows.column_names:
         raise ValueError(f"There is no size column '{column}': choose among {', '.join(rows.column_names)}.")
-    narrow = rows.select_columns([name])
-    if name == column and hasattr(narrow, "with_format"):
-        return narrow.with_format("numpy")[:][name]
-    return [value(narrow[number], column) for number in range(len(narrow))]
+    if name == column:
+        return rows.column(name)
+    rows = rows.select_columns([name])
+    return [value(rows[number], column) for number in range(len(rows))]

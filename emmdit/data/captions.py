@@ -1,9 +1,10 @@
-"""Several captions of one image: which of them a position of the training stream gets."""
+"""Choice among several captions of one image, by position in the training stream."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+
+from emmdit.seeding import digest
 
 
 def candidates(texts: Sequence[str | None], weights: Sequence[float] | None = None) -> list[tuple[str, float]]:
@@ -16,9 +17,8 @@ def candidates(texts: Sequence[str | None], weights: Sequence[float] | None = No
 
 def choose(captions: Sequence[tuple[str, float]], seed: int, position: int) -> str:
     """One of the (text, weight) pairs, as a function of (seed, position): a resume on any number of ranks chooses the
-    same, and the next epoch anew."""
-    digest = hashlib.blake2b(f"{seed}|caption|{position}".encode(), digest_size=8).digest()
-    left = int.from_bytes(digest, "big") / 2**64 * sum(weight for _, weight in captions)
+    same, and the next epoch chooses anew."""
+    left = digest(seed, "caption", position) / 2**64 * sum(weight for _, weight in captions)
     for text, weight in captions:
         left -= weight
         if left < 0:

@@ -1,4 +1,4 @@
-"""Rows of a table as training samples: captions with images or precomputed latents."""
+"""Captioned data set: rows of a table as training samples, with images or precomputed latents."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from emmdit.data.buckets import Buckets, code, size
+from emmdit.data.buckets import Bucketing, Buckets, one_bucket
 from emmdit.data.captions import candidates
 from emmdit.data.images import first_line, load_image
-from emmdit.data.readers.open import origin, value
+from emmdit.data.readers.open import value
+from emmdit.data.readers.protocol import Rows
 
 
-class CaptionedRows(Dataset):
+class CaptionedDataset(Dataset):
     """Rows first..last-1 of a table as samples; sample i is a function of its row alone.
 
     Args:
-        rows: what `emmdit.data.readers.open.open_source` gives.
+        rows: as `emmdit.data.readers.open.open_source` gives them.
         source: its name in messages.
         columns: "caption", and "image" or "latents" or both, to names; `json.prompt` reads inside `json`.
         resolution: of images, in pixels.
         latents_shape: (C, h, w) of latents stored as float16 bytes.
-        latents_scale: factor to the codec's scaled latents.
+        latents_scale: factor to the autoencoder's scaled latents.
         captions: columns and weights of several captions, for the loader to choose from; each holds a text or a list
             of texts that share its weight. None: the first text of `columns["caption"]` alone.
         sizes: (len(rows), 2) height and width of all images, for the buckets.
@@ -32,7 +33,7 @@ class CaptionedRows(Dataset):
 
     def __init__(
         self,
-        rows: Any,
+        rows: Rows,
         source: str,
         columns: dict[str, str],
         resolution: int,
@@ -44,39 +45,39 @@ class CaptionedRows(Dataset):
         sizes: np.ndarray | None = None,
         buckets: Buckets | None = None,
     ) -> None:
-        self.rows, self.source, self.columns, self.resolution = rows, source, columns, resolution
+        self.rows, self.source, self.columns = rows, source, columns
         self.latents_shape, self.latents_scale = latents_shape, latents_scale
         self.first, self.last = first, len(rows) if last is None else last
         self.captions = None if captions is None else {name: weight for name, weight in captions.items() if weight > 0}
         self.sizes = None if buckets is None else sizes[self.first : self.last]
-        self.codes = None if buckets is None else buckets.assign(self.sizes, resolution)
+        self.bucketing = one_bucket((resolution, resolution), len(self))
+        if buckets is not None:
+            self.bucketing = buckets.sizes(resolution), buckets.assign(self.sizes, resolution)
 
     def __len__(self) -> int:
         return self.last - self.first
 
-    def buckets(self) -> np.ndarray | int:
-        """Size of each sample, or of all, as `emmdit.data.buckets.code`."""
-        return code(self.resolution, self.resolution) if self.codes is None else self.codes
+    def buckets(self) -> Bucketing:
+        """Sizes and each sample's index into them, see `emmdit.data.buckets`."""
+        return self.bucketing
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`caption`, `sample_id`, `image` (3, R, R) in [-1, 1] and/or `latents` (C, h, w), scaled; `captions`, (text,
         weight) pairs, where there are several.
 
         Raises:
-            ValueError: the row can not be read; names its number, and its file where that is known.
+            ValueError: the row cannot be read; names its number, and its file where that is known.
         """
         number = self._number(index)
         try:
             row = self.rows[number]
         except Exception as error:
-            raise ValueError(f"{self._named(number)}: {first_line(error)}: mend or remove the row.") from error
+            raise ValueError(f"{self._named(number)}: {first_line(error)}: fix or remove the row.") from error
         return self._sample(index, row)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch at once where the table can: four times as fast from Arrow."""
+        """A batch at once, which is faster for Arrow tables."""
         numbers = [self._number(index) for index in indices]
-        if not hasattr(self.rows, "__getitems__"):
-            return [self[index] for index in indices]
         try:
             rows = self.rows.__getitems__(numbers)
         except Exception:  # one by one, to find the row and name it
@@ -94,22 +95,21 @@ class CaptionedRows(Dataset):
             try:
                 found = value(row, column)
                 if kind == "image":
-                    sample[kind] = load_image(
-                        found, self.resolution if self.codes is None else size(int(self.codes[index]))
-                    )
+                    sizes, places = self.bucketing
+                    sample[kind] = load_image(found, sizes[places[index]])
                 elif kind == "latents":
                     sample[kind] = self._latents(found)
                 else:
                     sample |= self._caption(found, row)
             except Exception as error:
                 raise ValueError(
-                    f"{self._named(self._number(index))}: the {kind} in column '{column}' can not be read "
-                    f"({first_line(error)}): mend or remove the row."
+                    f"{self._named(self._number(index))}: the {kind} in column '{column}' cannot be read "
+                    f"({first_line(error)}): fix or remove the row."
                 ) from error
         return sample
 
     def _named(self, number: int) -> str:
-        place = origin(self.rows, number)
+        place = self.rows.origin(number)
         return f"Row {number} of '{self.source}'" + f" ({place})" * bool(place)
 
     def _caption(self, found: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class CaptionedRows(Dataset):
     def _latents(self, found: Any) -> torch.Tensor:
         if isinstance(found, bytes):
             if self.latents_shape is None:
-                raise ValueError("latents_shape must say how its bytes are to be read")
+                raise ValueError("latents_shape must say how its bytes are read")
             found = np.frombuffer(found, np.float16).reshape(self.latents_shape)
         array = np.array(found, dtype=np.float32)  # its own memory: bytes are read-only
         if array.ndim != 3:

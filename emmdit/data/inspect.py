@@ -1,43 +1,47 @@
-"""A look at a source before training on it: sizes, captions, buckets, and the rows that would be left out."""
+"""Inspection of data before training: sizes, captions, buckets, rejected rows, and a contact sheet."""
 
 from __future__ import annotations
 
+import json
 import random
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+import yaml
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
-from emmdit.data.arrow import ArrowRows
-from emmdit.data.buckets import Buckets, code, cropped, size
-from emmdit.data.images import BadRow, first_line, open_image
-from emmdit.data.precompute.latents import LatentsRows
-from emmdit.data.precompute.precompute import Item, Items, Settings
+from emmdit.data.buckets import Buckets, cropped
+from emmdit.data.images import first_line
+from emmdit.data.precompute.latents import LatentsDataset
+from emmdit.data.precompute.precompute import Item
 from emmdit.files import to_uint8
 
 STEPS = (128, 64, 32, 16, 8)  # of buckets, where the data name none: the first with at least four to a side
+Tokenizer = tuple[str, Callable[[list[str]], list[int]], int | None]  # unit, captions -> lengths, where they are cut
+WORDS: Tokenizer = ("words", lambda captions: [len(caption.split()) for caption in captions], None)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What captions are counted in.
+@dataclass
+class Inspected:
+    """What a data module offers for inspection.
 
     Args:
-        name: "tokens of ..." or "words".
-        lengths: captions -> length of each.
-        max_length: captions are cut to it; None: never.
+        items: map-style, of `Item` as `emmdit precompute` would judge it, with pixels where there is an image.
+        about: facts for the head of the report; `kind` among them.
+        latents: of a precomputed folder.
     """
 
-    name: str
-    lengths: Callable[[list[str]], list[int]]
-    max_length: int | None = None
-
-
-WORDS = Tokens("words", lambda captions: [len(caption.split()) for caption in captions])
+    items: Dataset
+    about: dict[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    buckets: Buckets | None = None
+    latents: LatentsDataset | None = None
 
 
 def chosen_rows(count: int, limit: int | None = None, sample: int | None = None, seed: int = 0) -> list[int]:
@@ -48,11 +52,11 @@ def chosen_rows(count: int, limit: int | None = None, sample: int | None = None,
     return sorted(random.Random(seed).sample(range(count), sample))
 
 
-# -- rows, each judged -------------------------------------------------------------------------------
+# -- items -------------------------------------------------------------------------------------------
 
 
-class Looks(Dataset):
-    """`looks[i]`: an `Item` as `emmdit precompute` would judge it, with a thumbnail (uint8) if i is in `shown`."""
+class Thumbnails(Dataset):
+    """The items, with a thumbnail (uint8) in place of the pixels for the rows in `shown`, without pixels for others."""
 
     def __init__(self, items: Any, shown: Iterable[int] = (), side: int = 160) -> None:
         self.items, self.shown, self.side = items, set(shown), side
@@ -73,42 +77,11 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.array(image)
 
 
-class EncodedItems(Dataset):
-    """Samples of a folder made by `emmdit precompute`; the picture is the kept one, if there is any."""
-
-    def __init__(self, folder: str) -> None:
-        self.samples = LatentsRows(folder, images=False)
-        self.manifest, self.table = self.samples.manifest, self.samples.table
-        names = ("sample_id", "key", "caption", "captions", "original_width", "original_height", "image")
-        self.names = [name for name in names if name in self.table.column_names]
-        self._rows: ArrowRows | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": None}
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, number: int) -> Item:
-        if self._rows is None:
-            self._rows = ArrowRows(self.table.data, self.names)
-        row = {name: found[0] for name, found in self._rows.take([number]).items()}
-        item = Item(number, f"row {row['sample_id']} {row['key']}".strip())
-        item.captions = row["captions"] or [row["caption"]]
-        item.original = (row["original_width"], row["original_height"])
-        if "image" in row:
-            try:
-                item.pixels = np.array(open_image(row["image"]))
-            except BadRow as error:
-                item.reason, item.detail = error.reason, first_line(error)
-        return item
-
-
 class SampleItems(Dataset):
-    """Samples of any data set of the suite: where pictures are rendered, or only latents are there."""
+    """Samples of any data set: where images are rendered, or latents are stored."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset, self.sizes = dataset, getattr(dataset, "sizes", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -126,104 +99,103 @@ class SampleItems(Dataset):
         if "image" in sample:
             item.pixels = to_uint8(sample["image"][None])[0]
             item.original = (item.pixels.shape[1], item.pixels.shape[0])
+        if self.sizes is not None:
+            item.original = (int(self.sizes[number, 1]), int(self.sizes[number, 0]))
         return item
 
 
-def source_items(rows: Any, image_column: str, caption_columns: Sequence[str], resolution: int, **more: Any) -> Items:
-    """Rows of a source with pictures; `more` are settings of precompute: `min_side`, `max_pixels`, `buckets`."""
-    return Items(rows, Settings(resolution, image_column, tuple(caption_columns), **more))
-
-
-# -- what they say together --------------------------------------------------------------------------
+# -- summary -----------------------------------------------------------------------------------------
 
 
 def summary(
-    looks: Iterable[Item], tokens: Sequence[Tokens] = (WORDS,), resolution: int = 512, buckets: Buckets | None = None
+    items: Iterable[Item],
+    tokenizers: Sequence[Tokenizer] = (WORDS,),
+    resolution: int | None = 512,
+    buckets: Buckets | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
-    """`good`, `rejected`, `rejects`, `sizes` (of too small ones, too), `captions` and `buckets` of the good ones.
-
-    And the items that have a thumbnail or a fault.
-    """
-    good, rejects, kept = 0, [], []
-    sizes: list[tuple[int, int]] = []
-    used: list[tuple[int, int]] = []
-    captions: list[str] = []
-    several: Counter[int] = Counter()
-    for item in looks:
-        size_known = item.original != (0, 0)
-        if size_known:
-            sizes.append((item.original[1], item.original[0]))
+    """`good`, `rejected`, `rejects`, `sizes` (of rejected ones, too), `captions` and `buckets` of the good ones; and
+    the items that have a thumbnail or a fault."""
+    rejects, kept, captions = [], [], []
+    sizes, used = [], []  # height, width: of all, of the good ones
+    counts: Counter[int] = Counter()
+    for item in items:
+        size = [(item.original[1], item.original[0])] * (item.original != (0, 0))
+        sizes += size
         if item.reason:
             rejects.append(item.reject())
         else:
             texts = [text for text in item.captions if text]
             captions += texts
-            several[len(texts)] += 1
-            good += 1
-            used += [sizes[-1]] if size_known else []
+            counts[len(texts)] += 1
+            used += size
         if item.reason or item.pixels is not None:
             kept.append(item)
+    buckets = buckets or (default_buckets(resolution) if resolution else None)
     found = {
-        "good": good,
+        "good": counts.total(),
         "rejected": dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
         "rejects": rejects,
-        "sizes": size_table(np.array(sizes, np.int32).reshape(-1, 2)),
-        "captions": caption_table(captions, several, tokens),
-        "buckets": bucket_table(np.array(used, np.int32).reshape(-1, 2), resolution, buckets),
+        "sizes": size_table(np.array(sizes)) if sizes else None,
+        "captions": caption_table(captions, counts, tokenizers),
+        "buckets": None,
     }
+    if used and resolution and buckets is not None:
+        sizes = np.array(used)
+        table = bucket_table(sizes, buckets.sizes(resolution), buckets.assign(sizes, resolution), resolution)
+        found["buckets"] = asdict(buckets) | table
     return found, kept
 
 
-def quantiles(values: np.ndarray) -> dict[str, float]:
+def latents_summary(samples: LatentsDataset, shown: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """What a precomputed folder knows beside its rows: rejects, buckets as encoded, statistics of the shown latents."""
+    manifest = samples.manifest
+    listed = (samples.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[str, Any] = {"rejected": manifest["counts"]["rejected"]}
+    found["rejects"] = [json.loads(line) for line in listed[:1000]]
+    found["buckets"] = bucket_table(samples.sizes, *samples.buckets(), manifest["resolution"])
+    latents = [sample["latents"] for sample in samples.__getitems__(list(shown))] if shown else []
+    if latents:
+        values = torch.cat([tensor.flatten() for tensor in latents])
+        found["latents"] = {"shape": list(latents[0].shape), "dtype": manifest["columns"]["latents"]["dtype"]}
+        found["latents"] |= {"samples": len(latents), "mean": values.mean().item(), "std": values.std().item()}
+    return found, latents
+
+
+def quantiles(values: Any) -> dict[str, float]:
     """Of at least one value."""
     points = np.percentile(values, [0, 5, 50, 95, 100]).tolist()
     return dict(zip(("min", "p5", "median", "p95", "max"), points, strict=True)) | {"mean": float(np.mean(values))}
 
 
-def size_table(sizes: np.ndarray) -> dict[str, Any] | None:
-    """Of (n, 2) heights and widths; None where no size is known."""
-    if not len(sizes):
-        return None
-    common = Counter(map(tuple, sizes.tolist())).most_common(5)
-    return {
-        "width": quantiles(sizes[:, 1]),
-        "height": quantiles(sizes[:, 0]),
-        "short_side": quantiles(sizes.min(1)),
-        "ratio": quantiles(sizes[:, 1] / sizes[:, 0]),
-        "most_frequent": [{"height": h, "width": w, "images": n} for (h, w), n in common],
-        "short_sides": histogram(sizes.min(1).tolist()),
+def size_table(sizes: np.ndarray) -> dict[str, Any]:
+    """Of (n, 2) heights and widths in pixels."""
+    sides = {
+        "width": sizes[:, 1],
+        "height": sizes[:, 0],
+        "short_side": sizes.min(1),
+        "ratio": sizes[:, 1] / sizes[:, 0],
     }
+    return {name: quantiles(values) for name, values in sides.items()}
 
 
-def caption_table(captions: list[str], several: Counter[int], tokens: Sequence[Tokens]) -> dict[str, Any]:
-    """Lengths of all captions in each kind of token; several captions of one image count each."""
-    lengths = []
-    for kind in tokens:
-        counted = [n for i in range(0, len(captions), 1000) for n in kind.lengths(captions[i : i + 1000])]
-        row: dict[str, Any] = {"unit": kind.name, "max_length": kind.max_length, "cut": None}
-        if kind.max_length is not None:
-            row["cut"] = sum(n > kind.max_length for n in counted)
-        lengths.append(
-            row | {"lengths": quantiles(np.array(counted)) if counted else None, "histogram": histogram(counted)}
-        )
-    repeated = len(captions) - len(set(captions))
+def caption_table(captions: list[str], counts: Counter[int], tokenizers: Sequence[Tokenizer]) -> dict[str, Any]:
+    """Lengths of all captions in each unit; several captions of one image count each.
+
+    Args:
+        counts: number of captions -> images that have so many.
+    """
+    rows = []
+    for unit, lengths_of, max_length in tokenizers:
+        lengths = [n for i in range(0, len(captions), 1000) for n in lengths_of(captions[i : i + 1000])]
+        cut = None if max_length is None else sum(n > max_length for n in lengths)
+        rows.append({"unit": unit, "max_length": max_length, "cut": cut})
+        rows[-1]["lengths"] = quantiles(lengths) if lengths else None
     return {
         "captions": len(captions),
-        "an_image": {str(count): images for count, images in sorted(several.items())},
-        "repeated": repeated,
-        "in": lengths,
+        "an_image": {str(count): images for count, images in sorted(counts.items())},
+        "repeated": len(captions) - len(set(captions)),
+        "in": rows,
     }
-
-
-def histogram(values: list[int], bars: int = 16) -> list[dict[str, int]]:
-    """Counts in steps of a power of two, at most `bars` of them: `from` (included), `to` (not), `count`."""
-    if not values:
-        return []
-    step = 1
-    while max(values) // step >= bars:
-        step *= 2
-    counts = np.bincount(np.array(values) // step).tolist()
-    return [{"from": i * step, "to": (i + 1) * step, "count": count} for i, count in enumerate(counts)]
 
 
 def default_buckets(resolution: int) -> Buckets | None:
@@ -232,33 +204,73 @@ def default_buckets(resolution: int) -> Buckets | None:
     return None if step is None else Buckets(step)
 
 
-def bucket_table(sizes: np.ndarray, resolution: int, buckets: Buckets | None = None) -> dict[str, Any] | None:
-    """Which images fall into each bucket and what is cropped of them, beside what the square crop would take."""
-    buckets = buckets or default_buckets(resolution)
-    if not len(sizes) or buckets is None:
-        return None
-    codes = buckets.assign(sizes, resolution)
-    rows = []
-    for bucket in buckets.sizes(resolution):
-        here = sizes[codes == code(*bucket)]
-        lost = float(cropped(here, bucket).mean()) if len(here) else None
-        rows.append(_bucket(bucket, len(here), len(sizes), lost))
-    lost = sum(row["images"] * row["cropped"] for row in rows if row["images"]) / len(sizes)
+def bucket_table(
+    sizes: np.ndarray, buckets: Sequence[tuple[int, int]], index: np.ndarray, resolution: int
+) -> dict[str, Any]:
+    """How many images (n, 2) fall into each bucket and what is cropped of them, beside what the square crop takes."""
+    rows, total = [], 0.0
+    for place, (height, width) in enumerate(buckets):
+        here = sizes[index == place]
+        lost = cropped(here, (height, width))
+        total += float(lost.sum())
+        row = {"height": height, "width": width, "images": len(here), "share": len(here) / len(sizes)}
+        rows.append(row | {"cropped": float(lost.mean()) if len(here) else None})
     square = float(cropped(sizes, (resolution, resolution)).mean())
-    return {"resolution": resolution, **asdict(buckets), "rows": rows, "cropped": lost, "cropped_square": square}
+    return {"resolution": resolution, "rows": rows, "cropped": total / len(sizes), "cropped_square": square}
 
 
-def made_buckets(sizes: np.ndarray, codes: np.ndarray, resolution: int) -> dict[str, Any]:
-    """The same of latents, whose sizes are settled: (n, 2) originals, and the code of each or one for all."""
-    codes = np.broadcast_to(codes, len(sizes))
-    rows = []
-    for found in np.unique(codes).tolist():
-        here = sizes[codes == found]
-        rows.append(_bucket(size(found), len(here), len(sizes), float(cropped(here, size(found)).mean())))
-    lost = sum(row["images"] * row["cropped"] for row in rows) / len(sizes)
-    square = float(cropped(sizes, (resolution, resolution)).mean())
-    return {"resolution": resolution, "rows": rows, "cropped": lost, "cropped_square": square}
+# -- text and images ---------------------------------------------------------------------------------
 
 
-def _bucket(bucket: tuple[int, int], images: int, total: int, lost: float | None) -> dict[str, Any]:
-    return {"height": bucket[0], "width": bucket[1], "images": images, "share": images / total, "cropped": lost}
+def as_text(report: dict[str, Any], rejects: int = 20) -> str:
+    """The report as YAML, with the first rejects alone."""
+    lines = []
+    for reject in report["rejects"]:
+        key = f" ({reject['key']})" if reject["key"] else ""
+        lines.append(f"row {reject['row']}{key}: {reject['reason']}: {reject['detail']}")
+    short = {key: found for key, found in report.items() if found not in (None, "", {}, [])}
+    if lines:
+        short["rejects"] = lines[:rejects] + [f"and {len(lines) - rejects:,} more"] * (len(lines) > rejects)
+    return to_yaml(short)
+
+
+def to_yaml(report: dict[str, Any]) -> str:
+    """A report to read, floats to three digits, a row a line."""
+    return yaml.safe_dump(_rounded(report), sort_keys=False, width=10_000, default_flow_style=None, allow_unicode=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(found) for key, found in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(found) for found in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def contact_sheet(items: list[Item], side: int = 160, columns: int = 6, lines: int = 4) -> Image.Image:
+    """Thumbnails in reading order with number and caption below; a rejected row as its reason."""
+    font = ImageFont.load_default(11)
+    height, gap = side + 14 * (lines + 1) + 4, 8
+    rows = -(-len(items) // columns)
+    columns = min(columns, len(items))
+    canvas = Image.new("RGB", (columns * (side + gap) + gap, rows * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, item in enumerate(items):
+        left, top = gap + place % columns * (side + gap), gap + place // columns * (height + gap)
+        if item.pixels is not None:
+            image = Image.fromarray(item.pixels)
+            canvas.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+        else:
+            draw.rectangle((left, top, left + side - 1, top + side - 1), fill="#eeeeee", outline="#bb2222")
+            text = _wrapped(f"{item.reason}: {item.detail}" if item.reason else "no image", 24, 9)
+            draw.multiline_text((left + 6, top + 6), text, fill="#bb2222", font=font)
+        caption = next((text for text in item.captions if text), "")
+        size = " ({} x {})".format(*item.original) if item.original != (0, 0) else ""
+        draw.text((left, top + side + 2), f"row {item.row}{size}", fill="#666666", font=font)
+        draw.multiline_text((left, top + side + 16), _wrapped(caption, 27, lines), fill="black", font=font)
+    return canvas
+
+
+def _wrapped(text: str, width: int, lines: int) -> str:
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return "\n".join(textwrap.wrap(printable, width, max_lines=lines, placeholder=" ..."))

@@ -1,17 +1,17 @@
-"""A loader that goes on exactly where it stopped: its whole state is the number of samples handed out."""
+"""Resumable data loader: its whole state is the number of samples handed out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from emmdit.data.batch import Batch
 from emmdit.data.captions import choose
-from emmdit.data.order import Order
-from emmdit.data.sampler import ResumableSampler
+from emmdit.data.stream import Order, StreamSampler
 
 
 class _Positioned(Dataset):
@@ -21,7 +21,7 @@ class _Positioned(Dataset):
         self.dataset, self.seed = dataset, seed
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        if hasattr(self.dataset, "__getitems__"):  # reads a batch at once, e.g. Hugging Face `datasets`
+        if hasattr(self.dataset, "__getitems__"):  # reads a batch at once
             samples = self.dataset.__getitems__([index for index, _ in pairs])
         else:
             samples = [self.dataset[index] for index, _ in pairs]
@@ -37,46 +37,37 @@ class _Positioned(Dataset):
 class ResumableLoader:
     """Endless, resumable stream of training batches over a map-style data set of dicts.
 
-    Iterating gives `len(self)` batches from the current position; the next iteration goes on from there, so
-    passes follow each other without repeating or dropping a sample (see `emmdit.data.sampler`). Samples are
-    counted here, in the main process, as batches are handed out: what workers have fetched ahead is not
-    counted. The batches do not depend on `num_workers`, as long as `dataset[i]` is a function of i alone.
+    Iterating gives `len(self)` batches from the current position; the next iteration continues from there, so passes
+    follow each other without repeating or dropping a sample (see `emmdit.data.stream`). Samples are counted here, in
+    the main process, as batches are handed out: what workers have prefetched is not counted. The batches do not depend
+    on `num_workers`, as long as `dataset[i]` is a function of i alone.
 
-    Each batch is collated by torch's `default_collate` (captions become a list of str) and gains `sample_id`
-    (B,) int64, the index in the data set, and `position` (B,) int64, the global position in the stream. Where a
-    sample has `captions`, pairs of text and weight, one becomes its `caption`, by seed and position.
+    Where a sample has `captions`, pairs of text and weight, one becomes its `caption`, by seed and position.
 
     Use it for training only: validation wants the same samples every time. With Lightning set
-    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself
-    restores a loader's state only when it resumes in mid epoch or trains by `max_steps`. Its
-    `overfit_batches` has no effect on the samples drawn; use a smaller data set.
+    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a
+    loader's state only when it resumes in mid epoch or trains by `max_steps`. Its `overfit_batches` has no effect on
+    the samples drawn; use a smaller data set.
 
     Args:
         dataset: map-style, `dataset[i] -> dict`.
+        order: of the samples; its seed also chooses among captions.
         global_batch: samples in one forward pass of all ranks together; a multiple of `world_size`.
-        rank, world_size, seed, shuffle: see `ResumableSampler`.
-        num_workers, persistent_workers, prefetch_factor: as in torch's DataLoader.
-        pin_memory: copy batches to page-locked memory; only where there is an accelerator.
-        collate_fn: in place of `default_collate`.
+        rank, world_size: this process among all processes.
+        num_workers, persistent_workers: as in torch's DataLoader.
         samples_seen: position to begin at.
-        order: of the samples, with mixing, buckets or a block shuffle; a plain one by default.
     """
 
     def __init__(
         self,
         dataset: Any,
+        order: Order,
         global_batch: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
         num_workers: int = 0,
         persistent_workers: bool = True,
-        prefetch_factor: int = 2,
-        pin_memory: bool = True,
-        collate_fn: Callable[[list[dict[str, Any]]], Any] = default_collate,
         samples_seen: int = 0,
-        order: Order | None = None,
     ) -> None:
         if global_batch % world_size:
             # the mean over ranks of their mean losses would weigh samples unequally
@@ -86,31 +77,19 @@ class ResumableLoader:
             )
         self.samples_seen = samples_seen
         self.wait_seconds = 0.0  # spent in here waiting for batches, since it was made
-        self.sampler = ResumableSampler(len(dataset), global_batch, rank, world_size, seed, shuffle, order=order)
-        workers = {"persistent_workers": persistent_workers, "prefetch_factor": prefetch_factor} if num_workers else {}
+        self.sampler = StreamSampler(order, global_batch, rank, world_size)
         self.dataloader = DataLoader(
-            _Positioned(dataset, seed),
+            _Positioned(dataset, order.seed),
             batch_sampler=self.sampler,
             num_workers=num_workers,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            collate_fn=collate_fn,
-            **workers,
+            persistent_workers=persistent_workers and num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
-
-    @property
-    def dataset(self) -> Any:
-        """The data set as it was given."""
-        return self.dataloader.dataset.dataset
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in one batch of this rank."""
-        return self.sampler.global_batch // self.sampler.world_size
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         self.sampler.start = self.samples_seen
         batches = iter(self.dataloader)
         for _ in range(len(self)):
@@ -126,5 +105,5 @@ class ResumableLoader:
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from `state` with the next iteration; the number of ranks and the batch size may differ."""
+        """Continue from `state` with the next iteration; the number of ranks and the batch size may differ."""
         self.samples_seen = int(state["samples_seen"])

@@ -1,4 +1,4 @@
-"""Several data sets behind each other as one."""
+"""Mixture of data sets: several in a row as one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from emmdit.data.buckets import codes_of
+from emmdit.data.buckets import Bucketing, bucketing, concatenated
 
 
 class Mixture(Dataset):
-    """Sample i of the first source, then of the second, ...: how they are mixed is the order's affair.
+    """The samples of the first source, then of the second, ...; `emmdit.data.stream.Order` mixes them.
 
     Args:
         sources: name -> map-style data set.
@@ -48,15 +48,12 @@ class Mixture(Dataset):
                 out[slot] = {**sample, "sample_id": indices[slot]}
         return out
 
-    def buckets(self) -> np.ndarray | int:
-        """Size of each sample, or of all, as `emmdit.data.buckets.code`."""
-        codes = [codes_of(source) for source in self.sources.values()]
-        if all(isinstance(found, int) and found == codes[0] for found in codes):
-            return codes[0]
-        return np.concatenate([np.broadcast_to(np.int32(c), n) for c, n in zip(codes, self.counts, strict=True)])
+    def buckets(self) -> Bucketing:
+        """Sizes and each sample's index into them, see `emmdit.data.buckets`."""
+        return concatenated([bucketing(source) for source in self.sources.values()])
 
     @property
     def sizes(self) -> np.ndarray | None:
-        """(n, 2) height and width of the pictures before resize and crop; None where a source does not know them."""
+        """(n, 2) height and width of the images before resize and crop; None where a source does not know them."""
         sizes = [getattr(source, "sizes", None) for source in self.sources.values()]
         return None if any(found is None for found in sizes) else np.concatenate(sizes)

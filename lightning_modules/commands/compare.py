@@ -145,7 +145,7 @@ def teacher_calls(student: Model, teacher: Model, prompt: str, seed: int) -> lis
     if isinstance(student.pipeline, TextToImagePipeline):
         return trajectory_calls(teacher.network, student.pipeline, prompt, seed)
     with recorded_calls(teacher.network) as calls:
-        teacher.draw([prompt], [seed])
+        teacher.generate([prompt], [seed])
     return calls
 
 

@@ -1,4 +1,4 @@
-"""`emmdit generate-dataset`: prompts to a data set of pictures, by any text-to-image pipeline, on all ranks."""
+"""Command `emmdit generate-dataset`: prompts to a data set of images, by any text-to-image pipeline, on all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from emmdit.data.precompute.generate import FORMATS, Prompts, generate
+from emmdit.data.precompute.generate import WRITERS, Prompts, generate
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, open_model
 from lightning_modules.commands.precompute import report
@@ -22,26 +22,26 @@ def generate_parser() -> ArgumentParser:
         "--model", required=True, help="run folder, export, folder of a diffusers pipeline, or hub id of one"
     )
     parser.add_argument("--revision", type=str | None, help="of a hub id")
-    parser.add_class_arguments(Prompts, "prompts", help="what to draw")
-    parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
+    parser.add_class_arguments(Prompts, "prompts", help="prompts of the images")
+    parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
     parser.add_argument(
         "--steps", type=int | None, help="sampling steps; the model's own by default, as the next three"
     )
     parser.add_argument("--guidance", type=float | None)
     parser.add_argument("--height", type=int | None)
     parser.add_argument("--width", type=int | None)
-    parser.add_argument("--seed", type=int, default=0, help="of prompt 0; the others count on")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the pipeline")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompt 0; prompt i uses seed + i")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="type of the pipeline's weights")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs")
-    parser.add_argument("--rows_per_shard", type=int, default=1000, help="pictures in one file")
-    parser.add_argument("--format", choices=list(FORMATS), default="tar")
+    parser.add_argument("--rows_per_shard", type=int, default=1000, help="prompts in one file")
+    parser.add_argument("--format", choices=list(WRITERS), default="tar")
     add_trainer_arguments(parser)
     return parser
 
 
 def generate_dataset(argv: list[str]) -> None:
-    """Draw a picture for each prompt, as webdataset tars or parquet: a data set to train on."""
+    """Generate an image for each prompt, as webdataset tars or parquet: a data set to train on."""
     parser = generate_parser()
     args = parser.parse_args(argv)
     prompts = instantiate(parser, args).prompts

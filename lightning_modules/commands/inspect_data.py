@@ -1,4 +1,4 @@
-"""`emmdit inspect-data`: what a source, an experiment's data or a latents folder holds, as text, JSON and pictures."""
+"""Command `emmdit inspect-data`: a source, an experiment's data or a latents folder as text, JSON and contact sheet."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from torch.utils.data import DataLoader
 
-from datamodules import HubDataModule, LatentsDataModule, MixtureDataModule, TextImageDataModule
+from datamodules import CaptionedImagesDataModule, LatentsDataModule, TextImageDataModule
 from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
 from emmdit.data.inspect import (
     WORDS,
-    EncodedItems,
-    Looks,
-    SampleItems,
-    Tokens,
+    Thumbnails,
+    Tokenizer,
+    as_text,
     chosen_rows,
-    made_buckets,
-    source_items,
+    contact_sheet,
+    latents_summary,
     summary,
     thumbnail,
 )
 from emmdit.data.precompute.manifest import KIND
 from emmdit.data.precompute.precompute import Item
-from emmdit.data.readers.open import fingerprint, open_source
-from emmdit.data.show import as_text, charts, contact_sheet
+from emmdit.data.readers.open import open_source
 from emmdit.encoders.loading import load_tokenizer
 from emmdit.files import save_png, to_uint8
 from lightning_modules.commands.progress import counter
@@ -46,7 +44,7 @@ SIDE = 160
 
 
 def inspect_data(argv: list[str]) -> None:
-    """Look at data before training on them: counts, sizes, caption lengths, buckets, rows left out, a contact sheet."""
+    """Inspect data before training: counts, sizes, caption lengths, buckets, rejected rows, a contact sheet."""
     parser = argparse.ArgumentParser("emmdit inspect-data", description=inspect_data.__doc__, allow_abbrev=False)
     parser.add_argument(
         "-c", "--config", action="append", default=[], help="a file of experiments/data, or an experiment"
@@ -54,20 +52,20 @@ def inspect_data(argv: list[str]) -> None:
     parser.add_argument("--source", help="in place of files: folder, file, glob or hub id")
     parser.add_argument("--image_column", help="with --source; by default found by its name")
     parser.add_argument("--caption_column", help="with --source; by default found by its name")
-    parser.add_argument("--out", required=True, type=Path, help="folder for report.json, report.txt and the PNG files")
+    parser.add_argument("--out", required=True, type=Path, help="folder for report.json and sheet.png")
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--sample", type=int, default=2000, help="so many rows of them, drawn by --seed; 0: all")
+    parser.add_argument("--sample", type=int, default=2000, help="random rows of them, chosen by --seed; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resolution", type=int, help="in pixels; by default the data's")
-    parser.add_argument("--min_side", type=int, help="smaller images are left out; by default the resolution")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
+    parser.add_argument("--min_side", type=int, help="in pixels: smaller images are rejected; default: the resolution")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
     parser.add_argument(
         "--bucket_step", type=int, help="crop to buckets of this step in place of the square, in pixels"
     )
     parser.add_argument("--tokenizer", help="folder or hub id; by default the experiment's, else words are counted")
     parser.add_argument("--max_length", type=int, help="with --tokenizer: captions are cut to so many tokens")
-    parser.add_argument("--pictures", type=int, default=24, help="on the contact sheet")
-    parser.add_argument("--decode", action="store_true", help="draw latents without pictures by the experiment's codec")
+    parser.add_argument("--images", type=int, default=24, help="on the contact sheet")
+    parser.add_argument("--decode", action="store_true", help="decode latents without images by the experiment's codec")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode")
     parser.add_argument("--device", default="cpu", help="of --decode")
     args, more = parser.parse_known_args(argv)
@@ -75,21 +73,13 @@ def inspect_data(argv: list[str]) -> None:
         parser.error("give either --source or -c files")
     if args.source is not None and more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    for name in ("limit", "sample", "pictures", "bucket_step"):
-        if (value := getattr(args, name)) is not None and value < (name in ("limit", "bucket_step")):
-            raise ValueError(f"--{name} must not be {value}.")
+    for name, least in (("limit", 1), ("sample", 0), ("images", 0), ("bucket_step", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
 
     data, module = (open_any(args), None) if args.source is not None else from_files(args.config, more)
-    tokens = [WORDS] if args.tokenizer is None else [tokens_of(load_tokenizer(args.tokenizer), args)]
-    if args.tokenizer is None and getattr(module, "text", None) is not None:
-        try:
-            encoders = getattr(module.text, "encoders", None) or [module.text]
-            tokens = [tokens_of(encoder.tokenizer, encoder) for encoder in encoders]
-        except (ValueError, OSError) as error:
-            print(f"emmdit inspect-data: captions are counted in words: {error}", file=sys.stderr)
-    parts = data.sources if isinstance(data, MixtureDataModule) else {"": data}
-    for name, part in parts.items():
-        look_at(part, args.out / name, tokens, getattr(module, "codec", None), args)
+    for name, part in data.parts().items():
+        inspect_part(part, args.out / name, tokenizers(module, args), getattr(module, "codec", None), args)
 
 
 def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, Any]:
@@ -98,7 +88,7 @@ def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, 
     if any(argument.startswith("--model") for argument in more) or any(map(_has_model, files)):
         from lightning_modules.commands.fit import SuiteCLI
 
-        for name in ("lightning.pytorch", "lightning.fabric"):  # nothing is trained: not a word of seeds and devices
+        for name in ("lightning.pytorch", "lightning.fabric"):  # nothing is trained: no words on seeds and devices
             logging.getLogger(name).setLevel(logging.WARNING)
         with TemporaryDirectory() as folder:  # one process on the CPU, whatever the trainer's files say
             trainer = ["accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", f"default_root_dir={folder}"]
@@ -125,106 +115,77 @@ def open_any(args: argparse.Namespace) -> TextImageDataModule:
     names = open_source(args.source).column_names
     image = args.image_column or next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
     caption = args.caption_column or next((name for name in CAPTION_COLUMNS if name in names), CAPTION_COLUMNS[0])
-    return HubDataModule(args.source, image, caption)
+    return CaptionedImagesDataModule(args.source, image, caption)
 
 
-def tokens_of(tokenizer: Any, about: Any) -> Tokens:
-    """`about` has `max_length` (None: captions are not cut)."""
+def tokenizers(module: Any, args: argparse.Namespace) -> list[Tokenizer]:
+    """--tokenizer's, or those of the experiment's text encoders; else words."""
+    if args.tokenizer is not None:
+        return [_tokenizer(args.tokenizer, load_tokenizer(args.tokenizer), args.max_length)]
+    text = getattr(module, "text", None)
+    try:
+        encoders = [] if text is None else getattr(text, "encoders", None) or [text]
+        names = [getattr(encoder, "source", type(encoder).__name__) for encoder in encoders]
+        found = zip(names, encoders, strict=True)
+        return [_tokenizer(name, encoder.tokenizer, encoder.max_length) for name, encoder in found] or [WORDS]
+    except (ValueError, OSError) as error:
+        print(f"emmdit inspect-data: captions are counted in words: {error}", file=sys.stderr)
+        return [WORDS]
 
+
+def _tokenizer(name: str, tokenizer: Any, max_length: int | None) -> Tokenizer:
     def lengths(captions: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
-    name = getattr(about, "tokenizer", None)
-    name = name if isinstance(name, str) else getattr(about, "source", type(about).__name__)
-    return Tokens(f"tokens of {name}", lengths, about.max_length)
+    return f"tokens of {name}", lengths, max_length
 
 
-def look_at(data: TextImageDataModule, out: Path, tokens: list[Tokens], codec: Any, args: argparse.Namespace) -> None:
-    """Report, contact sheet and charts of one source into `out`."""
-    resolution = args.resolution or getattr(data, "resolution", None)
-    buckets = getattr(data, "buckets", None) if args.bucket_step is None else Buckets(args.bucket_step)
-    about = {"source": data.source, "licence": data.licence, "card": data.card}
-    if isinstance(data, LatentsDataModule):
-        items: Any = EncodedItems(data.source)
-        manifest, count = items.manifest, len(items)
-        about |= {name: data.provenance()[name] for name in ("source", "licence", "card")}
-        about |= {"kind": f"{len(manifest['shards'])} shards of latents", "rows": count}
-        made = {"class_path": "?", "source": "", "weights_sha256": "?"} | manifest["codec"]
-        about["encoder"] = f"{made['class_path']} {made['source']}, weights {made['weights_sha256'][:12]}"
-    elif isinstance(data, HubDataModule):
-        rows = data.rows()
-        count = len(rows)
-        if "image" in data.columns:
-            settings = {"min_side": args.min_side, "max_pixels": args.max_pixels, "buckets": buckets}
-            items = source_items(rows, data.columns["image"], data.caption_columns, resolution, **settings)
-        else:
-            items = SampleItems(data._part(0, None))
-        about |= {"kind": type(rows).__name__, "rows": count, "fingerprint": fingerprint(rows)}
-        about["columns"] = ", ".join(rows.column_names)
-    else:
-        items = SampleItems(data.train_dataset())
-        count = len(items)
-        about |= {"kind": type(data).__name__, "rows": count}
-
-    numbers = chosen_rows(count, args.limit, args.sample or None, args.seed)
-    shown = numbers[:: max(1, len(numbers) // max(1, args.pictures))][: args.pictures]
+def inspect_part(
+    data: TextImageDataModule, out: Path, tokenizers: list[Tokenizer], codec: Any, args: argparse.Namespace
+) -> None:
+    """Report and contact sheet of one source into `out`."""
+    buckets = None if args.bucket_step is None else Buckets(args.bucket_step)
+    found = data.inspected(args.resolution, min_side=args.min_side, max_pixels=args.max_pixels, buckets=buckets)
+    numbers = chosen_rows(len(found.items), args.limit, args.sample or None, args.seed)
+    shown = numbers[:: max(1, len(numbers) // max(1, args.images))][: args.images]
     loader = DataLoader(
-        Looks(items, shown, SIDE), None, sampler=numbers, num_workers=args.num_workers, collate_fn=_same
+        Thumbnails(found.items, shown, SIDE), None, sampler=numbers, num_workers=args.num_workers, collate_fn=_same
     )
-    found, kept = summary(_counted(loader, len(numbers)), tokens, resolution or 512, buckets)
-    report = about | {"looked_at": len(numbers), "limit": args.limit, "sample": args.sample, "seed": args.seed} | found
-    if isinstance(data, LatentsDataModule):
-        kept = encoded(report, items, shown, kept, codec if args.decode else None, args.device)
-    elif resolution is None:
-        report["buckets"] = None
+    report, kept = summary(_counted(loader, len(numbers)), tokenizers, found.resolution, found.buckets)
+    kept = [item for item in kept if item.row in set(shown)]
+    if found.latents is not None:
+        known, latents = latents_summary(found.latents, shown)
+        report["rejected"] = known.pop("rejected") | report["rejected"]
+        report["rejects"] = known.pop("rejects") + report["rejects"]
+        report |= known
+        if args.decode and codec is not None and not any(item.pixels is not None for item in kept):
+            kept = [found.items[number] for number in shown]
+            for item, tensor in zip(kept, latents, strict=True):
+                with torch.no_grad():
+                    images = codec.to(args.device).decode(tensor[None].to(args.device))
+                item.pixels = thumbnail(to_uint8(images)[0], SIDE)
+    about = {"source": data.source, "license": data.license, "card": data.card} | found.about
+    looked = {"rows": len(found.items), "inspected": len(numbers), "limit": args.limit, "sample": args.sample}
+    report = about | looked | {"seed": args.seed} | report
 
     out.mkdir(parents=True, exist_ok=True)
     text = as_text(report)
     print(text, flush=True)
-    (out / "report.txt").write_text(text + "\n")
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    charts(report, out / "charts.png")
-    kept = [item for item in kept if item.row in set(shown)]
     if any(item.pixels is not None for item in kept):
         save_png(contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})
-    elif args.pictures:
-        way = "; --decode draws its latents, with -c of its experiment" * isinstance(data, LatentsDataModule)
-        print(f"No contact sheet: there are no pictures in it{way}.")
+    elif args.images:
+        way = "; --decode decodes its latents, with -c of its experiment" * (found.latents is not None)
+        print(f"No contact sheet: there are no images in it{way}.")
     print(f"written: {out}", flush=True)
-
-
-def encoded(
-    report: dict[str, Any], items: EncodedItems, shown: list[int], kept: list[Item], codec: Any, device: str
-) -> list[Item]:
-    """What a precomputed folder knows beside its samples: rejects, sizes as encoded, statistics of the latents."""
-    manifest, samples = items.manifest, items.samples
-    report["rejected"] = {**manifest["counts"]["rejected"], **report["rejected"]}
-    listed = (samples.folder / "rejects.jsonl").read_text(encoding="utf-8")
-    report["rejects"] = [json.loads(line) for line in listed.splitlines()[:1000]] + report["rejects"]
-    report["buckets"] = made_buckets(samples.sizes, np.asarray(samples.buckets()), manifest["resolution"])
-    latents = [sample["latents"] for sample in samples.__getitems__(shown)] if shown else []
-    if latents:
-        values = torch.cat([tensor.flatten() for tensor in latents])
-        report["latents"] = {"shape": list(latents[0].shape), "dtype": manifest["columns"]["latents"]["dtype"]}
-        report["latents"] |= {"samples": len(latents), "mean": values.mean().item(), "std": values.std().item()}
-    if codec is None or any(item.pixels is not None for item in kept):
-        return kept
-    codec.to(device)
-    drawn = []
-    for number, tensor in zip(shown, latents, strict=True):
-        item = items[number]
-        with torch.no_grad():
-            item.pixels = thumbnail(to_uint8(codec.decode(tensor[None].to(device)))[0], SIDE)
-        drawn.append(item)
-    return drawn
 
 
 def _same(item: Item) -> Item:
     return item
 
 
-def _counted(loader: DataLoader, total: int) -> Any:
-    progress = counter("rows looked at")
+def _counted(loader: DataLoader, total: int) -> Iterator[Item]:
+    progress = counter("rows inspected")
     for done, item in enumerate(loader, 1):
         progress(done, total)
         yield item

@@ -1,16 +1,15 @@
-"""`emmdit precompute`: a source of captioned images to latents on disk, on all ranks."""
+"""Command `emmdit precompute`: a source of captioned images to latents on disk, on all ranks."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from datamodules import HubDataModule
-from emmdit.data.buckets import Buckets
-from emmdit.data.images import MAX_PIXELS
+from datamodules import CaptionedImagesDataModule
 from emmdit.data.precompute.precompute import Settings
 from emmdit.data.precompute.precompute import precompute as precompute_rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
@@ -28,23 +27,19 @@ def precompute_parser() -> ArgumentParser:
         help="experiments/data, then experiments/precompute and a trainer's file",
     )
     parser.add_subclass_arguments(
-        HubDataModule, "data", required=True, help="the source, as a file of experiments/data"
+        CaptionedImagesDataModule, "data", required=True, help="the source, as a file of experiments/data"
     )
-    parser.add_argument("--codec", type=ImageCodec, help="what encodes the images")
-    parser.add_argument("--text", type=TextConditioner | None, help="store text features, too: 512 KiB a sample")
-    parser.add_argument("--vision", type=VisionFeatures | None, help="store vision features, too: 384 KiB a sample")
-    parser.add_argument("--out", required=True, help="folder of the result; given again, it goes on")
-    parser.add_argument("--resolution", type=int, default=512, help="in pixels")
-    parser.add_argument("--buckets", type=Buckets | None, help="several sizes in place of the square: {step: 128}")
+    parser.add_argument("--codec", type=ImageCodec, help="autoencoder that encodes the images")
+    parser.add_argument(
+        "--text", type=TextConditioner | None, help="encoder of text features to store, too: 512 KiB a sample"
+    )
+    parser.add_argument(
+        "--vision", type=VisionFeatures | None, help="encoder of vision features to store, too: 384 KiB a sample"
+    )
+    parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
+    parser.add_class_arguments(Settings, skip={"image_column", "caption_columns"})
     parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
-    parser.add_argument("--dtype", default="float16", help="latents are stored in")
-    parser.add_argument("--min_side", type=int | None, help="smaller images are left out; by default those to enlarge")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
-    parser.add_argument("--keep_images", type=int | None, help="JPEG quality of a copy of each image, for REPA")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in a call of the codec")
-    parser.add_argument("--rows_per_shard", type=int, default=10_000, help="rows of the source in one file")
-    parser.add_argument("--num_workers", type=int, default=8, help="processes of each rank that decode")
-    parser.add_argument("--seed", type=int, default=0, help="of codecs that draw their latents")
+    parser.add_argument("--num_workers", type=int, default=8, help="processes of each rank that decode images")
     add_trainer_arguments(parser)
     return parser
 
@@ -61,24 +56,11 @@ def precompute(argv: list[str]) -> None:
         )
     if "image" not in data.columns:
         raise ValueError("The data section names no image_column, and latents are made of images.")
-    settings = Settings(
-        resolution=args.resolution,
-        image_column=data.columns["image"],
-        caption_columns=tuple(args.caption_columns or data.caption_columns),
-        buckets=built.buckets,
-        **{
-            name: getattr(args, name)
-            for name in ("dtype", "min_side", "max_pixels", "keep_images", "batch_size", "seed", "rows_per_shard")
-        },
-    )
-    source = {
-        "source": data.source,
-        "split": data.split,
-        "data_files": data.data_files,
-        "revision": data.revision,
-        "licence": data.licence,
-        "card": data.card,
-    }
+    chosen = {field.name: built[field.name] for field in fields(Settings) if field.name in built}
+    captions = tuple(args.caption_columns or data.caption_columns)
+    settings = Settings(**chosen | {"image_column": data.columns["image"], "caption_columns": captions})
+    names = ("source", "split", "data_files", "revision", "license", "card")
+    source = {name: getattr(data, name) for name in names}
 
     def work(device: torch.device, rank: int, world: int) -> None:
         rows = data.source_rows()
@@ -92,14 +74,14 @@ def precompute(argv: list[str]) -> None:
 
 
 def report(manifest: dict, out: Path) -> None:
-    """Said by the rank that ended last; by several, if they ended together."""
+    """Printed by the rank that ends last; by several, if they end together."""
     counts = manifest["counts"]
-    left_out = sum(counts["rejected"].values())
+    rejected = sum(counts["rejected"].values())
     print(
         f"{counts['samples']:,} samples of {counts['rows']:,} rows in {len(manifest['shards'])} shards: {out}",
         flush=True,
     )
-    if left_out:
+    if rejected:
         print(
-            f"{left_out:,} rows left out, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
+            f"{rejected:,} rows rejected, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
         )

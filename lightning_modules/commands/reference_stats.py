@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from PIL import Image
 from torch import Tensor
 
-from emmdit.data.dataset import CaptionedRows
+from emmdit.data.dataset import CaptionedDataset
 from emmdit.data.images import first_line, load_image
 from emmdit.data.readers.open import open_source, select_columns
 from emmdit.evaluation.metrics.clip import CLIP
@@ -185,7 +185,7 @@ def open_images(args: Namespace) -> Source:
         raise ValueError("--data needs --resolution, the size to which its images are cropped.")
     columns = {"image": args.image_column}
     table = select_columns(open_source(args.data, args.split), columns, args.data)
-    rows = CaptionedRows(table, args.data, columns, args.resolution)
+    rows = CaptionedDataset(table, args.data, columns, args.resolution)
     chosen = choose(len(rows), args.num, args.seed, args.data)
     label = args.data.rstrip("/").split("/")[-1].removesuffix(".parquet")
     return Source(

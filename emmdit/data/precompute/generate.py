@@ -1,8 +1,11 @@
-"""Prompts to pictures on disk: webdataset tars or parquet files, resumable, each picture a function of its own seed."""
+"""Generated data set: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
+
+Unlike `emmdit.evaluation.image_set.ImageSet`, which keeps one folder a prompt in GenEval's layout, this writes shards:
+ten million images are ten thousand files.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -15,22 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emmdit.data.images import BadRow, first_line
-from emmdit.data.precompute.job import ShardedJob
-from emmdit.data.readers.open import fingerprint, open_source, select_columns, value
+from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.precompute.job import ResumableJob
+from emmdit.data.readers.open import open_source, select_columns, value
 from emmdit.files import to_uint8
 
 KIND = "emmdit generated"
-FORMATS = {"tar": ".tar", "parquet": ".parquet"}
-Draw = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
 
 
 class Prompts:
-    """Lines of a text file, or the caption column of any source.
+    """Prompts from a column of any source, or the lines of a text file.
 
     Args:
-        source: text file, or what `open_source` takes.
-        column: of a source that is no text file; `json.prompt` reads inside `json`.
+        source: text file, or any source of `open_source`.
+        column: of a source that is not a text file; `json.prompt` reads inside `json`.
         first, count: a part of them; count None takes all that follow.
     """
 
@@ -44,38 +45,33 @@ class Prompts:
         first: int = 0,
         count: int | None = None,
     ) -> None:
-        path = Path(source).expanduser()
-        self.column = None if path.is_file() and path.suffix == ".txt" else column
-        if self.column is None:
-            self.rows: Any = path.read_text(encoding="utf-8").splitlines()
-            digest = hashlib.sha256("\n".join(self.rows).encode()).hexdigest()[:16]
-        else:
-            self.rows = select_columns(open_source(source, split, data_files, revision), {"prompt": column}, source)
-            digest = fingerprint(self.rows)
+        rows = open_source(source, split, data_files, revision)
+        self.column = "prompt" if rows.column_names == ["prompt"] else column
+        self.rows = select_columns(rows, {"prompt": self.column}, source)
         last = len(self.rows) if count is None else min(first + count, len(self.rows))
         if first < 0 or first >= last:
             raise ValueError(f"'{source}' has {len(self.rows)} prompts: there are none from number {first} on.")
         self.range = range(first, last)
         self.about = {"source": source, "column": self.column, "split": split, "data_files": data_files}
-        self.about |= {"revision": revision, "fingerprint": digest, "first": first, "count": len(self.range)}
+        self.about |= {"revision": revision, "fingerprint": self.rows.fingerprint}
+        self.about |= {"first": first, "count": len(self.range)}
 
     def __len__(self) -> int:
         return len(self.range)
 
     def __getitem__(self, index: int) -> str:
-        """BadRow where there is no text."""
-        number = self.range[index]
-        found = self.rows[number] if self.column is None else value(self.rows[number], self.column)
+        """InvalidSample where there is no text."""
+        found = value(self.rows[self.range[index]], self.column)
         if found is not None and not isinstance(found, str):
-            raise BadRow(f"a text was expected, not {found!r:.40}")
+            raise InvalidSample(f"a text was expected, not {found!r:.40}")
         if not found or not found.strip():
-            raise BadRow("there is no prompt", "empty caption")
+            raise InvalidSample("there is no prompt", "empty caption")
         return found.strip()
 
 
 def generate(
     prompts: Prompts,
-    draw: Draw,
+    model: Callable[[list[str], list[int]], Tensor],
     out: str | Path,
     made_with: dict[str, Any],
     seed: int = 0,
@@ -87,52 +83,52 @@ def generate(
     world: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Do this rank's part of what is not done yet; gives the manifest once every rank's part is done.
+    """Do this rank's part of what is not done yet; returns the manifest once every rank's part is done.
 
     A tar holds for each prompt `KEY.jpg`, `KEY.txt` and `KEY.json` ({"prompt", "seed", "row"}), a parquet file the
-    columns image, caption, key, seed and row; KEY is the prompt's number. Prompt n is drawn with the seed `seed` + n.
+    columns image, caption, key, seed and row; KEY is the prompt's number. Prompt n has the seed `seed` + n.
 
     Args:
+        model: prompts and seeds to images (B, 3, H, W) in [-1, 1].
         made_with: pipeline, weights and sampling settings, fit for JSON: a folder begun with others is refused.
         quality: of the JPEGs.
         rows_per_shard: prompts in one file; a kill costs each rank at most one file.
         kind: "tar" or "parquet".
     """
-    if kind not in FORMATS:
-        raise ValueError(f"The format is {' or '.join(FORMATS)}, not '{kind}'.")
+    if kind not in WRITERS:
+        raise ValueError(f"The format is {' or '.join(WRITERS)}, not '{kind}'.")
     if batch_size < 1 or not 1 <= quality <= 100:
         raise ValueError("batch_size must be at least 1, and quality from 1 to 100.")
     about = {"kind": KIND, "version": 1, "prompts": prompts.about, "made_with": made_with}
     about |= {"seed": seed, "quality": quality, "batch_size": batch_size, "format": kind}
-    with ShardedJob(out, about, len(prompts), rows_per_shard, FORMATS[kind], rank, world) as job:
+    with ResumableJob(out, about, len(prompts), rows_per_shard, f".{kind}", rank, world) as job:
         units = job.pending()
         total, done = sum(len(job.rows(unit)) for unit in units), 0
         for unit in units:
             good: list[tuple[int, str]] = []
+            made: list[dict[str, Any]] = []
             rejects: list[dict[str, Any]] = []
             for row in job.rows(unit):
                 try:
                     good.append((row, prompts[row]))
-                except BadRow as error:
+                except InvalidSample as error:
                     rejects.append(_reject(row, error.reason, first_line(error)))
             done += len(rejects)
-            made: list[dict[str, Any]] = []
             for first in range(0, len(good), batch_size):
                 chunk = good[first : first + batch_size]
                 with torch.no_grad():
-                    images = draw([prompt for _, prompt in chunk], [seed + row for row, _ in chunk])
+                    images = model([prompt for _, prompt in chunk], [seed + row for row, _ in chunk])
                 finite = images.isfinite().flatten(1).all(1).tolist()
                 pixels = to_uint8(images.nan_to_num())
-                for (row, prompt), picture, fine in zip(chunk, pixels, finite, strict=True):
-                    if not fine or picture.min() == picture.max():  # overflow in float16, or a safety checker
-                        rejects.append(_reject(row, "blank picture", prompt[:80]))
+                for (row, prompt), image, fine in zip(chunk, pixels, finite, strict=True):
+                    if not fine or image.min() == image.max():  # overflow in float16, or a safety checker
+                        rejects.append(_reject(row, "blank image", prompt[:80]))
                     else:
-                        made.append(_record(row, prompt, seed + row, picture, quality))
+                        made.append(_record(row, prompt, seed + row, image, quality))
                 done += len(chunk)
                 if progress is not None:
                     progress(done, total)
-            write = _write_tar if kind == "tar" else _write_parquet
-            job.commit(unit, lambda path, made=made, write=write: write(path, made), len(made), rejects)
+            job.commit(unit, lambda path, made=made: WRITERS[kind](path, made), len(made), rejects)
         return job.manifest(about)
 
 
@@ -140,11 +136,11 @@ def _reject(row: int, reason: str, detail: str) -> dict[str, Any]:
     return {"row": row, "key": f"{row:09d}", "reason": reason, "detail": detail}
 
 
-def _record(row: int, prompt: str, seed: int, picture: np.ndarray, quality: int) -> dict[str, Any]:
+def _record(row: int, prompt: str, seed: int, image: np.ndarray, quality: int) -> dict[str, Any]:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
-    image = {"bytes": buffer.getvalue(), "path": None}
-    return {"image": image, "caption": prompt, "key": f"{row:09d}", "seed": seed, "row": row}
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    encoded = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": encoded, "caption": prompt, "key": f"{row:09d}", "seed": seed, "row": row}
 
 
 def _write_tar(path: Path, records: list[dict[str, Any]]) -> None:
@@ -166,7 +162,10 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = {"caption": "string", "key": "string", "seed": "int64", "row": "int64"}
-    features = {"image": datasets.Image(), **{name: datasets.Value(kind) for name, kind in names.items()}}
+    types = {"caption": "string", "key": "string", "seed": "int64", "row": "int64"}
+    features = {"image": datasets.Image(), **{name: datasets.Value(kind) for name, kind in types.items()}}
     table = pa.Table.from_pylist(records, schema=datasets.Features(features).arrow_schema)
-    pq.write_table(table, path, row_group_size=100)  # pictures: small groups, or a reader holds gigabytes
+    pq.write_table(table, path, row_group_size=100)  # small groups of images, or a reader holds gigabytes
+
+
+WRITERS = {"tar": _write_tar, "parquet": _write_parquet}

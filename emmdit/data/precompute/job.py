@@ -1,12 +1,12 @@
-"""Long work on many rows, cut into units of consecutive rows, each of which becomes one file or nothing.
+"""Resumable job over many rows, cut into units of consecutive rows, with a journal for each rank.
 
 Resuming rests on three rules:
 
 - What a unit is depends on the source and `rows_per_shard` alone, not on who works on it; among n ranks unit u
-  belongs to rank u modulo n. So any number of ranks can go on.
-- A unit's file is written under another name, synced, and renamed: it is whole or not there.
-- Then a line in the rank's own journal says so, with the unit's rejects. A kill between the two makes the unit be
-  done again, into the same name. A line cut in the middle does not count.
+  belongs to rank u modulo n. So any number of ranks can resume.
+- A unit's file is written under another name, synced, and renamed: it is whole or absent.
+- Then a line in the rank's own journal says so, with the unit's rejects. After a kill between the two the unit is
+  made again, under the same name. A line cut in the middle does not count.
 
 Every row is therefore in exactly one unit, and every unit in the result exactly once: nothing is lost or doubled.
 """
@@ -23,13 +23,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from emmdit.files import atomic_path
 
-class ShardedJob:
-    """`with ShardedJob(...) as job: for unit in job.pending(): ... job.commit(unit, ...)`, then `job.manifest(...)`.
+
+class ResumableJob:
+    """`with ResumableJob(...) as job: for unit in job.pending(): ... job.commit(unit, ...)`, then `job.manifest(...)`.
 
     Args:
         folder: of the result; made if need be.
-        plan: all that decides about the result, fit for JSON. A folder begun with another plan is refused.
+        plan: all that determines the result, fit for JSON. A folder begun with another plan is refused.
         total: number of rows in the source.
         rows_per_shard: rows in a unit. A kill costs each rank at most one.
         suffix: of the files.
@@ -54,68 +56,51 @@ class ShardedJob:
         self.plan = json.loads(json.dumps(plan | {"rows": total, "rows_per_shard": rows_per_shard}))
         self.rank, self.world = rank, world
         self.units = -(-total // rows_per_shard)
-        self.journal = self.folder / "journal"
-        self._lock = FileLock(self.journal / f".rank-{rank:05d}.lock", timeout=0)
+        self.journals = self.folder / "journal"
+        self.journal = self.journals / f"rank-{rank:05d}.jsonl"
+        self._lock = FileLock(self.journals / f".rank-{rank:05d}.lock", timeout=0)
 
-    def __enter__(self) -> ShardedJob:
-        self.journal.mkdir(parents=True, exist_ok=True)
-        self._agree()
+    def __enter__(self) -> ResumableJob:
+        self.journals.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.journals / ".plan.lock"):
+            self._check_plan()
         try:
             self._lock.acquire()
         except Timeout:
             raise ValueError(
                 f"Another process is writing rank {self.rank}'s part of {self.folder}: wait for it or end it."
             ) from None
-        for left in self.folder.glob(f".rank-{self.rank:05d}-*"):  # by a kill
-            left.unlink()
-        self._mend(self._journal_file())
+        if self.journal.is_file() and (content := self.journal.read_bytes()) and not content.endswith(b"\n"):
+            with open(self.journal, "r+b") as journal:  # cut off a last line that a kill left without its end
+                journal.truncate(content.rfind(b"\n") + 1)
         self.done = self._read_journals()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _agree(self) -> None:
-        """Write plan.json, or find the same one. A hard link appears with its content, and for one process alone."""
+    def _check_plan(self) -> None:
+        """Write plan.json, or compare with the one that is there."""
         file = self.folder / "plan.json"
         if not file.is_file():
-            strangers = [path.name for path in self.folder.iterdir() if path != self.journal and path.name[0] != "."]
-            if strangers and not file.is_file():
-                raise ValueError(f"{self.folder} holds other things ({strangers[0]}): choose an empty folder.")
-            part = self.folder / f".plan-{self.rank}-{os.getpid()}"
-            _write(part, json.dumps(self.plan, indent=1) + "\n")
-            try:
-                os.link(part, file)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                os.replace(part, file)
-            part.unlink(missing_ok=True)
-        found = flat(json.loads(file.read_text()))
+            others = [path.name for path in self.folder.iterdir() if path != self.journals and path.name[0] != "."]
+            if others:
+                raise ValueError(f"{self.folder} holds other things ({others[0]}): choose an empty folder.")
+            with atomic_path(file) as part:
+                part.write_text(json.dumps(self.plan, indent=1) + "\n")
+        found = flat(json.loads(file.read_text().replace('"licence":', '"license":')))  # the key's older name
         wanted = flat(self.plan)
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
                     f"{self.folder} was begun with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
-                    "another folder, or go on with the same settings."
+                    "another folder, or resume with the same settings."
                 )
 
-    # -- the journals --------------------------------------------------------------------------------
-
-    def _journal_file(self) -> Path:
-        return self.journal / f"rank-{self.rank:05d}.jsonl"
-
-    @staticmethod
-    def _mend(file: Path) -> None:
-        """Cut off a last line that a kill left without its end, so that the next line does not hang on to it."""
-        if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
-            with open(file, "r+b") as journal:
-                journal.truncate(content.rfind(b"\n") + 1)
-
     def _read_journals(self) -> dict[int, dict[str, Any]]:
-        """Unit -> its record, of all ranks there ever were; only those whose file is there and of its size."""
+        """Unit -> its record, of all ranks there ever were; only those whose file exists and has its size."""
         done = {}
-        for journal in sorted(self.journal.glob("rank-*.jsonl")):
+        for journal in sorted(self.journals.glob("rank-*.jsonl")):
             for line in journal.read_bytes().split(b"\n")[:-1]:
                 record = json.loads(line)
                 file = self.folder / record["file"] if record["file"] else None
@@ -139,28 +124,27 @@ class ShardedJob:
     def commit(
         self,
         unit: int,
-        write: Callable[[Path], None] | None,
+        write: Callable[[Path], None],
         samples: int,
         rejects: list[dict[str, Any]],
         **more: Any,
     ) -> None:
-        """Make `write(path)`'s file the unit's result (None where nothing is left of it), and remember it for good."""
+        """Write the unit's file by `write(path)` (none where no sample is left), and record it in the journal."""
         rows = self.rows(unit)
         if samples + len(rejects) != len(rows):
             raise RuntimeError(f"unit {unit}: {samples} samples and {len(rejects)} rejects of {len(rows)} rows.")
         record = {"unit": unit, "first": rows.start, "rows": len(rows), "samples": samples, "file": None, "bytes": 0}
-        if write is not None and samples:
+        for left in self.folder.glob(f".data-{unit:06d}-*"):  # by a kill
+            left.unlink()
+        if samples:
             name = f"data-{unit:06d}{self.suffix}"
-            part = self.folder / f".rank-{self.rank:05d}-{name}"
-            write(part)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-                record |= {"file": name, "bytes": part.stat().st_size}
-                record["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.replace(part, self.folder / name)
-            _sync(self.folder)
+            with atomic_path(self.folder / name) as part:
+                write(part)
+                with open(part, "rb") as file:
+                    record |= {"file": name, "bytes": part.stat().st_size}
+                    record["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         record |= {**more, "rejects": rejects}
-        with open(self._journal_file(), "a", encoding="utf-8") as journal:
+        with open(self.journal, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(record) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -194,11 +178,11 @@ class ShardedJob:
         }
         hashes = "".join(shard["sha256"] for shard in shards)
         manifest["sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
-        manifest = json.loads(json.dumps(manifest))  # what is given back is what is read back: no tuples
-        text = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-        replace(self.folder / "rejects.jsonl", text)
-        replace(self.folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        return manifest
+        with atomic_path(self.folder / "rejects.jsonl") as part:
+            part.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects), "utf-8")
+        with atomic_path(self.folder / "manifest.json") as part:
+            part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        return json.loads(json.dumps(manifest))  # as it is read back: no tuples
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -206,26 +190,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {key: v for name, below in tree.items() for key, v in flat(below, f"{prefix}.{name}".lstrip(".")).items()}
-
-
-def replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    _write(part, text)
-    os.replace(part, file)
-
-
-def _write(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """The rename itself must outlive a power cut, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""A folder made by `emmdit precompute` as training samples."""
+"""Latents data set: a folder made by `emmdit precompute` as training samples."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from emmdit.data.arrow import ArrowRows
-from emmdit.data.buckets import code
+from emmdit.data.buckets import Bucketing, one_bucket
 from emmdit.data.captions import candidates
 from emmdit.data.images import first_line, load_image
 from emmdit.data.precompute.manifest import read_manifest
 
 
-class LatentsRows(Dataset):
+class LatentsDataset(Dataset):
     """Samples with `caption`, `sample_id`, `latents` (C, h, w) float32, and `features` (N, D), `image` or `condition`
     (the tensors of the text condition by their names) where kept.
 
@@ -26,9 +25,9 @@ class LatentsRows(Dataset):
     Args:
         folder: made by `emmdit precompute`.
         first, last: these rows of it.
-        images: read the kept pictures, too.
+        images: read the kept images, too.
         text: read the kept text conditions, too.
-        captions: where a picture has several captions, give them all as `captions`, (text, weight) pairs for the loader
+        captions: where an image has several captions, give them all as `captions`, (text, weight) pairs for the loader
             to choose from; else the first alone.
         caption_weights: of the first, second, ... caption of a row; None: equal ones.
 
@@ -52,35 +51,29 @@ class LatentsRows(Dataset):
         self.manifest = read_manifest(self.folder)
         if not self.manifest["shards"]:
             raise ValueError(f"'{folder}' has no samples: all rows were rejected, see its rejects.jsonl.")
-        rows = datasets.load_from_disk(str(self.folder))
-        names = [name for name in ("caption", "latents", "features") if name in rows.column_names]
-        names += ["width", "height"] if self.manifest.get("buckets") else []
-        names += ["captions"] if captions and "captions" in rows.column_names else []
-        names += [name for name in rows.column_names if text and name.startswith("text.")]
-        self.table, self.caption_weights = rows, caption_weights
-        if images and "image" in rows.column_names:
-            rows = rows.cast_column("image", datasets.Image(decode=False))
-            names.append("image")
-        self.rows = rows.select_columns(names)
-        self.first, self.last = first, len(self.rows) if last is None else last
-        self._arrow: ArrowRows | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrow": None}
+        self.table = datasets.load_from_disk(str(self.folder))
+        if "image" in self.table.column_names:
+            self.table = self.table.cast_column("image", datasets.Image(decode=False))
+        names = ["caption", "latents", "features"] + ["width", "height"] * bool(self.manifest.get("buckets"))
+        names += ["captions"] * captions + ["image"] * images
+        names += [name for name in self.table.column_names if text and name.startswith("text.")]
+        self.rows = self.table.select_columns([name for name in names if name in self.table.column_names])
+        self.first, self.last = first, len(self.table) if last is None else last
+        self.caption_weights = caption_weights
 
     def __len__(self) -> int:
         return self.last - self.first
 
-    def buckets(self) -> np.ndarray | int:
-        """Size of each sample, or of all, as `emmdit.data.buckets.code`."""
+    def buckets(self) -> Bucketing:
+        """Sizes and each sample's index into them, see `emmdit.data.buckets`."""
         if not self.manifest.get("buckets"):
-            return code(self.manifest["resolution"], self.manifest["resolution"])
-        sizes = self._sizes("height", "width")
-        return sizes[:, 0] << 16 | sizes[:, 1]
+            return one_bucket((self.manifest["resolution"],) * 2, len(self))
+        sizes, index = np.unique(self._sizes("height", "width"), axis=0, return_inverse=True)
+        return list(map(tuple, sizes.tolist())), index.astype(np.int16)
 
     @property
     def sizes(self) -> np.ndarray:
-        """(n, 2) height and width of the pictures before resize and crop."""
+        """(n, 2) height and width of the images before resize and crop."""
         return self._sizes("original_height", "original_width")
 
     def _sizes(self, *names: str) -> np.ndarray:
@@ -96,9 +89,7 @@ class LatentsRows(Dataset):
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
         numbers = [self.first + int(index) for index in indices]
-        if self._arrow is None:  # in each process anew
-            self._arrow = ArrowRows(self.rows.data, self.rows.column_names)
-        stored = self._arrow.take(numbers)
+        stored = self.rows[numbers]
         codec, columns = self.manifest["codec"], self.manifest["columns"]
         sizes = [(self.manifest["resolution"],) * 2] * len(numbers)
         if "height" in stored:
@@ -113,7 +104,7 @@ class LatentsRows(Dataset):
         for sample, captions in zip(samples, stored.get("captions", ()), strict=False):
             if pairs := candidates(captions, self.caption_weights):
                 sample |= {"caption": pairs[0][0], "captions": pairs}
-        if "features" in stored:  # their number goes with the size of the picture
+        if "features" in stored:  # their number depends on the image's size
             shapes = [(-1, columns["features"]["shape"][-1])] * len(numbers)
             found = self._tensors("features", stored, shapes, numbers, torch.float32)
             for sample, features in zip(samples, found, strict=True):
@@ -153,4 +144,4 @@ class LatentsRows(Dataset):
         return [part.view(shape) for part, shape in zip(values.split(lengths), shapes, strict=True)]
 
     def _unreadable(self, number: int, why: str) -> str:
-        return f"Row {number} of '{self.folder}' can not be read ({why})."
+        return f"Row {number} of '{self.folder}' cannot be read ({why})."

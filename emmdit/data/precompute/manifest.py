@@ -1,4 +1,4 @@
-"""What a folder of precomputed latents was made of and with, and whether that is what a training wants."""
+"""Manifest of precomputed latents: source, encoders and shards, and its comparison with an experiment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names and values of parameters and buffers, rounded to bfloat16 first: weights that were loaded in
     float32 and in bfloat16 are the same weights (in float16 they may not be)."""
     digest = hashlib.sha256()
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # those that no file keeps decide, too
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # those that no file keeps count, too
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu()
         if tensor.is_floating_point():
@@ -30,7 +30,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def describe(encoder: Any) -> dict[str, Any]:
-    """Class, source and weights of a codec, text or vision encoder; loads it."""
+    """Class, source and weights of an autoencoder, text or vision encoder, which it loads."""
     cls = type(encoder)
     found: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     for name in ("source", "subfolder", "revision"):
@@ -59,15 +59,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         if (folder / "plan.json").is_file():
-            raise ValueError(f"'{folder}' is not finished: run the same `emmdit precompute` again, and it goes on.")
+            raise ValueError(f"'{folder}' is not finished: run the same `emmdit precompute` again to resume.")
         raise FileNotFoundError(f"'{folder}' holds no manifest.json: name a folder made by `emmdit precompute`.")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if (manifest["kind"], manifest["version"]) != (KIND, VERSION):
             raise ValueError(f"it is '{manifest['kind']}' in version {manifest['version']}, not '{KIND}' {VERSION}")
         shards = [(folder / shard["file"], shard["bytes"]) for shard in manifest["shards"]]
+        if "licence" in manifest["source"]:  # the key's older name
+            manifest["source"]["license"] = manifest["source"].pop("licence")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} can not be used: {error}.") from error
+        raise ValueError(f"{file} cannot be used: {error}.") from error
     for shard, size in shards:
         if not shard.is_file():
             raise FileNotFoundError(f"The shard {shard} is missing: copy it again, or run `emmdit precompute` again.")
@@ -77,15 +79,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 "precompute` again."
             )
     return manifest
-
-
-def verify(folder: str | Path) -> None:
-    """Read every byte and compare the hashes. ValueError names the first shard that differs."""
-    folder = Path(folder).expanduser()
-    for shard in read_manifest(folder)["shards"]:
-        with open(folder / shard["file"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise ValueError(f"The shard {folder / shard['file']} is not what was written: its hash differs.")
 
 
 def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: int | None = None) -> None:

@@ -1,16 +1,16 @@
-"""A source of captioned images to latents on disk, once, so that training need not encode the same images every epoch.
+"""Precomputation of latents: a source of captioned images is encoded once, and not again in every epoch.
 
-The result is a folder that `datasets.load_from_disk` opens: Arrow files, `manifest.json`
-and `rejects.jsonl`, one line for each row that was left out. Columns:
+The result is a folder that `datasets.load_from_disk` opens in place, by memory map: Arrow files, `manifest.json` and
+`rejects.jsonl`, one line for each row that was rejected. Columns:
 
 - `sample_id` int64: the row's number in the source; `key`: its place there, as far as the source has names
 - `caption` str: the first that is not empty; `captions` list of str: all, where there are several, else []
 - `latents` binary: the bytes of an array (C, height / d, width / d) in the type the manifest gives, scaled as
   `codec.encode` gives them
 - `width`, `height` int32: of the encoded image in pixels; `original_width`, `original_height`: before resize and crop
-- `image` (asked for): the encoded image as JPEG, for a REPA that computes its features during training
-- `features` (asked for): binary, (tokens, feature_dim) float16
-- `text.NAME` (asked for): binary, the text condition's tensors
+- `image` (on request): the encoded image as JPEG, for a REPA that computes its features during training
+- `features` (on request): binary, (tokens, feature_dim) float16
+- `text.NAME` (on request): binary, the text condition's tensors
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from emmdit.data.buckets import Buckets
-from emmdit.data.buckets import size as size_of
-from emmdit.data.images import MAX_PIXELS, BadRow, first_line, fit, open_image, to_tensor
-from emmdit.data.precompute.job import ShardedJob, replace
+from emmdit.data.images import MAX_PIXELS, InvalidSample, first_line, fit, open_image, to_tensor
+from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.manifest import KIND, VERSION, describe
-from emmdit.data.readers.open import fingerprint, origin, select_columns, value
+from emmdit.data.readers.open import select_columns, value
+from emmdit.data.readers.protocol import Rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures, as_dtype
+from emmdit.files import atomic_path
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides about the result beside source and encoders.
+    """Settings that determine the result beside source and encoders.
 
     Args:
-        resolution: short side after the resize, both sides after the crop. In pixels.
-        buckets: bring images to the nearest of several sizes of about resolution x resolution pixels instead.
+        resolution: side of the square that images are resized and cropped to, in pixels.
+        buckets: several sizes of about resolution x resolution pixels in place of the square, as {step: 128}.
         image_column: of the source.
         caption_columns: of the source; each holds a text or a list of texts.
-        dtype: latents are stored in.
-        min_side: images with a shorter side are left out; None: whatever would have to be enlarged.
-        max_pixels: images with more are not decoded.
-        keep_images: quality of a JPEG of the encoded image; None keeps none.
-        batch_size: images in a call of the codec. A part of the plan, because it may change the last bits of a latent.
-        seed: of codecs that draw their latents.
-        rows_per_shard: rows of the source in one file.
+        dtype: of the stored latents.
+        min_side: images with a shorter side, in pixels, are rejected; by default those that would be enlarged.
+        max_pixels: images with more are rejected before they are decoded.
+        keep_images: JPEG quality of a copy of each encoded image, for REPA; by default none is kept.
+        batch_size: images per call of the autoencoder. Part of the plan: it may change the last bits of a latent.
+        seed: of autoencoders that sample their latents.
+        rows_per_shard: rows of the source in one file; a kill costs each rank at most one.
     """
 
-    resolution: int
+    resolution: int = 512
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("caption",)
     dtype: str = "float16"
@@ -81,12 +82,12 @@ class Settings:
         """(height, width) that an image of this height and width is brought to."""
         if self.buckets is None:
             return self.resolution, self.resolution
-        return size_of(int(self.buckets.assign(np.array([size]), self.resolution)[0]))
+        return self.buckets.sizes(self.resolution)[int(self.buckets.assign(np.array([size]), self.resolution)[0])]
 
 
 @dataclass
 class Item:
-    """A row that is ready for the codec, or (`reason` set) one that is not."""
+    """A row that is ready to be encoded, or (`reason` set) one that is rejected."""
 
     row: int
     key: str
@@ -101,17 +102,20 @@ class Item:
 
 
 class Items(Dataset):
-    """Reads, judges and decodes rows, in loader processes; `rows` as `open_source` and `select_columns` give them."""
+    """Reads, checks and decodes rows, in loader processes."""
 
-    def __init__(self, rows: Any, settings: Settings) -> None:
+    def __init__(self, rows: Rows, settings: Settings) -> None:
         self.rows, self.settings = rows, settings
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> Item:
         item = Item(number, "")
         try:
-            item.key = origin(self.rows, number)
+            item.key = self.rows.origin(number)
             self._fill(item)
-        except BadRow as error:
+        except InvalidSample as error:
             item.reason, item.detail, item.pixels = error.reason, first_line(error), None
         except Exception as error:
             item.reason, item.detail, item.pixels = "corrupt", first_line(error), None
@@ -124,22 +128,22 @@ class Items(Dataset):
             found = value(row, column)
             for text in found if isinstance(found, (list, tuple)) else [found]:
                 if text is not None and not isinstance(text, str):
-                    raise BadRow(f"in '{column}' a text was expected, not {text!r:.40}", "corrupt")
+                    raise InvalidSample(f"in '{column}' a text was expected, not {text!r:.40}", "corrupt")
                 item.captions.append((text or "").strip())
         if not any(item.captions):
-            raise BadRow(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
+            raise InvalidSample(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
         image = open_image(value(row, settings.image_column), settings.max_pixels)
         item.original = image.size
         height, width = settings.size_for((image.height, image.width))
         needed = (width, height) if settings.min_side is None else (settings.min_side, settings.min_side)
         if image.width < needed[0] or image.height < needed[1]:
             short = f"the short side must have {needed[0]}" if needed[0] == needed[1] else f"it must have {needed}"
-            raise BadRow(f"{image.width} x {image.height} pixels, {short}", "too small")
+            raise InvalidSample(f"{image.width} x {image.height} pixels, {short}", "too small")
         item.pixels = fit(image, height, width)
 
 
 def precompute(
-    rows: Any,
+    rows: Rows,
     source: dict[str, Any],
     codec: ImageCodec,
     out: str | Path,
@@ -152,17 +156,17 @@ def precompute(
     num_workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Do this rank's part of what is not done yet; gives the manifest once every rank's part is done.
+    """Do this rank's part of what is not done yet; returns the manifest once every rank's part is done.
 
     Args:
-        rows: what `open_source` gives.
-        source: what the manifest says of it: `source`, `licence`, `card`, ...
-        out: folder of the result. Called again with the same arguments (another number of ranks is fine), it goes on.
-        num_workers: processes that read and decode.
+        rows: as `open_source` gives them.
+        source: what the manifest says of it: `source`, `license`, `card`, ...
+        out: folder of the result. Called again with the same arguments (any number of ranks), it resumes.
+        num_workers: processes that read and decode images.
         progress: called with rows done and rows to do of this rank.
 
     Raises:
-        ValueError: settings that contradict each other or the folder, in one sentence, before anything is written.
+        ValueError: settings that contradict each other or the folder, before anything is written.
     """
     if settings.resolution % codec.downsample:
         raise ValueError(
@@ -177,17 +181,17 @@ def precompute(
     about = {
         "kind": KIND,
         "version": VERSION,
-        "source": {**source, "fingerprint": fingerprint(rows), "rows": len(rows)},
+        "source": {**source, "fingerprint": rows.fingerprint, "rows": len(rows)},
         **{name: describe(encoder) for name, encoder in encoders.items()},
         **{key: found for key, found in asdict(settings).items() if key != "rows_per_shard"},
         "scaling": "as codec.encode gives them: (raw - shift_factor) * scaling_factor",
     }
-    with ShardedJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
+    with ResumableJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
         _work(job, Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
         return finish(job, about)
 
 
-def _batches(job: ShardedJob, units: list[int], size: int) -> Iterator[tuple[int, bool, list[int]]]:
+def _batches(job: ResumableJob, units: list[int], size: int) -> Iterator[tuple[int, bool, list[int]]]:
     """(unit, whether it ends here, rows): batches never span units, so they are the same for any number of ranks."""
     for unit in units:
         rows = job.rows(unit)
@@ -195,16 +199,8 @@ def _batches(job: ShardedJob, units: list[int], size: int) -> Iterator[tuple[int
             yield unit, first + size >= len(rows), list(rows[first : first + size])
 
 
-class _Order:
-    def __init__(self, job: ShardedJob, units: list[int], size: int) -> None:
-        self.arguments = (job, units, size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (rows for *_, rows in _batches(*self.arguments))
-
-
 def _work(
-    job: ShardedJob,
+    job: ResumableJob,
     items: Items,
     settings: Settings,
     encoders: dict[str, Any],
@@ -213,17 +209,17 @@ def _work(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     units = job.pending()
-    order = (job, units, settings.batch_size)
-    loader = DataLoader(items, batch_sampler=_Order(*order), num_workers=num_workers, collate_fn=list)
     total, done = sum(len(job.rows(unit)) for unit in units), 0
+    numbers = (rows for *_, rows in _batches(job, units, settings.batch_size))
+    loader = DataLoader(items, batch_sampler=numbers, num_workers=num_workers, collate_fn=list)
     kept: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
-    for (unit, last, numbers), batch in zip(_batches(*order), loader, strict=True):
+    for (unit, last, rows), batch in zip(_batches(job, units, settings.batch_size), loader, strict=True):
         good = [item for item in batch if not item.reason]
         for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
             alike = [item for item in good if item.pixels.shape == shape]
-            tensors |= _encode(alike, settings, encoders, device, kept, numbers[0])
+            tensors |= _encode(alike, settings, encoders, device, kept, rows[0])
         rejects += [item.reject() for item in batch if item.reason]
         done += len(batch)
         if last:
@@ -244,11 +240,11 @@ def _encode(
 ) -> dict[str, dict[str, Any]]:
     """Append a record for each item to `kept`; items whose latents are not finite get a reason instead.
 
-    Gives {column: {"dtype", "shape"}} of the columns that hold tensors.
+    Returns {column: {"dtype", "shape"}} of the columns that hold tensors.
     """
     images = to_tensor(torch.from_numpy(np.stack([item.pixels for item in items])).to(device))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed * 1_000_003 + seed)  # for a codec that draws: a function of the rows
+        torch.manual_seed(settings.seed * 1_000_003 + seed)  # of an autoencoder that samples: a function of the rows
         latents = encoders["codec"].encode(images).to(as_dtype(settings.dtype))
     columns = {"latents": latents}
     if "vision" in encoders:
@@ -286,7 +282,7 @@ def _encode(
 
 
 def write_arrow(path: Path, records: list[dict[str, Any]], batch_bytes: int = 32 << 20) -> None:
-    """An Arrow stream file as `datasets` keeps it, in record batches that a reader can map one by one."""
+    """An Arrow stream file as `datasets` keeps it, in record batches that are mapped one by one."""
     import pyarrow as pa
 
     schema = features_of(records[0]).arrow_schema
@@ -299,7 +295,7 @@ def write_arrow(path: Path, records: list[dict[str, Any]], batch_bytes: int = 32
 
 
 def features_of(record: dict[str, Any]) -> Any:
-    """The columns' types in `datasets`' words."""
+    """The columns' types as `datasets` names them."""
     import datasets
 
     kinds = {int: "int64", str: "string", bytes: "binary"}
@@ -315,7 +311,7 @@ def features_of(record: dict[str, Any]) -> Any:
     return datasets.Features(features)
 
 
-def finish(job: ShardedJob, about: dict[str, Any]) -> dict[str, Any] | None:
+def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
     import datasets
     import pyarrow as pa
@@ -334,5 +330,6 @@ def finish(job: ShardedJob, about: dict[str, Any]) -> dict[str, Any] | None:
         state = {name: None for name in ("_format_columns", "_format_type", "_split")}
         state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
         state["_data_files"] = [{"filename": shard["file"]} for shard in shards]
-        replace(job.folder / "state.json", json.dumps(state, indent=1) + "\n")
+        with atomic_path(job.folder / "state.json") as part:
+            part.write_text(json.dumps(state, indent=1) + "\n")
     return manifest

@@ -1,1 +1,1 @@
-"""Storage formats: one reader a file."""
+"""Storage formats: one reader a file, listed in `emmdit.data.readers.open`."""

@@ -1,8 +1,8 @@
-"""MDS shards, the layout of MosaicML's streaming in which Nitro-E and micro_diffusion keep their data.
+"""Rows of MDS shards, the layout of MosaicML's streaming in which Nitro-E and micro_diffusion keep their data.
 
 A folder holds `index.json`, which lists shards with the names and encodings of their columns. A shard is a uint32
 count n, n + 1 uint32 offsets of the samples from the beginning of the file, a copy of the index entry, and the
-samples; a sample is the uint32 sizes of its columns of variable size, then all columns one behind the other. Read here
+samples; a sample is the uint32 sizes of its columns of variable size, then all columns one after another. Read here
 by memory map: no copy, no shared memory, no writer's package.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
-from emmdit.data.images import BadRow, first_line
+from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.readers.protocol import Rows, Source
+from emmdit.files import atomic_path
 
 _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 _SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}
@@ -34,19 +34,19 @@ _ARRAY_DTYPES = {8 * dtype.itemsize + "uif".index(dtype.kind): dtype for dtype i
 _PACKED = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
 
 
-class MDSDataset(Dataset):
+class MDSDataset(Rows):
     """Map-style: `ds[i]` is a dict of the columns, decoded as the original reader does.
 
     str, int, numpy scalars and arrays, dicts (json), bytes, and for `jpeg`, `png` and `pil` a PIL image, whose pixels
     are decoded when they are touched. `raw(i)` gives the bytes of each column. Rows of a truncated shard that are
-    whole can be read, the others raise a `BadRow` that names file and row.
+    whole can be read, the others raise an `InvalidSample` that names file and row.
 
     Args:
         root: folder with `index.json`, or of folders that have one.
         columns: only these; all by default.
 
     Raises:
-        FileNotFoundError, ValueError: no index, or one that can not be used (a pickled column is refused).
+        FileNotFoundError, ValueError: no index, or one that cannot be used (a pickled column is refused).
     """
 
     def __init__(self, root: str | Path, columns: list[str] | None = None) -> None:
@@ -75,14 +75,26 @@ class MDSDataset(Dataset):
                 raise ValueError(f"'{root}' has no column '{unknown[0]}': it has {', '.join(first.encodings)}.")
             self.column_names = list(columns)
 
+    @classmethod
+    def matches(cls, source: Source) -> bool:
+        """A folder with an index, or with folders that have one and no files of another format."""
+        path = source.path
+        if not path.is_dir() or source.data_files is not None:
+            return False
+        if any((folder / "index.json").is_file() for folder in (path / source.split, path)):
+            return True
+        others = any(source.files(suffix) for suffix in (".parquet", ".tar", ".arrow"))
+        return not others and any(path.glob("*/index.json"))
+
+    @classmethod
+    def open(cls, source: Source) -> MDSDataset:
+        split = source.path / source.split
+        return cls(split if (split / "index.json").is_file() else source.path)
+
     @property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         parts = [(shard.path.relative_to(self.root).as_posix(), shard.samples, shard.size) for shard in self.shards]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def select_columns(self, names: list[str]) -> MDSDataset:
-        """The same rows with these columns alone."""
-        return MDSDataset(self.root, list(names))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -94,7 +106,9 @@ class MDSDataset(Dataset):
             try:
                 row[name] = shard.decoders[name](data)
             except Exception as error:
-                raise BadRow(f"{shard.path.name}, sample {sample}, column '{name}': {first_line(error)}") from error
+                raise InvalidSample(
+                    f"{shard.path.name}, sample {sample}, column '{name}': {first_line(error)}"
+                ) from error
         return row
 
     def raw(self, index: int) -> dict[str, bytes]:
@@ -103,7 +117,6 @@ class MDSDataset(Dataset):
         return shard.read(sample, self.column_names)
 
     def origin(self, index: int) -> str:
-        """Where row `index` comes from, for messages."""
         shard, sample = self._find(index)
         return f"{shard.path.relative_to(self.root)}, sample {sample}"
 
@@ -134,7 +147,7 @@ class _Shard:
             self.decoders = {name: _decoder(name, encoding) for name, encoding in self.encodings.items()}
         except (KeyError, TypeError, ValueError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise ValueError(f"{folder / 'index.json'} can not be used: {what}.") from error
+            raise ValueError(f"{folder / 'index.json'} cannot be used: {what}.") from error
         self._data: np.ndarray | None = None
         self._offsets: np.ndarray | None = None
 
@@ -146,16 +159,16 @@ class _Shard:
             return
         if not self.path.is_file():
             if self.packed is None or not self.packed.is_file():
-                raise BadRow(f"the shard {self.packed or self.path} is missing", "missing")
+                raise InvalidSample(f"the shard {self.packed or self.path} is missing", "missing")
             _unpack(self.packed, self.path)
         if self.path.stat().st_size < 4 * (self.samples + 2):
-            raise BadRow(f"the shard {self.path} is truncated: not even its table of samples is whole")
+            raise InvalidSample(f"the shard {self.path} is truncated: not even its table of samples is whole")
         data = np.asarray(
             np.memmap(self.path, mode="r")
         )  # a plain array: a slice of a memmap costs more than its bytes
         count = int(data[:4].view("<u4")[0])
         if count != self.samples:
-            raise BadRow(f"the shard {self.path} has {count} samples, index.json says {self.samples}")
+            raise InvalidSample(f"the shard {self.path} has {count} samples, index.json says {self.samples}")
         self._offsets = np.array(data[4 : 4 * (count + 2)].view("<u4"), np.int64)
         self._data = data
 
@@ -163,7 +176,9 @@ class _Shard:
         self.open()
         begin, end = self._offsets[sample : sample + 2]
         if end > len(self._data) or begin > end:
-            raise BadRow(f"the shard {self.path} is truncated at {len(self._data):,} bytes, before its sample {sample}")
+            raise InvalidSample(
+                f"the shard {self.path} is truncated at {len(self._data):,} bytes, before its sample {sample}"
+            )
         data = self._data[begin:end].tobytes()
         variable = sum(size is None for size in self.sizes.values())
         lengths = iter(np.frombuffer(data, "<u4", variable).tolist())
@@ -173,7 +188,7 @@ class _Shard:
             found[name] = data[position : position + size]
             position += size
         if position != len(data):
-            raise BadRow(f"the shard {self.path} is damaged in its sample {sample}")
+            raise InvalidSample(f"the shard {self.path} is damaged in its sample {sample}")
         return {name: found[name] for name in columns}
 
 
@@ -201,17 +216,19 @@ def _unpack(packed: Path, path: Path) -> None:
 
     kind = _PACKED.get(packed.suffix.lstrip("."))
     if kind is None or not pa.Codec.is_available(kind):
-        raise ValueError(f"{packed} is packed in a way that can not be read here: unpack it to {path.name}.")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+        raise ValueError(f"{packed} is packed in a way that cannot be read here: unpack it to {path.name}.")
     try:
-        with pa.OSFile(str(packed)) as file, pa.CompressedInputStream(file, kind) as source, open(part, "wb") as target:
+        with (
+            atomic_path(path) as part,
+            pa.OSFile(str(packed)) as file,
+            pa.CompressedInputStream(file, kind) as source,
+            open(part, "wb") as target,
+        ):
             shutil.copyfileobj(source, target, 1 << 20)
-        os.replace(part, path)
-    except (PermissionError, OSError) as error:
-        part.unlink(missing_ok=True)
+    except OSError as error:
         if isinstance(error, PermissionError) or "No space" in str(error) or "Read-only" in str(error):
-            raise ValueError(f"{packed} can not be unpacked beside itself ({first_line(error)}).") from error
-        raise BadRow(f"the packed shard {packed} is damaged: {first_line(error)}") from error
+            raise ValueError(f"{packed} cannot be unpacked beside itself ({first_line(error)}).") from error
+        raise InvalidSample(f"the packed shard {packed} is damaged: {first_line(error)}") from error
 
 
 def _decoder(name: str, encoding: str) -> Callable[[bytes], Any]:

@@ -1,4 +1,7 @@
-"""Webdataset tars as rows: an index of where each member lies, and then reads at any place. Nothing is unpacked."""
+"""Rows of webdataset tars, read at any place by an index of where each member lies.
+
+`datasets` would copy all tars into its cache and stop at the first one that is damaged.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,27 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from torch.utils.data import Dataset
 
-from emmdit.data.images import BadRow, first_line
+from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.readers.protocol import Rows, Source
+from emmdit.files import atomic_path
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")
 
 
-class TarRows(Dataset):
+class TarRows(Rows):
     """Samples of webdataset tars: members that stand together and share their name up to its first dot.
 
-    A row's columns are the extensions (`jpg`, `txt`, `json`, ...) and `__key__`; `image` is whichever picture it has,
+    A row's columns are the extensions (`jpg`, `txt`, `json`, ...) and `__key__`; `image` is whichever image it has,
     and `caption` its `txt`. JSON is parsed, so `json.prompt` can be a column. The headers are read once (some 20,000
     members a second) and kept in `$EMMDIT_CACHE/tars`.
 
-    A sample that can not be used (a truncated tar's last one, a member that would leave its folder, a link) is a row
-    like any other and raises `BadRow` when it is read, so that it is counted and named.
+    A sample that cannot be used (a truncated tar's last one, a member that would leave its folder, a link) is a row
+    like any other and raises `InvalidSample` when it is read, so that it is counted and named.
     """
 
-    def __init__(self, files: list[str | Path], columns: list[str] | None = None) -> None:
+    def __init__(self, files: list[str | Path]) -> None:
         self.files = [Path(file) for file in files]
         self._tars = _indices(self.files)
         starts = np.cumsum([0, *(len(tar["rows"]) for tar in self._tars)])
@@ -43,23 +47,24 @@ class TarRows(Dataset):
         names = ["__key__", *self._extensions]
         names += ["image"] * (bool(found & set(IMAGES)) and "image" not in found)
         names += ["caption"] * ("txt" in found and "caption" not in found)
-        self.column_names = names if columns is None else list(columns)
+        self.column_names = names
         self._handles: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": {}}
 
+    @classmethod
+    def matches(cls, source: Source) -> bool:
+        return bool(source.files(".tar")) and not source.files(".parquet")
+
+    @classmethod
+    def open(cls, source: Source) -> TarRows:
+        return cls(source.files(".tar"))
+
     @property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         parts = [(tar["name"], tar["size"], len(tar["rows"])) for tar in self._tars]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def select_columns(self, names: list[str]) -> TarRows:
-        """The same rows with these columns alone: other members are not read."""
-        copy = object.__new__(TarRows)
-        copy.__dict__.update(self.__getstate__(), column_names=list(names))
-        copy._handles = {}
-        return copy
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -68,7 +73,7 @@ class TarRows(Dataset):
         number, row = self._find(index)
         tar = self._tars[number]
         if (fault := tar["faults"].get(row)) is not None:
-            raise BadRow(*fault)
+            raise InvalidSample(*fault)
         first = tar["rows"][row]
         last = tar["rows"][row + 1] if row + 1 < len(tar["rows"]) else len(tar["members"])
         members = {
@@ -88,7 +93,7 @@ class TarRows(Dataset):
         offset, size = members[name]
         data = os.pread(self._handle(number), size, offset)
         if len(data) < size:
-            raise BadRow(f"the tar ends within its .{name}")
+            raise InvalidSample(f"the tar ends within its .{name}")
         if name in IMAGES:
             return {"bytes": data, "path": None}
         try:
@@ -96,10 +101,9 @@ class TarRows(Dataset):
                 return json.loads(data)
             return data.decode("utf-8") if name in _TEXTS else data
         except ValueError as error:
-            raise BadRow(f"its .{name} can not be read: {first_line(error)}") from error
+            raise InvalidSample(f"its .{name} cannot be read: {first_line(error)}") from error
 
     def origin(self, index: int) -> str:
-        """Where row `index` comes from, for messages."""
         number, row = self._find(index)
         return f"{self.files[number].name}, sample {self._key(number, row)!r}"
 
@@ -156,7 +160,7 @@ def _index(file: Path, wait: bool) -> dict[str, Any] | None:
     try:
         stat = file.stat()
     except OSError as error:
-        raise FileNotFoundError(f"The tar '{file}' can not be read: {error.strerror}.") from error
+        raise FileNotFoundError(f"The tar '{file}' cannot be read: {error.strerror}.") from error
     identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "tars").expanduser()
     kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
@@ -177,9 +181,8 @@ def _index(file: Path, wait: bool) -> dict[str, Any] | None:
         found = _scan(file, stat.st_size)
         about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
         try:
-            part = folder / f".{kept.name}.{os.getpid()}.npz"
-            np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
-            os.replace(part, kept)
+            with atomic_path(kept) as part:
+                np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
         except OSError:
             pass
         return common | found
@@ -232,13 +235,13 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
                 raise tarfile.ReadError("bad header")
     except (tarfile.TarError, EOFError, OSError) as error:
         if not rows and not isinstance(error, tarfile.TarError):
-            raise ValueError(f"'{file}' can not be read as a tar: {first_line(error)}.") from error
+            raise ValueError(f"'{file}' cannot be read as a tar: {first_line(error)}.") from error
         last = len(rows) - 1
         if position <= size or last not in faults:  # not only the last member is cut: what follows is lost, say so
             rows.append(len(members))
             headers.append(min(position, size))
             faults[last + 1] = (
-                f"the tar is damaged behind byte {position:,}, and what follows is lost ({first_line(error)})",
+                f"the tar is damaged after byte {position:,}, and what follows is lost ({first_line(error)})",
                 "corrupt",
             )
     return {

@@ -1,23 +1,31 @@
-"""Which sample stands at which position of the endless training stream, with mixing, buckets and shuffling.
+"""The training stream: which sample of the data set stands at which position, as a pure function of (seed, position).
 
-Three questions, each answered from (seed, position) alone:
+The training data are one endless stream. *Position* p is the number of samples that all ranks together drew before it;
+data epoch e covers the positions [e * length, (e + 1) * length). A global batch is the next `global_batch` positions
+and may span two epochs, so nothing is dropped whatever the batch size; within it rank r takes the positions start + r,
+start + r + world_size, ... The position is therefore all that has to be stored, and it means the same on every rank and
+for any number of ranks.
 
-- **Which run?** Samples of one bucket (images of one size) come in runs of `run` samples, so that a batch has one shape
-  on all ranks. Bucket b with n_b samples gives floor((e + 1) n_b / run) - floor(e n_b / run) runs to data epoch e,
-  and the runs of an epoch are shuffled. What does not fill a run is not dropped: it opens the bucket's next run.
+`Order` answers three questions from (seed, position) alone:
+
+- **Which chunk?** Samples of one bucket (images of one size) come in chunks of `chunk` samples, so that a batch has one
+  shape on all ranks. Bucket b with n_b samples gives floor((e + 1) n_b / chunk) - floor(e n_b / chunk) chunks to epoch
+  e, and the chunks of an epoch are shuffled. What does not fill a chunk is carried over to the bucket's next one.
 - **Which draw?** Each bucket is an endless stream of its own, epoch after epoch in a fresh order.
 - **Which sample?** Where sources are mixed by weights, a bucket's epoch holds as many draws of each source as its
-  weight asks for; a source hands out its samples evenly, each as often as any other, or once more.
+  weight asks for; a source gives its samples evenly, each as often as any other, or once more.
 
 With one bucket and no weights this is a permutation of the data set for each epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch.utils.data import Sampler
 
 WINDOW = 16  # blocks whose samples are mixed with each other in a block shuffle
 
@@ -28,25 +36,21 @@ def _random(*key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 
+def _index_dtype(length: int) -> type:
+    return np.int32 if length <= np.iinfo(np.int32).max else np.int64
+
+
 def epoch_order(
-    length: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    block: int | None = None,
-    window: int = WINDOW,
-    key: tuple[int, ...] = (),
+    length: int, seed: int, epoch: int, block: int | None = None, window: int = WINDOW, key: tuple[int, ...] = ()
 ) -> np.ndarray:
     """The indices of one epoch in their order, (length,) int32 (int64 above 2**31). 25M samples take 100 MB.
 
     Args:
-        block: None: a permutation of all. Else blocks of so many consecutive indices are permuted, and then the indices
-            of `window` blocks that follow each other are mixed: reads stay local, for disks on which that counts.
-        key: keeps streams apart that share seed and epoch; its last number is not 0.
+        block: None: a permutation of all. Else blocks of this many consecutive indices are permuted, and then the
+            indices of `window` consecutive blocks are mixed: reads stay local, for disks on which that counts.
+        key: separates streams that share seed and epoch; its last number is not 0.
     """
-    order = np.arange(length, dtype=np.int32 if length <= np.iinfo(np.int32).max else np.int64)
-    if not shuffle:
-        return order
+    order = np.arange(length, dtype=_index_dtype(length))
     random = _random(seed, epoch, *key)
     if block is None or block >= length:
         random.shuffle(order)
@@ -64,7 +68,7 @@ def epoch_order(
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one bucket, source behind source; `draws[k]` of an epoch's draws fall on source k."""
+    """The samples of one bucket, source after source; `draws[k]` of an epoch's draws fall on source k."""
 
     bucket: int
     counts: list[int]
@@ -83,8 +87,7 @@ def _groups(counts: list[int], quotas: Sequence[float], buckets: np.ndarray | No
     bounds = np.cumsum([0, *counts])
     groups = []
     for bucket in np.unique(buckets).tolist():
-        members = np.flatnonzero(buckets == bucket)
-        members = members.astype(np.int32 if len(buckets) <= np.iinfo(np.int32).max else np.int64)
+        members = np.flatnonzero(buckets == bucket).astype(_index_dtype(len(buckets)))
         parts = np.diff(np.searchsorted(members, bounds)).tolist()
         draws = [
             max(1, round(quota * part / count)) if part else 0
@@ -95,17 +98,16 @@ def _groups(counts: list[int], quotas: Sequence[float], buckets: np.ndarray | No
 
 
 class Order:
-    """Positions to sample indices.
+    """Positions in the stream to sample indices.
 
     Args:
         length: number of samples.
-        seed: of all choices.
-        shuffle: False: the order of the data set, in every epoch.
+        seed: of the order.
         block: see `epoch_order`.
-        counts: samples of each source, where the data set is several behind each other.
+        counts: samples of each source, where the data set is several sources in a row.
         weights: share of the draws that each source gets, in any unit; None: each sample once an epoch.
-        buckets: (length,) the bucket's number of each sample; None: all of one shape.
-        run: samples of a bucket that follow each other; the global batch divides it.
+        buckets: (length,) the number of each sample's bucket; None: all images have one size.
+        chunk: consecutive samples of one bucket; the global batch divides it.
 
     Attributes:
         length: draws in an epoch.
@@ -115,12 +117,11 @@ class Order:
         self,
         length: int,
         seed: int = 0,
-        shuffle: bool = True,
         block: int | None = None,
         counts: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         buckets: np.ndarray | None = None,
-        run: int | None = None,
+        chunk: int | None = None,
     ) -> None:
         if length < 1:
             raise ValueError("The data set is empty: check its path and filters.")
@@ -131,53 +132,52 @@ class Order:
             raise ValueError(f"The sources have {counts} samples, the data set {length}: every source needs some.")
         if weights is not None and (len(weights) != len(counts) or not all(0 < w < float("inf") for w in weights)):
             raise ValueError(f"weights {list(weights)} must be {len(counts)} positive numbers, one for each source.")
-        self.samples, self.seed, self.shuffle, self.block, self.run = length, seed, shuffle, block, run
-        self.counts = counts
+        self.seed, self.block, self.counts = seed, block, counts
         quotas = counts if weights is None else [length * weight / sum(weights) for weight in weights]
         self.groups = _groups(counts, quotas, buckets)
         self.length = sum(group.length for group in self.groups)
-        if len(self.groups) > 1 and (run is None or run < 1):
+        self.chunk = chunk if len(self.groups) > 1 else None
+        if len(self.groups) > 1 and (chunk is None or chunk < 1):
             raise ValueError(
                 f"The samples have {len(self.groups)} different sizes: set bucket_batch to the global batch "
-                "(batch_size x processes), so that a batch has one size and the order the same on any number of them."
+                "(batch_size x processes), so that a batch has one size and the order does not depend on their number."
             )
         self._cache: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position, (n,) int64."""
         positions = np.asarray(positions, dtype=np.int64)
-        if len(self.groups) == 1:
+        if self.chunk is None:
             return self._draw(0, positions)
         out = np.empty(len(positions), dtype=np.int64)
-        runs, offsets = np.divmod(positions, self.run)
-        for run in np.unique(runs).tolist():
-            here = runs == run
-            group, number = self._find(run)
-            out[here] = self._draw(group, number * self.run + offsets[here])
+        chunks, offsets = np.divmod(positions, self.chunk)
+        for chunk in np.unique(chunks).tolist():
+            here = chunks == chunk
+            group, number = self._find(chunk)
+            out[here] = self._draw(group, number * self.chunk + offsets[here])
         return out
 
     # -- buckets -------------------------------------------------------------------------------------
 
-    def runs_before(self, epoch: int) -> list[int]:
-        """Runs that each bucket has given before `epoch`."""
-        return [epoch * group.length // self.run for group in self.groups]
+    def chunks_before(self, epoch: int) -> list[int]:
+        """Chunks that each bucket has given before `epoch`."""
+        return [epoch * group.length // self.chunk for group in self.groups]
 
-    def _find(self, run: int) -> tuple[int, int]:
-        """Bucket of a run of the stream, and the run's number within the bucket."""
-        epoch = run * self.run // self.length
-        while sum(self.runs_before(epoch + 1)) <= run:
+    def _find(self, chunk: int) -> tuple[int, int]:
+        """Bucket of a chunk of the stream, and the chunk's number within the bucket."""
+        epoch = chunk * self.chunk // self.length
+        while sum(self.chunks_before(epoch + 1)) <= chunk:
             epoch += 1
-        begin = self.runs_before(epoch)
+        begin = self.chunks_before(epoch)
         schedule = self._kept((3,), [epoch], lambda epoch: self._schedule(epoch, begin))[epoch]
-        group, number = schedule[run - sum(begin)].tolist()
+        group, number = schedule[chunk - sum(begin)].tolist()
         return group, number
 
     def _schedule(self, epoch: int, begin: list[int]) -> np.ndarray:
-        """The runs of an epoch in their order, (runs, 2): bucket, number within it."""
-        counts = np.subtract(self.runs_before(epoch + 1), begin)
+        """The chunks of an epoch in their order, (chunks, 2): bucket, number within it."""
+        counts = np.subtract(self.chunks_before(epoch + 1), begin)
         groups = np.repeat(np.arange(len(counts)), counts)
-        if self.shuffle:
-            _random(self.seed, epoch, 3).shuffle(groups)
+        _random(self.seed, epoch, 3).shuffle(groups)
         numbers = np.empty_like(groups)
         for group, first in enumerate(begin):  # a bucket's own stream is read in its order
             numbers[groups == group] = first + np.arange(counts[group])
@@ -195,7 +195,7 @@ class Order:
         return found if group.members is None else group.members[found].astype(np.int64)
 
     def _sources(self, number: int, slots: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The draws of an epoch, source behind source, to the samples: each as often as any other, or once more."""
+        """The draws of an epoch, source after source, to samples: each as often as any other, or once more."""
         group = self.groups[number]
         draw_bounds, bounds = np.cumsum([0, *group.draws]), np.cumsum([0, *group.counts])
         sources = np.searchsorted(draw_bounds, slots, side="right") - 1
@@ -204,7 +204,7 @@ class Order:
             here = sources == source
             slot, count = slots[here] - draw_bounds[source], group.counts[source]
             rest = group.draws[source] % count
-            more = slot - (group.draws[source] - rest)  # draws that make no whole round go round through the epochs
+            more = slot - (group.draws[source] - rest)  # draws beyond whole passes continue from epoch to epoch
             found = slot % count
             if (more >= 0).any():
                 turns = (epochs[here] * rest + more)[more >= 0]
@@ -218,8 +218,7 @@ class Order:
         """(index, epoch) at positions of an endless stream of permutations."""
         epochs, offsets = np.divmod(positions, length)
         needed = np.unique(epochs).tolist()
-        common = dict(shuffle=self.shuffle, block=self.block, window=window, key=key)
-        orders = self._kept(key, needed, lambda epoch: epoch_order(length, self.seed, epoch, **common))
+        orders = self._kept(key, needed, lambda epoch: epoch_order(length, self.seed, epoch, self.block, window, key))
         out = np.empty(len(positions), dtype=np.int64)
         for epoch in needed:
             here = epochs == epoch
@@ -233,3 +232,51 @@ class Order:
         before = self._cache.get(key, {})
         self._cache[key] = {epoch: before[epoch] if epoch in before else make(epoch) for epoch in epochs}
         return self._cache[key]
+
+
+class StreamSampler(Sampler[list[tuple[int, int]]]):
+    """Batch sampler over the stream: one rank's batches as lists of (sample index, position).
+
+    An iteration gives `len(self)` batches from position `start`, which the loader moves; the sampler does not move it,
+    because a worker process runs ahead of what training has used.
+
+    Args:
+        order: of the samples.
+        global_batch: samples in one forward pass of all ranks together.
+        rank, world_size: this process among all processes.
+
+    Raises:
+        ValueError: a batch would hold images of two sizes, or the rank does not exist.
+    """
+
+    def __init__(self, order: Order, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size} processes: ranks count from 0.")
+        if global_batch < world_size:
+            raise ValueError(f"A global batch of {global_batch} is too small for {world_size} processes: raise it.")
+        if order.chunk is not None and order.chunk % global_batch:
+            raise ValueError(
+                f"bucket_batch {order.chunk} is not a multiple of the global batch {global_batch} (batch_size x "
+                "processes): batches would hold images of two sizes."
+            )
+        self.order, self.global_batch, self.rank, self.world_size, self.start = order, global_batch, rank, world_size, 0
+
+    def __len__(self) -> int:
+        """Batches until every sample was drawn once, counted from the start of an epoch."""
+        return -(-self.order.length // self.global_batch)
+
+    def batch(self, start: int) -> list[tuple[int, int]]:
+        """This rank's (sample index, position) pairs of the global batch that begins at `start`."""
+        if self.order.chunk is not None and start % self.global_batch:
+            fitting = math.gcd(start, self.order.chunk)
+            raise ValueError(
+                f"The training stopped at sample {start}, not a multiple of the global batch {self.global_batch}, so "
+                f"batches would hold images of two sizes: let batch_size x processes be a divisor of {fitting}."
+            )
+        positions = np.arange(start + self.rank, start + self.global_batch, self.world_size, dtype=np.int64)
+        return list(zip(self.order.indices(positions).tolist(), positions.tolist(), strict=True))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        start = self.start
+        for n in range(len(self)):
+            yield self.batch(start + n * self.global_batch)

@@ -1,7 +1,8 @@
-"""Mixing, buckets and block shuffle: every sample in its turn, no rank the same one, and a kill leaves no trace."""
+"""The training stream: complete, disjoint over ranks, resumable anywhere; mixing, buckets, block shuffle; kill -9."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,18 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emmdit.data.buckets import Buckets
+from emmdit.data.captions import choose
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.order import WINDOW, Order, epoch_order
-from emmdit.data.precompute.report import report, report_text
-from emmdit.data.sampler import ResumableSampler
+from emmdit.data.stream import WINDOW, Order, StreamSampler, epoch_order
+from emmdit.data.stream_report import report
+
+SIZES = [(8 * n, 8) for n in range(5)]
 
 
 def stream(order: Order, positions: int, global_batch: int, world_size: int, start: int = 0) -> tuple[np.ndarray, list]:
     """What all ranks together draw from `start` on in `positions` samples, in stream order; and each global batch."""
-    ranks = [ResumableSampler(order.samples, global_batch, r, world_size, order=order) for r in range(world_size)]
+    ranks = [StreamSampler(order, global_batch, r, world_size) for r in range(world_size)]
     found, batches = {}, []
     for begin in range(start, start + positions, global_batch):
         shares = [rank.batch(begin) for rank in ranks]
@@ -40,11 +45,11 @@ def test_union_is_the_data_set_and_nothing_twice(data: st.DataObject, world_size
     buckets = data.draw(st.none() | st.lists(st.integers(1, 4), min_size=length, max_size=length))
     block = data.draw(st.none() | st.integers(1, 20))
     global_batch = world_size * data.draw(st.integers(1, 6))
-    run = global_batch * data.draw(st.integers(1, 3))
+    chunk = global_batch * data.draw(st.integers(1, 3))
     codes = None if buckets is None else np.array(buckets)
-    order = Order(length, seed, block=block, buckets=codes, run=run)
+    order = Order(length, seed, block=block, buckets=codes, chunk=chunk)
     epochs = 3
-    drawn = sum(order.runs_before(epochs)) * run if len(order.groups) > 1 else epochs * length
+    drawn = sum(order.chunks_before(epochs)) * chunk if len(order.groups) > 1 else epochs * length
     indices, batches = stream(order, -(-drawn // global_batch) * global_batch, global_batch, world_size)
     indices = indices[:drawn]
 
@@ -52,18 +57,18 @@ def test_union_is_the_data_set_and_nothing_twice(data: st.DataObject, world_size
         for epoch in range(epochs):
             assert sorted(indices[epoch * length : (epoch + 1) * length]) == list(range(length))
         return
-    told = report(order)["buckets"]
+    told = report(order, buckets=SIZES)["buckets"]
     for batch in batches:
         assert len(set(codes[batch])) == 1  # one size on all ranks
     for group, row in zip(order.groups, told, strict=True):
         mine = indices[codes[indices] == group.bucket]
         assert row["samples"] == len(group.members) == row["draws"]
-        # after three epochs a bucket lacks less than a run of three times its samples, which is what the report says
-        assert epochs * len(group.members) - len(mine) == epochs * len(group.members) % run
+        # after three epochs a bucket lacks less than a chunk of three times its samples, which is what the report says
+        assert epochs * len(group.members) - len(mine) == epochs * len(group.members) % chunk
         for first in range(0, len(mine), len(group.members)):  # its own epochs: each sample once
             part = mine[first : first + len(group.members)]
             assert len(set(part)) == len(part) and set(part) <= set(group.members.tolist())
-    assert sum(row["waits"] for row in told) == length - sum(order.runs_before(1)) * run
+    assert sum(row["carried_over"] for row in told) == length - sum(order.chunks_before(1)) * chunk
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,9 +95,9 @@ def test_mixing_draws_each_source_as_its_weight_says_and_its_samples_evenly(data
 
 def test_weights_and_buckets_together() -> None:
     counts, codes = [40, 100, 7], np.random.default_rng(0).integers(1, 4, 147)
-    order = Order(147, 5, counts=counts, weights=[1, 1, 2], buckets=codes, run=8)
+    order = Order(147, 5, counts=counts, weights=[1, 1, 2], buckets=codes, chunk=8)
     epochs = 20
-    indices, batches = stream(order, sum(order.runs_before(epochs)) * 8, 4, 2)
+    indices, batches = stream(order, sum(order.chunks_before(epochs)) * 8, 4, 2)
     assert all(len(set(codes[batch])) == 1 for batch in batches)
     shares = [((lo <= indices) & (indices < hi)).mean() for lo, hi in ((0, 40), (40, 140), (140, 147))]
     assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.02)
@@ -100,32 +105,31 @@ def test_weights_and_buckets_together() -> None:
     for group in order.groups:
         for lo, hi in ((0, 40), (40, 140), (140, 147)):
             part = times[[m for m in group.members.tolist() if lo <= m < hi]]
-            assert not len(part) or part.max() - part.min() <= 2  # evenly, up to the run that an end cuts
+            assert not len(part) or part.max() - part.min() <= 2  # evenly, up to the chunk that an end cuts
 
 
-def test_a_bucket_smaller_than_a_run_is_not_lost() -> None:
+def test_a_bucket_smaller_than_a_chunk_is_not_lost() -> None:
     codes = np.array([1] * 50 + [2] * 3)
-    order = Order(53, buckets=codes, run=16)
-    (_, small) = report(order)["buckets"]
-    assert small["runs"] == 3 / 16 and small["waits"] == 3
-    indices, _ = stream(order, sum(order.runs_before(16)) * 16, 16, 1)
+    order = Order(53, buckets=codes, chunk=16)
+    (_, small) = report(order, buckets=SIZES)["buckets"]
+    assert small["chunks"] == 3 / 16 and small["carried_over"] == 3
+    indices, _ = stream(order, sum(order.chunks_before(16)) * 16, 16, 1)
     assert np.bincount(indices)[50:].tolist() == [16, 16, 16]  # sixteen epochs, sixteen times
-    text = report_text(report(order, sizes=np.full((53, 2), 100)))
-    assert any("3 samples" in line and "0.19" in line and "16" in line for line in text.splitlines())
+    assert report(order, buckets=SIZES, sizes=np.full((53, 2), 100))["buckets"][1]["cropped"] == 0.5
 
 
 @pytest.mark.parametrize("world_size,global_batch", [(1, 4), (3, 12), (4, 8), (2, 6)])
 def test_any_aligned_place_is_a_place_to_go_on(world_size: int, global_batch: int) -> None:
     codes = np.random.default_rng(1).integers(1, 4, 70)
-    order = Order(70, 2, block=5, counts=[30, 40], weights=[1, 3], buckets=codes, run=24)
+    order = Order(70, 2, block=5, counts=[30, 40], weights=[1, 3], buckets=codes, chunk=24)
     straight, _ = stream(order, 480, 24, 2)
     start = 5 * global_batch
     resumed, _ = stream(order, 120, global_batch, world_size, start)
     assert resumed.tolist() == straight[start : start + 120].tolist()
     with pytest.raises(ValueError, match=r"\b30\b.*\b12\b.*batch_size.*\b6\b"):
-        ResumableSampler(70, 12, 0, 3, order=order).batch(30)
+        StreamSampler(order, 12, 0, 3).batch(30)
     with pytest.raises(ValueError, match=r"bucket_batch.*\b24\b.*\b9\b"):
-        ResumableSampler(70, 9, order=order)
+        StreamSampler(order, 9)
     with pytest.raises(ValueError, match=r"\b3\b.*bucket_batch"):
         Order(70, buckets=codes)
 
@@ -144,12 +148,127 @@ def test_block_shuffle_stays_local_and_moves_everything() -> None:
 def test_orders_are_frozen() -> None:
     """A changed order would break every resume across an upgrade."""
     codes = np.array([1, 2, 1, 1, 2, 1, 2, 1, 1, 1])
-    mixed = Order(10, 4, counts=[6, 4], weights=[1, 2], buckets=codes, run=2)
+    mixed = Order(10, 4, counts=[6, 4], weights=[1, 2], buckets=codes, chunk=2)
+    assert epoch_order(10, 0, 0).tolist() == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
     assert epoch_order(10, 0, 0, block=2, window=2).tolist() == FROZEN[0]
     assert mixed.indices(np.arange(12)).tolist() == FROZEN[1]
 
 
+def test_orders_are_those_of_the_first_release() -> None:
+    """Recorded before order, sampler and loader became one stream and buckets became indices."""
+
+    def digest(indices) -> str:
+        return hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest()[:16]
+
+    index = Buckets(64, 2.0).assign(np.random.default_rng(0).integers(200, 2000, (997, 2)), 512)
+    mixed, bucketed = dict(counts=[300, 697], weights=[2, 1]), dict(buckets=index, chunk=24)
+    for options, expected in (
+        ({}, "565af62a1b2b92f0"),
+        ({"block": 50}, "f0c0d72f5a8d4922"),
+        (mixed, "69db2ceac82dccbc"),
+        (bucketed, "f7f0b2a44ea42029"),
+        ({"block": 50} | mixed | bucketed, "97839587191ef6be"),
+    ):
+        assert digest(Order(997, 7, **options).indices(np.arange(5000))) == expected, options
+    rank = StreamSampler(Order(997, 7, **bucketed), 24, 1, 3)
+    assert digest([i for n in range(50) for i, _ in rank.batch(24 * n)]) == "2acfd3afbd1aa560"
+    captions = [choose([("a", 1.0), ("b", 2.0), ("c", 1.0)], 3, position) for position in range(20)]
+    assert "".join(captions) == "bbbcbcbcaaababaababb"
+
+
 FROZEN = ([0, 7, 1, 6, 4, 5, 3, 2, 8, 9], [3, 9, 1, 6, 7, 2, 9, 7, 8, 8, 8, 5])
+
+
+def test_long_order_is_small_and_cache_stays_small():
+    sampler = StreamSampler(Order(1000), 10)
+    for n in range(500):
+        sampler.batch(n * 10)
+    assert [len(kept) for kept in sampler.order._cache.values()] == [1] and epoch_order(1000, 0, 0).dtype == np.int32
+
+
+@pytest.mark.parametrize("length,arguments", [(0, (4,)), (5, (1, 0, 2)), (5, (4, 2, 2))])
+def test_sampler_errors(length, arguments):
+    with pytest.raises(ValueError):
+        StreamSampler(Order(length), *arguments)
+
+
+# -- the loader --------------------------------------------------------------------------------------
+
+
+class Toy(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 17
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.full((2,), float(index)), "caption": f"number {index}"}
+
+
+def take(loader, n: int) -> list[dict]:
+    """The next n batches, over as many passes as that needs."""
+    out = []
+    while len(out) < n:
+        for batch in loader:
+            out.append(batch)
+            if len(out) == n:
+                break
+    return out
+
+
+def ids(batches: list[dict]) -> list[int]:
+    return [i for batch in batches for i in batch["sample_id"].tolist()]
+
+
+def test_batch_contents():
+    (batch,) = take(ResumableLoader(Toy(), Order(17, 1), 4), 1)
+    assert batch["sample_id"].dtype == batch["position"].dtype == torch.int64
+    assert batch["position"].tolist() == [0, 1, 2, 3]
+    assert batch["caption"] == [f"number {i}" for i in batch["sample_id"].tolist()]
+    assert torch.equal(batch["image"][:, 0], batch["sample_id"].float())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_workers_change_nothing_and_prefetch_is_not_counted(persistent):
+    plain = ResumableLoader(Toy(), Order(17, 1), 4)
+    workers = ResumableLoader(Toy(), Order(17, 1), 4, num_workers=2, persistent_workers=persistent)
+    assert len(plain) == 5
+    # stop in mid pass (batches in flight are dropped), go on, and cross two epoch ends
+    for n in (3, 5, 4):
+        assert ids(take(workers, n)) == ids(take(plain, n))
+        assert workers.state_dict() == plain.state_dict()
+    assert plain.state_dict() == {"samples_seen": 48}
+
+
+@pytest.mark.parametrize("world_size,global_batch", [(1, 4), (2, 4), (2, 8), (3, 6)])
+def test_loader_resumes(world_size, global_batch):
+    straight = ResumableLoader(Toy(), Order(17, 1), 4)
+    take(straight, 6)
+    state = straight.state_dict()
+    expected = ids(take(straight, 12))
+    ranks = [ResumableLoader(Toy(), Order(17, 1), global_batch, r, world_size) for r in range(world_size)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    n = 48 // global_batch
+    shares = [take(rank, n) for rank in ranks]
+    merged = {}
+    for share in shares:
+        for batch in share:
+            merged.update(zip(batch["position"].tolist(), batch["sample_id"].tolist(), strict=True))
+    assert [merged[p] for p in sorted(merged)] == expected
+    assert min(merged) == 24
+    assert {tuple(rank.state_dict().items()) for rank in ranks} == {(("samples_seen", 72),)}
+
+
+def test_state_counts_the_batch_in_use():
+    loader = ResumableLoader(Toy(), Order(17), 4)
+    for n, _ in enumerate(loader, start=1):
+        assert loader.state_dict() == {"samples_seen": 4 * n}
+    assert n == len(loader)
+
+
+def test_uneven_batch_is_refused():
+    with pytest.raises(ValueError, match=r"\b4\b.*\b3\b"):
+        ResumableLoader(Toy(), Order(17), 4, 0, 3)
+
 
 # -- kill -9, then another number of ranks ------------------------------------------------------------
 
@@ -168,9 +287,8 @@ def read_rank(
     out: Path, rank: int, world: int, batch: int, start: int, stop: int, die: int, buckets: bool, workers: int
 ):
     codes = np.random.default_rng(1).integers(1, 4, 90) if buckets else None
-    order = Order(90, 2, counts=[40, 50], weights=[1, 3], buckets=codes, run=24)
-    options = dict(seed=2, num_workers=workers, samples_seen=start, order=order)
-    loader = ResumableLoader(Rows(), batch, rank, world, **options)
+    order = Order(90, 2, counts=[40, 50], weights=[1, 3], buckets=codes, chunk=24)
+    loader = ResumableLoader(Rows(), order, batch, rank, world, num_workers=workers, samples_seen=start)
     with out.open("a") as file:
         while loader.samples_seen < stop:
             for batch in loader:

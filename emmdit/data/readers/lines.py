@@ -1,0 +1,34 @@
+"""Lines of a text file as rows: a list of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+
+from emmdit.data.readers.protocol import Rows, Source
+
+
+class TextLines(Rows):
+    """Column: `prompt`, one line of the file."""
+
+    column_names = ["prompt"]
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    @classmethod
+    def matches(cls, source: Source) -> bool:
+        return source.path.suffix == ".txt" and source.path.is_file()
+
+    @classmethod
+    def open(cls, source: Source) -> TextLines:
+        return cls(source.path.read_text(encoding="utf-8").splitlines())
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"prompt": self.lines[index]}

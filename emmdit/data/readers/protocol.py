@@ -1,0 +1,102 @@
+"""Protocol of rows: what a reader of a storage format gives, and how it recognizes its sources.
+
+A new format is a file with a subclass of `Rows` and its line in `emmdit.data.readers.open.READERS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a user names as data.
+
+    Args:
+        name: folder, file, glob or hub id.
+        split: of a hub data set or a saved `DatasetDict`; of MDS a folder of that name, if there is one.
+        data_files: a glob or list of globs inside a hub data set or a folder.
+        revision: branch, tag or commit of a hub data set.
+    """
+
+    name: str
+    split: str = "train"
+    data_files: str | list[str] | None = None
+    revision: str | None = None
+    _found: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    def files(self, suffix: str) -> list[str]:
+        """The local files with this suffix: the file itself, the glob's, of `data_files`, or all below the folder."""
+        if suffix not in self._found:  # a scan of millions of files takes a while
+            patterns = [self.data_files] if isinstance(self.data_files, str) else self.data_files or [f"**/*{suffix}"]
+            whole = [str(self.path / pattern) for pattern in patterns] if self.path.is_dir() else [str(self.path)]
+            found = {file for pattern in whole for file in glob(pattern, recursive=True)}
+            self._found[suffix] = sorted(file for file in found if file.endswith(suffix))
+        return self._found[suffix]
+
+
+class Rows(Dataset, ABC):
+    """Rows of a table, read at any place: `len(rows)`, `rows[i] -> dict` of the columns.
+
+    Opening is cheap and finds the number of rows. A row that cannot be used while its neighbors can (a truncated file,
+    a missing one, an unsafe path) raises `InvalidSample` when it is read, so it is counted and named. Images are
+    encoded: bytes, a path, `{"bytes": ..., "path": ...}`, or a PIL image that is not decoded yet. An instance is sent
+    to loader processes: leave open files out of `__getstate__`.
+
+    Attributes:
+        column_names: of each row, all or those of `select_columns`.
+    """
+
+    column_names: list[str]
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, source: Source) -> bool:
+        """Whether this reader reads the source; asked in the order of `READERS`."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, source: Source) -> Rows:
+        """FileNotFoundError, OSError or ValueError: one sentence that says what to do."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the rows, and not with the machine or the place of a cache."""
+
+    def origin(self, index: int) -> str:
+        """Where row `index` comes from (file and sample), for messages; "" where the format has no names."""
+        return ""
+
+    def select_columns(self, names: Sequence[str]) -> Rows:
+        """The same rows with these columns alone; others are not read."""
+        rows = copy.copy(self)
+        rows.column_names = list(names)
+        return rows
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of one column."""
+        rows = self.select_columns([name])
+        return [rows[index][name] for index in range(len(rows))]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Several rows at once, where a format has a faster way than one by one."""
+        return [self[index] for index in indices]
