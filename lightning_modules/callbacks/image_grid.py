@@ -18,14 +18,16 @@ from lightning_modules.callbacks.throughput import Throughput
 class PromptList(list):
     """Prompts, given as a list or as the path of a text file with one prompt a line.
 
-    A path in a YAML file is relative to that file. It is read when the YAML is parsed, so that the saved configuration of
-    a run holds the prompts themselves.
+    A path in a YAML file is relative to that file. It is read when the YAML is parsed, so that the saved configuration
+    of a run holds the prompts themselves.
     """
 
     def __init__(self, prompts: list[str] | str | os.PathLike[str]) -> None:
         if isinstance(prompts, str | os.PathLike):
             if not Path(prompts).is_file():
-                raise ValueError(f"There is no prompt file {prompts}: give the path of a text file, or a list of prompts.")
+                raise ValueError(
+                    f"There is no prompt file {prompts}: give the path of a text file, or a list of prompts."
+                )
             lines = Path(prompts).read_text(encoding="utf-8").splitlines()
             prompts = [line.strip() for line in lines if line.strip()]
         super().__init__(prompts)

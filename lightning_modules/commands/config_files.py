@@ -68,7 +68,9 @@ def _bases(file: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[Path]:
     for name in named_bases(file):
         base = (file.parent / name).resolve()
         if base in chain:
-            raise ValueError(f"{file} names {name} as its base, which is laid over {file.name} itself: remove one `base`.")
+            raise ValueError(
+                f"{file} names {name} as its base, which is laid over {file.name} itself: remove one `base`."
+            )
         if not base.is_file():
             raise ValueError(f"{file} names the base {name}, but there is no {base}: correct its `base`.")
         if base not in seen:

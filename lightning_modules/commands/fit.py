@@ -33,9 +33,9 @@ from lightning_modules.commands.config_files import ConfigParser, config_files, 
 class SuiteCLI(LightningCLI):
     """LightningCLI with the suite's callbacks as sections of the YAML, one seed, and one folder for each run.
 
-    A config file may name its base files (`config_files.py`). The run folder is `trainer.default_root_dir`; left out, it
-    is `runs/` and the name of the last config file below `experiments/`. Checkpoints, config, images and the MLflow run
-    id all lie in it.
+    A config file may name its base files (`config_files.py`). The run folder is `trainer.default_root_dir`; left out,
+    it is `runs/` and the name of the last config file below `experiments/`. Checkpoints, config, images and the MLflow
+    run id all lie in it.
     """
 
     def __init__(self, args: Any = None, run: bool = True, exit_on_error: bool = True) -> None:
