@@ -14,18 +14,8 @@ import torch
 
 from emmdit import timing
 from emmdit.provenance import machine_line
-from emmdit.timing import Run, Timing, peak_memory, seconds_of, synchronize  # noqa: F401  for the benchmarks
 
 ROOT = Path(__file__).parents[1]
-
-
-def tensor_bytes(*modules: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; shared storage is counted once."""
-    storages = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 # -- tables and files --------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def step_seconds(task: Task, steps: int, device: torch.device) -> tuple[float, i
         ]
         options += [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
         files = [str(ROOT / part) if part != "-c" else part for part in task.files()]
-        run = SuiteCLI(args=[*files, *options, "--trainer.enable_progress_bar=false"], run=False, exit_on_error=False)
+        run = SuiteCLI(args=[*files, *options], run=False, exit_on_error=False)
         timer = StepTimer()  # last: the EMA update belongs to the step
         run.trainer.callbacks = [c for c in run.trainer.callbacks if isinstance(c, EMA | NonFinite)] + [timer]
         run.trainer.fit(run.model, run.datamodule)

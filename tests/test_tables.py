@@ -47,13 +47,10 @@ def test_every_row_has_its_files_and_its_command(path: Path):
     assert len({tuple(task.fit()) for task in tasks}) == len({task.folder for task in tasks}) == len(tasks)
     assert (ROOT / found.evaluation).is_file()
     for task in tasks:
-        assert (
-            task.files()[-3:]
-            == ["-c", f"experiments/{task.experiment}.yaml", "-c", "experiments/trainer/gpu.yaml"][-3:]
-        )
+        assert task.files()[-3::2] == [f"experiments/{task.experiment}.yaml", "experiments/trainer/gpu.yaml"]
         assert all((ROOT / file).is_file() for file in task.files() if file != "-c")
-    for row in found.rows.values():  # what rows refer to are rows
-        assert {row.compare, row.teacher} - {None} <= found.rows.keys()
+    for line in found.rows.values():  # what rows refer to are rows
+        assert {line.compare, line.teacher} - {None} <= found.rows.keys()
 
 
 def test_the_command_says_what_it_means():
