@@ -47,8 +47,8 @@ MODES = {"forward": 1, "backward": 3, "train": 3}  # and its FLOPs: a backward p
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 VARIANTS = ("eager", "compiled", "fused")
 RESOLUTIONS = (512, 1024, 2048, 4096, 8192)
-# Published time of the original / the student's (docs/papers.md, A8d): of whole forward passes, on an RTX 3090.
-PUBLISHED = {
+# Time of the original / the student's as third parties report it (docs/papers.md, A8d): whole forward passes, RTX 3090.
+REPORTED = {
     ("PixArt-Sigma", 1024): 1.4,
     ("PixArt-Sigma", 2048): 3.2,
     ("PixArt-Sigma", 4096): 10.3,
@@ -304,7 +304,7 @@ def finished(rows: dict[Case, dict[str, Any]]) -> Iterator[dict[str, Any]]:
             **asdict(case),
             "images_per_second": case.batch / seconds if seconds else None,
             "ratio_to_original": baseline / seconds if baseline and seconds else None,
-            "published_ratio": PUBLISHED.get((case.network, case.px)) if whole_pass else None,
+            "reported_ratio": REPORTED.get((case.network, case.px)) if whole_pass else None,
             **dict.fromkeys(("seconds", "seconds_low", "seconds_high", "memory", "note")),
             **row,
         }
@@ -346,7 +346,7 @@ def tables(rows: list[dict[str, Any]], fits: list[dict[str, Any]], smallest: int
     of = {"network": "of", "who": "", "part": "part", "mode": "mode"}
     settings = {"batch": "batch", "dtype": "type", "variant": "variant"}
     columns = of | {"px": "px", "tokens": "tokens"} | settings | {"ms": "ms", "images_per_second": "images/s"}
-    columns |= {"ratio_to_original": "x original", "published_ratio": "published", "tflop": "TFLOP", "mib": "MiB"}
+    columns |= {"ratio_to_original": "x original", "reported_ratio": "reported", "tflop": "TFLOP", "mib": "MiB"}
     parts = [markdown_table(shown, columns | {"note": ""})]
     if fits:
         parts.append(f"Exponent of image tokens, fitted over {smallest} px and more (FLOPs over all sizes asked for):")
@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None, config: dict[str, dict[str, Any]] | None
         content |= {"rows": rows, "exponents": exponents(rows, args.fit_from)}
         if args.json is not None:  # after each network, as a whole run may take long
             write_json(args.json, content)
-    shown = [f"Median of {args.rounds} rounds in turns, {timed}; x original and published: docs/papers.md, A8d."]
+    shown = [f"Median of {args.rounds} rounds in turns, {timed}; x original and reported: docs/papers.md, A8d."]
     shown += tables(rows, content["exponents"], args.fit_from)
     if content["counts"]:
         columns = {"network": "E-MMDiT", "parameters": "parameters", "tflop": "TFLOP, forward, batch 1"}

@@ -167,18 +167,18 @@ def test_each_weight_counts_and_the_task_alone_needs_no_teacher() -> None:
 
 
 def test_what_contradicts_itself_is_said_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match="weights of task, output and features"):
+    with pytest.raises(ValueError, match="task.*output.*feature"):
         module(task_weight=0.0, output_weight=0.0, feature_weight=0.0)
-    with pytest.raises(ValueError, match='no "new" parameters'):
+    with pytest.raises(ValueError, match="[\"']new[\"']"):
         module(attention={"baseline": "linear"}, train="new")
-    with pytest.raises(ValueError, match="no choice 'querry'"):
+    with pytest.raises(ValueError, match="querry"):
         module(attention={"querry": "linear"})
-    with pytest.raises(FileNotFoundError, match="nothing at runs/no/such"):
+    with pytest.raises(FileNotFoundError, match="runs/no/such"):
         module(teacher="runs/no/such")
     PixArtTransformer2DModel(
         num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16
     ).save_pretrained("other")
-    with pytest.raises(OSError, match="'other' holds a model of kind 'PixArtTransformer2DModel'"):
+    with pytest.raises(OSError, match="'other'.*PixArtTransformer2DModel"):
         module(teacher="other")
 
 

@@ -25,7 +25,7 @@ from tests.toy import Metrics, Points, Toy, trainer
 def test_non_finite_step_is_skipped(tmp_path, accumulate):
     model = Toy(Points(bad=(7,)), momentum=0.9, shuffle=False)  # 7 is in the second batch
     logger, guard = Metrics(tmp_path), NonFinite()
-    with pytest.warns(UserWarning, match=r"sample ids .*7"):
+    with pytest.warns(UserWarning, match=r"\bnan\b.*\b7\b"):
         trainer(tmp_path, [guard], logger=logger, max_steps=3, accumulate_grad_batches=accumulate).fit(model)
     assert guard.skipped == 1 and guard.consecutive == 0
     before, after = [(0, 1), (0, 1)][accumulate - 1]
@@ -60,10 +60,10 @@ def test_grad_norm_is_the_one_before_clipping(tmp_path):
 def test_non_finite_stops_at_the_limit(tmp_path):
     everything = Points(bad=tuple(range(20)))
     guard = NonFinite(limit=3)
-    with pytest.raises(ValueError, match="3 steps in a row"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match=r"\b3\b.*\bstep 2\b.*non_finite\.jsonl"), pytest.warns(UserWarning):
         trainer(tmp_path, [guard]).fit(Toy(everything))
     assert guard.skipped == 3
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"\bstep 0\b.*non_finite\.jsonl"):
         trainer(tmp_path, [NonFinite(policy="raise")]).fit(Toy(everything))
 
 
@@ -199,8 +199,8 @@ def test_progress_lines(tmp_path, capsys):
     assert "\r" not in out and [line.split("  ")[0] for line in lines] == [f"step {n}/5" for n in range(1, 6)] + [
         "step 5"
     ]
-    assert "images/s" in lines[1] and lines[1].endswith("left") and " loss " in lines[1]
-    assert "left" not in lines[4] and lines[5] == "step 5  val/loss 0.25"
+    assert "images/s" in lines[1] and ":" in lines[1] and " loss " in lines[1]  # a clock
+    assert ":" not in lines[4] and lines[5] == "step 5  val/loss 0.25"
 
 
 def test_progress_is_quiet_between(tmp_path, capsys):

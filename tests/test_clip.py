@@ -84,17 +84,17 @@ def test_long_texts_stay_distinct(clip: CLIP) -> None:
 
 
 def test_refusals(clip: CLIP, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="uint8 images"):
+    with pytest.raises(ValueError, match="uint8.*float32"):
         clip.images(torch.rand(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="uint8 images"):
+    with pytest.raises(ValueError, match=r"uint8.*\(3, 32, 32\)"):
         clip.images(pictures()[0])
-    with pytest.raises(ValueError, match="not one string"):
+    with pytest.raises(ValueError, match=r"\btexts\b"):
         clip.texts("a circle")
     with pytest.raises(MissingModelError, match="hf download openai/clip-vit-large-patch14"):
         CLIP().prepare()
-    with pytest.raises(MissingModelError, match="does not exist"):
+    with pytest.raises(MissingModelError, match="nowhere"):
         CLIP(str(tmp_path / "nowhere")).prepare()
-    with pytest.raises(MissingModelError, match="not clip"):
+    with pytest.raises(MissingModelError, match=r"dinov2.*\bclip\b"):
         CLIP("standin:dinov2").prepare()
 
 
@@ -149,13 +149,13 @@ def test_grids_follow_the_aspect_ratio() -> None:
 
 
 def test_patch_feature_errors() -> None:
-    with pytest.raises(ValueError, match="multiple of the 8px patch"):
+    with pytest.raises(ValueError, match=r"image_size.*\b30\b.*\b8"):
         vision(image_size=30)
-    with pytest.raises(ValueError, match="feature_dim is 8"):
+    with pytest.raises(ValueError, match=r"feature_dim.*\b8\b.*\b16\b"):
         vision(feature_dim=8).load()
-    with pytest.raises(ValueError, match="patch_size is 4"):
+    with pytest.raises(ValueError, match=r"patch_size.*\b4\b.*\b8\b"):
         vision(patch_size=4).load()
-    with pytest.raises(MissingModelError, match="gated|cache"):
+    with pytest.raises(MissingModelError, match="openai/clip-vit-large-patch14"):
         CLIPVision().load()
-    with pytest.raises(ValueError, match="reads images"):
+    with pytest.raises(ValueError, match=r"CLIPVision.*\(3, 32, 32\)"):
         vision()(torch.zeros(3, 32, 32))

@@ -122,10 +122,10 @@ def test_name_state_and_settings(clip: CLIP) -> None:
 
 def test_refusals(clip: CLIP) -> None:
     metric = CLIPScore(clip)
-    with pytest.raises(ValueError, match="seen no images"):
+    with pytest.raises(ValueError, match=r"clip_score_standin_model(?!.*\d)"):
         metric.compute()
-    with pytest.raises(ValueError, match="uint8 images"):
+    with pytest.raises(ValueError, match="uint8.*float32"):
         metric.update(torch.rand(1, 3, 32, 32), samples(CAPTIONS[:1]))
-    with pytest.raises(ValueError, match="a prompt for each image"):
+    with pytest.raises(ValueError, match=r"clip_score_standin_model.*\b2\b.*\b1\b"):
         metric.update(pictures(2), samples(CAPTIONS[:1]))
     assert int(metric.count) == 0

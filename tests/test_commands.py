@@ -19,7 +19,7 @@ STANDINS = ("--text-encoder", "standin:llama?caption_channels=24", "--autoencode
 
 def test_a_released_file_becomes_a_folder_that_draws(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["import-nitro-e", str(GOLDEN), "--out", str(tmp_path / "folder"), *STANDINS, "--steps", "2"])
-    assert "572,088 parameters" in capsys.readouterr().out
+    assert "572,088" in capsys.readouterr().out
 
     pipeline = EMMDiTPipeline.from_pretrained(tmp_path / "folder")
     weight = load_file(GOLDEN)["pos_embed.proj.weight"]
@@ -37,7 +37,7 @@ def test_a_size_that_does_not_fit_is_one_sentence(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as end:
         main(["sample", "--ckpt", str(tmp_path / "folder"), "--prompt", "x", "--out", str(tmp_path), "--height", "96"])
     assert end.value.code == 2
-    assert "divisible by 4" in capsys.readouterr().err
+    assert "3 x 16" in capsys.readouterr().err
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture) -> None:
@@ -47,4 +47,4 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture) -> None
         assert f"\n  {command} " in USAGE
     with pytest.raises(SystemExit):
         main(["trian"])
-    assert "no command 'trian'" in capsys.readouterr().err
+    assert "'trian'" in capsys.readouterr().err

@@ -20,47 +20,47 @@ CONTRADICTIONS = {
     "grid": (
         files(SHAPES),
         f"{NETWORK}sample_size=6",
-        "sample_size 6 gives a grid of side 6, not divisible by 4",
+        ("sample_size 6", "(2, 4)"),
     ),
-    "depth": (STAGE1, f"{NETWORK}repa_depth=30", "repa_depth 30 lies beyond the network of 24 blocks"),
-    "tap": (STAGE1, f"{NETWORK}repa_depth=8", r"lies among the compressed tokens \(blocks 5 to 20\)"),
-    "latents": (files(SHAPES), f"{NETWORK}in_channels=16", "takes 16 latent channels, but DCTCodec gives 32"),
+    "depth": (STAGE1, f"{NETWORK}repa_depth=30", ("repa_depth 30", "24")),
+    "tap": (STAGE1, f"{NETWORK}repa_depth=8", ("repa_depth 8", "5", "20")),
+    "latents": (files(SHAPES), f"{NETWORK}in_channels=16", ("16", "DCTCodec", "32", "in_channels")),
     "prediction": (
         files(SHAPES),
         f"{NETWORK}out_channels=16",
-        "predicts 16 channels of the 32 that DCTCodec",
+        ("16", "DCTCodec", "32", "out_channels"),
     ),
-    "text width": (STAGE1, f"{NETWORK}caption_channels=768", "width 768, but TextEncoder gives 2048"),
+    "text width": (STAGE1, f"{NETWORK}caption_channels=768", ("768", "TextEncoder", "2048")),
     "text length": (
         STAGE1,
         f"{TEXT}max_length=100",
-        "100 text tokens can not be cut into the chunked subregions",
+        ("100", "chunked", "block 2"),
     ),
     "groups": (
         files(SHAPES),
         f"{NETWORK}subregion_groups=8",
-        "can not be cut into the strided subregions of block 1",
+        ("12", "strided", "block 1"),
     ),
     "no projector": (
         files(SHAPES),
         LOSS,
-        "REPA needs a network with a projector: set the denoiser's repa_feat",
+        ("REPA", "projector", "repa_feature_dim"),
     ),
-    "no loss": (STAGE1, "--model.init_args.components=[]", "has a REPA projector that no loss trains"),
+    "no loss": (STAGE1, "--model.init_args.components=[]", ("emmdit.losses.REPA", "components", "repa_feature_dim")),
     "vision width": (
         STAGE1,
         f"{NETWORK}repa_feature_dim=384",
-        "repa_feature_dim 384, but DINOv2 gives features",
+        ("repa_feature_dim", "384", "DINOv2", "768"),
     ),
-    "no last blocks": (files(SHAPES), f"{NETWORK}block_groups=[2,2,0]", "end in compressed tokens"),
-    "precision": (files(SHAPES), "--trainer.precision=bf16-true", "use bf16-mixed"),
+    "no last blocks": (files(SHAPES), f"{NETWORK}block_groups=[2,2,0]", ("block_groups", "(2, 2, 0)")),
+    "precision": (files(SHAPES), "--trainer.precision=bf16-true", ("bf16-true", "bf16-mixed")),
     "dropout": (
         files(SHAPES),
         "--model.init_args.caption_dropout=1.5",
-        "caption_dropout is a probability below 1",
+        ("caption_dropout", "1.5"),
     ),
-    "batch": (files(SHAPES), "--data.init_args.batch_size=0", "batch_size must be at least 1, got 0"),
-    "no column": (STAGE1, "--data.init_args.image_column=null", "needs image_column, latents_column or both"),
+    "batch": (files(SHAPES), "--data.init_args.batch_size=0", ("batch_size", "1", "0")),
+    "no column": (STAGE1, "--data.init_args.image_column=null", ("HubDataModule", "image_column", "latents_column")),
 }
 
 
@@ -85,9 +85,10 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_contradictions(case: str, devices: set[str]) -> None:
-    base, override, message = CONTRADICTIONS[case]
-    with pytest.raises(Exception, match=message) as caught:
+    base, override, words = CONTRADICTIONS[case]
+    with pytest.raises(Exception) as caught:
         cli(*base, *ON_CPU, override)
+    assert all(word in sentence(caught.value) for word in words)  # not in the namespace that jsonargparse dumps
     assert "\n" not in sentence(caught.value) and sentence(caught.value).endswith(".")
     assert devices <= {"meta"}
 
@@ -101,51 +102,58 @@ def test_the_check_sees_every_network_of_the_contract(devices: set[str]) -> None
 
 
 WRONG = {
-    "model: {init_args: {denoiser: {init_args: {dimm: 3}}}}": "model.denoiser: there is no option 'dimm'.",
-    "model: {init_args: {lerning: 3}}": "model: there is no option 'lerning'.",
-    "modle: {init_args: {ema: false}}": "there is no option 'modle.init_args.ema'.",
-    "trainer: {max_step: 3}": "there is no option 'trainer.max_step'.",
-    "trainer: {max_steps: many}": "trainer.max_steps: Expected int, got many.",
-    "samples: {prompt: 3}": "there is no option 'samples.prompt'.",
+    "model: {init_args: {denoiser: {init_args: {dimm: 3}}}}": ("model.denoiser", "dimm"),
+    "model: {init_args: {lerning: 3}}": ("model", "lerning"),
+    "modle: {init_args: {ema: false}}": ("modle.init_args.ema",),
+    "trainer: {max_step: 3}": ("'trainer.max_step'",),
+    "trainer: {max_steps: many}": ("trainer.max_steps", "int", "many"),
+    "samples: {prompt: 3}": ("'samples.prompt'",),
     "model: {init_args: {denoiser: {init_args: {modulation: gauss}}}}": (
-        "model.denoiser.modulation: Expected one of 'affine', 'single', 'zero', got gauss."
+        "model.denoiser.modulation",
+        "affine",
+        "single",
+        "zero",
+        "gauss",
     ),
-    "model: {init_args: {sampling: {steps: a}}}": "model.sampling.steps: Expected int, got a.",
+    "model: {init_args: {sampling: {steps: a}}}": ("model.sampling.steps", "int", " a"),
     "model: {init_args: {codec: {class_path: emmdit.shapes.ShapesText}}}": (
-        "model.codec: emmdit.shapes.ShapesText is not a subclass of ImageCodec."
+        "model.codec",
+        "emmdit.shapes.ShapesText",
+        "ImageCodec",
     ),
     "model: {init_args: {denoiser: {class_path: torch.nn.Linear}}}": (
-        "model.denoiser: Expected 'torch.nn.Linear' to be a subclass of ModelMixin."
+        "model.denoiser",
+        "torch.nn.Linear",
+        "ModelMixin",
     ),
-    "model: {init_args: {optimizer: {class_path: emmdit.optim.Muon}}}": (
-        "model.optimizer: module 'emmdit.optim' has no attribute 'Muon'."
-    ),
-    "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": (
-        "data: the following arguments are required: source."
-    ),
+    "model: {init_args: {optimizer: {class_path: emmdit.optim.Muon}}}": ("model.optimizer", "'emmdit.optim'", "'Muon'"),
+    "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": ("data", "source"),
     "trainer: {strategy: {class_path: lightning_modules.parallel.FSDP3}}": (
-        "trainer.strategy: module 'lightning_modules.parallel' has no attribute 'FSDP3'."
+        "trainer.strategy",
+        "'lightning_modules.parallel'",
+        "'FSDP3'",
     ),
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_yaml_ends_in_one_sentence(text: str, capsys: pytest.CaptureFixture, devices: set[str]) -> None:
-    assert fails(capsys, *files(SHAPES), *change(text)) == WRONG[text]
+    error = fails(capsys, *files(SHAPES), *change(text))
+    assert all(word in error for word in WRONG[text]) and error.endswith(".")
     assert not devices
 
 
 def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices: set[str]) -> None:
-    assert "unrecognized arguments: --trainer.max_step" in fails(capsys, *files(SHAPES), "--trainer.max_step=3")
-    assert "File does not exist" in fails(capsys, "-c", "nothing.yaml")
-    first = "give the experiment first, then what is laid over it"
+    assert "--trainer.max_step=3" in fails(capsys, *files(SHAPES), "--trainer.max_step=3")
+    assert "nothing.yaml" in fails(capsys, "-c", "nothing.yaml")
+    first = "-c experiments/shapes/emmdit.yaml -c "
     assert first in fails(capsys, *files("shapes/one_path.yaml"))
     assert first in fails(capsys, *files("trainer/cpu.yaml"))
-    assert "Problems parsing config" in fails(capsys, *change("trainer: [1, 2"))
+    assert "line 1, column 10" in fails(capsys, *change("trainer: [1, 2"))
     if not torch.cuda.is_available():
         assert "gpu" in fails(capsys, *files(SHAPES, "trainer/gpu.yaml"))
     contradiction = fails(capsys, *files(SHAPES), *ON_CPU, f"{NETWORK}in_channels=16")
-    assert contradiction.startswith("The denoiser takes 16 latent channels")
+    assert all(word in contradiction for word in ("16", "DCTCodec", "32", "in_channels"))
 
 
 def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
@@ -155,6 +163,6 @@ def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
         main(["fit", *args])
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
-    assert lines[-1] == "(EMMDIT_TRACEBACK=1 shows where.)" and len(lines) == 2, lines
+    assert "EMMDIT_TRACEBACK=1" in lines[-1] and len(lines) == 2, lines
     assert lines[0].startswith("emmdit fit: ")
     return lines[0].removeprefix("emmdit fit: ")

@@ -151,21 +151,21 @@ def test_a_wrong_column_or_file_is_one_sentence(capsys: pytest.CaptureFixture) -
     table.to_parquet("rows.parquet")
     Path("cut.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-30])
     data = [*files("data/pd12m.yaml"), "--data.init_args.data_files=null"]
-    for source, more, message in (
-        ("rows.parquet", [], "'rows.parquet' has no image column 'image': set image_column to one of img, words."),
+    for source, more, words in (
+        ("rows.parquet", [], ("'rows.parquet'", "'image'", "image_column", "img, words")),
         (
             "rows.parquet",
             ["--data.init_args.image_column=img"],
-            "'rows.parquet' has no caption column 'caption': set caption_column to one of img, words.",
+            ("'rows.parquet'", "'caption'", "caption_column", "img, words"),
         ),
-        ("cut.parquet", [], "cut.parquet is truncated or damaged"),
-        ("./gone.parquet", [], "No file matches './gone.parquet'"),
+        ("cut.parquet", [], ("cut.parquet", "truncated")),
+        ("./gone.parquet", [], ("'./gone.parquet'",)),
     ):
         with pytest.raises(SystemExit) as ended:
             command = [*data, f"--data.init_args.source={source}", *more, *change(CODEC), "--out", "out"]
             main(["precompute", *command])
         error = capsys.readouterr().err
-        assert ended.value.code == 2 and message in error and "Traceback" not in error
+        assert ended.value.code == 2 and all(word in error for word in words) and "Traceback" not in error
         assert len(error.strip().splitlines()) == 2 and not Path("out").exists()
 
 
@@ -178,10 +178,10 @@ def test_a_wrong_manifest_and_latents_that_do_not_fit_it() -> None:
     text = Path("out/manifest.json").read_text()
     whole = json.loads(text)
     for wrong, message in (
-        ("{", r"out/manifest.json can not be used: "),
-        (json.dumps(whole | {"kind": "thesis"}), "it is 'thesis' in version 1, not 'emmdit latents' 1"),
-        (json.dumps(whole | {"version": 9}), "it is 'emmdit latents' in version 9"),
-        (json.dumps({"kind": whole["kind"], "version": 1}), "out/manifest.json can not be used: 'shards'"),
+        ("{", r"out/manifest\.json.*line 1 column 2"),
+        (json.dumps(whole | {"kind": "thesis"}), "'thesis'.*'emmdit latents'"),
+        (json.dumps(whole | {"version": 9}), r"'emmdit latents'.*\b9\b"),
+        (json.dumps({"kind": whole["kind"], "version": 1}), "out/manifest.json.*'shards'"),
     ):
         Path("out/manifest.json").write_text(wrong)
         with pytest.raises(ValueError, match=message) as caught:
@@ -191,9 +191,7 @@ def test_a_wrong_manifest_and_latents_that_do_not_fit_it() -> None:
     other = json.loads(text)
     other["columns"]["latents"]["dtype"] = "float32"
     Path("out/manifest.json").write_text(json.dumps(other))
-    with pytest.raises(
-        ValueError, match=r"Row 2 of 'out' can not be read \(its latents of 4,096 bytes are not of shape"
-    ):
+    with pytest.raises(ValueError, match=r"Row 2\b.*'out'.*latents.*4,096.*\(32, 8, 8\)"):
         LatentsRows("out", first=1)[1]
 
     Path("out/manifest.json").write_text(text)
@@ -203,10 +201,10 @@ def test_a_wrong_manifest_and_latents_that_do_not_fit_it() -> None:
         byte = file.read(1)
         file.seek(-600, os.SEEK_END)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(ValueError, match="data-000001.arrow is not what was written: its hash differs"):
+    with pytest.raises(ValueError, match="data-000001.arrow.*hash"):
         verify("out")
     os.truncate("out/data-000001.arrow", 500)
-    with pytest.raises(ValueError, match=r"data-000001.arrow has 500 bytes, its manifest says [\d,]+: copy it again"):
+    with pytest.raises(ValueError, match=r"data-000001\.arrow.*\b500\b.*\b[\d,]+\b"):
         read_manifest("out")
 
 

@@ -106,10 +106,10 @@ def test_captions_are_chosen_by_weight_seed_and_position(table: Path) -> None:
     assert [merged[p] for p in sorted(merged)] == seen[: len(merged)]
     assert [batch["caption"] for batch in data.val_dataloader()][0] == [f"{i} long" for i in range(4)]
     for arguments, message in (
-        ({"caption_weights": [1.0, 2.0]}, "2 caption_weights for 1 caption columns"),
-        ({"caption_weights": [0.0]}, "one of them above 0"),
-        ({"caption_column": []}, "and caption_column"),
-        ({"caption_column": ["caption", "none"]}, "no caption 1 column 'none'"),
+        ({"caption_weights": [1.0, 2.0]}, r"\b2\b.*caption_weights.*\b1\b"),
+        ({"caption_weights": [0.0]}, r"caption_weights.*\[0\.0\]"),
+        ({"caption_column": []}, "HubDataModule.*image_column.*caption_column"),
+        ({"caption_column": ["caption", "none"]}, "caption.*'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             ready(hub(table, **arguments))
@@ -122,7 +122,7 @@ def test_rows_are_read_in_batches_as_one_by_one_and_bad_ones_named(table: Path) 
     rows = open_source(str(table)).map(lambda row: row | {"short": None} if row["height"] == 90 else row)
     rows.save_to_disk(table.parent / "gap")
     broken = ready(hub(table.parent / "gap", caption_column="short")).train_dataset()
-    with pytest.raises(ValueError, match="Row 9 of .* the caption in column 'short' can not be read"):
+    with pytest.raises(ValueError, match=r"Row 9\b.*caption.*'short'"):
         broken.__getitems__([3, 4])
     with pytest.raises(IndexError):
         broken.__getitems__([0, 35])
@@ -142,9 +142,9 @@ def test_bucket_sizes_and_what_they_crop() -> None:
     assert [size(c) for c in BUCKETS.assign(sizes, 32).tolist()] == expected
     assert cropped(np.array([(48, 32), (40, 24), (64, 32)]), (40, 24)) == pytest.approx([0.1, 0, 1 / 6])
     for arguments in (dict(step=0), dict(max_ratio=0.5)):
-        with pytest.raises(ValueError, match="buckets need a step"):
+        with pytest.raises(ValueError, match="step.*max_ratio"):
             Buckets(**arguments)
-    with pytest.raises(ValueError, match="resolution 100 is no multiple of the buckets' step 64"):
+    with pytest.raises(ValueError, match=r"resolution.*\b100\b.*\b64\b"):
         Buckets().sizes(100)
 
 
@@ -181,7 +181,7 @@ def test_images_come_in_batches_of_one_bucket_on_all_ranks(table: Path, tmp_path
     tall = told["buckets"][-1]
     assert (tall["height"], tall["width"], tall["samples"]) == (40, 24, 21)
     assert tall["cropped"] == pytest.approx((1 / 6 + 0.1 + 4 / 9) / 3)
-    assert "40 x 24 (height x width): 21 samples" in capsys.readouterr().out
+    assert any("40 x 24" in line and "21" in line for line in capsys.readouterr().out.splitlines())
 
     shares = []
     for rank in range(2):  # one size a batch, and the same number of batches
@@ -190,9 +190,9 @@ def test_images_come_in_batches_of_one_bucket_on_all_ranks(table: Path, tmp_path
         shares.append([(len(batch["caption"]), tuple(batch["image"].shape)) for batch in batches])
     assert shares[0] == shares[1] and sum(count for count, _ in shares[0]) == 6
     for arguments, message in (
-        ({}, "have 3 different sizes: set bucket_batch"),
-        ({"bucket_batch": 6}, "bucket_batch 6 is no multiple of the global batch 8"),
-        ({"bucket_batch": 8, "latents_column": "short"}, "buckets are for images"),
+        ({}, r"\b3\b.*bucket_batch"),
+        ({"bucket_batch": 6}, r"bucket_batch.*\b6\b.*\b8\b"),
+        ({"bucket_batch": 8, "latents_column": "short"}, "emmdit precompute --buckets"),
     ):
         with pytest.raises(ValueError, match=message):
             ready(hub(table, buckets=BUCKETS, **arguments), 0, 2)
@@ -231,7 +231,7 @@ def test_latents_are_precomputed_and_read_in_buckets(table: Path, tmp_path: Path
             raise ValueError("square only.")
 
     module = dict(codec=codec, text=SimpleNamespace(max_length=4), denoiser_factory=lambda: factory(refuse))
-    with pytest.raises(ValueError, match="bucket of 24 x 40 px does not fit the network: square only"):
+    with pytest.raises(ValueError, match="24 x 40.*square only"):
         data.trainer.lightning_module = SimpleNamespace(**module)
         data.setup("fit")
 
@@ -267,28 +267,27 @@ def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: P
     shares = [[i for b in take(mixture(r, 2, weights=weights), 44) for i in b["sample_id"].tolist()] for r in range(2)]
     drawn = np.array(shares).reshape(-1)
     assert (drawn >= 36).mean() == pytest.approx(0.75, abs=0.01)
-    assert "few: 8 samples, 75.0% of the draws, 4.12 passes" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any("few" in line and "75.0%" in line and "4.12" in line for line in lines)
     told = data.provenances()
     assert [found["name"] for found in told] == ["many", "few"] and told[0]["licence"] == "CC0-1.0"
 
     part = LatentsDataModule(str(sources["many"]))
     for arguments, message in (
-        ({"sources": {}}, "at least one source"),
-        ({"sources": {"a": part}, "weights": {"b": 1.0}}, "weights are given for b, but the sources are a"),
-        ({"sources": {"a": part}, "weights": {"a": 0.0}}, "must be positive"),
+        ({"sources": {}}, "(?i)mixture.*source"),
+        ({"sources": {"a": part}, "weights": {"b": 1.0}}, r"weights.*\bb\b.*sources.*\ba\b"),
+        ({"sources": {"a": part}, "weights": {"a": 0.0}}, r"weights.*'a': 0\.0"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureDataModule(**arguments)
     pictures = hub(table, resolution=32)
-    with pytest.raises(
-        ValueError, match="'few' gives caption, latents, sample_id, 'pictures' caption, image, sample_id"
-    ):
+    with pytest.raises(ValueError, match="'few'.*caption, latents, sample_id.*caption, image, sample_id"):
         ready(
             MixtureDataModule(
                 {"few": LatentsDataModule(str(sources["few"])), "pictures": pictures}, validation_samples=2
             )
         )
-    with pytest.raises(ValueError, match="Source 'few': .* has 12 samples, and 30 of them are held out"):
+    with pytest.raises(ValueError, match=r"'few'.*\b12\b.*\b30\b.*validation_samples"):
         ready(MixtureDataModule({"few": LatentsDataModule(str(sources["few"]))}, validation_samples=30))
 
 
@@ -324,14 +323,14 @@ def test_stored_text_features_spare_the_encoder(table: Path, tmp_path: Path, mon
         assert torch.equal(found[name], wanted.float() if wanted.is_floating_point() else wanted)
 
     for changed, message in (
-        ({"max_length": 9}, "made with max_length 8, this experiment's text encoder has 9"),
-        ({"with_mask": False}, "made with features .'encoder_attention_mask', 'encoder_hidden_states'."),
-        ({"hidden_layer": -2}, "made with hidden_layer -1"),
+        ({"max_length": 9}, r"max_length.*\b8\b.*\b9\b"),
+        ({"with_mask": False}, "features.*'encoder_attention_mask', 'encoder_hidden_states'"),
+        ({"hidden_layer": -2}, "hidden_layer.*-1.*-2"),
     ):
         with pytest.raises(ValueError, match=message):
             other = TextEncoder(**(made_with | changed))
             ready(LatentsDataModule(str(out), **arguments), codec=DCTCodec(), text=other)
-    with pytest.raises(ValueError, match="set text to false to train on several"):
+    with pytest.raises(ValueError, match=r"caption.*\btext\b.*false"):
         ready(LatentsDataModule(str(out), caption_weights=[1, 1], **arguments), codec=DCTCodec())
     several = ready(LatentsDataModule(str(out), text=False, caption_weights=[1, 3], **arguments), codec=DCTCodec())
     batches = take(several, 40)

@@ -99,5 +99,5 @@ def test_ema_without_a_copy_is_refused(tmp_path):
         trainer(tmp_path, [EMA()]).fit(model)
     with pytest.raises(ValueError, match="decay"):
         EMA(decay=1.0)
-    with pytest.raises(ValueError, match="16 bit"):
+    with pytest.raises(ValueError, match="bf16-mixed"):
         trainer(tmp_path, [EMA()]).fit(Toy().to(torch.bfloat16))

@@ -56,15 +56,16 @@ def test_nothing_is_loaded_before_it_is_needed() -> None:
 
 
 def test_missing_folder_and_offline_hub(tmp_path: Path, folders: dict[str, Path]) -> None:
-    assert "does not exist" in message(DCAE(str(tmp_path / "nope")))
-    assert "does not exist" in message(DCAE("./nope"))
-    assert "has no folder 'vae'" in message(SD3VAE(str(tmp_path)))
-    assert "There is no" in message(DCAE(str(tmp_path)))
-    assert "is a file" in message(DINOv2(str(folders["dinov2"] / "config.json")))
+    for absent in (str(tmp_path / "nope"), "./nope"):
+        text = message(DCAE(absent))
+        assert absent in text and "hf download" not in text  # seen to be no hub id
+    assert "'vae'" in message(SD3VAE(str(tmp_path)))
+    assert str(tmp_path / "config.json") in message(DCAE(str(tmp_path)))
+    assert str(folders["dinov2"] / "config.json") in message(DINOv2(str(folders["dinov2"] / "config.json")))
     for encoder in (DCAE(), SD3VAE(), TextEncoder(), DINOv2(), SD3TextEncoders()):
         text = message(encoder)
         assert encoder.source in text and "HF_HUB_OFFLINE" in text and "hf download" in text
-    assert "check the spelling" in message(TextEncoder("no such name"))
+    assert "'no such name'" in message(TextEncoder("no such name"))
 
 
 def test_gated_and_unknown_repositories(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,26 +88,30 @@ def test_gated_and_unknown_repositories(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         refuse(kind, status)
         text = message(DINOv2("someone/something"))
-        assert "is gated: accept its licence at https://huggingface.co/someone/something" in text
-        assert "hf auth login" in text and "local folder or an ungated mirror" in text
+        assert "https://huggingface.co/someone/something" in text and "hf auth login" in text
     refuse(errors.RepositoryNotFoundError, 401)
-    assert "neither a local folder nor a repository" in message(DINOv2("someone/something"))
+    text = message(DINOv2("someone/something"))  # not the address of what is gated
+    assert "'someone/something'" in text and "hf auth login" in text and "https://" not in text
     refuse(errors.RevisionNotFoundError, 404)
-    assert "no such revision" in message(DINOv2(revision="v9"))
+    assert "https://huggingface.co/facebook/dinov2-base/commits" in message(DINOv2(revision="v9"))
     refuse(errors.RemoteEntryNotFoundError, 404)
-    assert "could not be loaded" in message(DINOv2("someone/something"))  # some other answer of the hub
+    assert "404 Client Error" in message(DINOv2("someone/something"))  # some other answer of the hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route"))
     )
-    assert "the hub cannot be reached" in message(DCAE())
+    text = message(DCAE())
+    assert DCAE().source in text and "HF_HUB_OFFLINE" not in text and "hf " not in text
 
 
 def test_the_gate_is_recognised_behind_a_librarys_own_error() -> None:
     from huggingface_hub import errors
 
     response = type("Response", (), {"status_code": 403, "headers": {}, "request": None})()
-    with pytest.raises(MissingModelError, match="is gated"), loading.one_sentence("some/model"):
+    with (
+        pytest.raises(MissingModelError, match="huggingface.co/some/model.*hf auth login"),
+        loading.one_sentence("some/model"),
+    ):
         try:
             raise errors.GatedRepoError("403", response=response)
         except OSError:
@@ -127,20 +132,24 @@ def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -
         folder.mkdir()
         (folder / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
         encoder = cls(str(folder), **({"feature_dim": 32} if cls is DINOv2 else {}))
-        assert "has no safetensors weights: save" in message(encoder)
+        text = message(encoder).replace(str(folder), "")  # the name of this test is in the path
+        assert "safetensors" in text and "pickle" not in text
         torch.save(load_file(folders[name] / weights), folder / pickled)
-        assert "only pickled ones, which are refused" in message(encoder)
+        text = message(encoder).replace(str(folder), "")
+        assert "safetensors" in text and "pickle" in text
 
 
 def test_wrong_incomplete_and_damaged_models(folders: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    assert "of kind 'AutoencoderKL', not AutoencoderDC" in message(DCAE(str(folders["sdxl_vae"])))
-    assert "of kind 'llama', not dinov2" in message(DINOv2(str(folders["llama"])))
-    assert "no tokenizer that can be read" in message(TextEncoder(str(folders["dc_ae"])))
-    with pytest.raises(MissingModelError, match="does not hold a model of transformers"):
+    text = message(DCAE(str(folders["sdxl_vae"])))
+    assert "'AutoencoderKL'" in text and "AutoencoderDC" in text
+    text = message(DINOv2(str(folders["llama"])))
+    assert "'llama'" in text and "dinov2" in text
+    assert "tokenizer_subfolder" in message(TextEncoder(str(folders["dc_ae"])))
+    with pytest.raises(MissingModelError, match="dc_ae.*transformers"):
         _ = TextEncoder(str(folders["dc_ae"])).model
-    assert "does not hold a model of diffusers" in message(DCAE(str(folders["dinov2"])))
+    assert "diffusers" in message(DCAE(str(folders["dinov2"])))
     for cls, name, weights in (
         (DINOv2, "dinov2", "model.safetensors"),
         (DCAE, "dc_ae", "diffusion_pytorch_model.safetensors"),
@@ -152,11 +161,12 @@ def test_wrong_incomplete_and_damaged_models(folders: dict[str, Path], tmp_path:
         lost = sorted(tensors)[0]
         save_file({k: v for k, v in tensors.items() if k != lost}, folder / weights, {"format": "pt"})
         text = message(cls(str(folder)))
-        assert "lacks 1 weights" in text and lost in text
+        assert " 1 " in text and lost in text
         (folder / weights).write_bytes((folders[name] / weights).read_bytes()[:1000])
-        assert "damaged" in message(cls(str(folder)))
+        text = message(cls(str(folder)))
+        assert "weights" in text and lost not in text
         (folder / "config.json").write_text('{"model_type": ')
-        assert "JSON file" in message(cls(str(folder)))
+        assert "JSON" in message(cls(str(folder)))
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
@@ -167,7 +177,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(MissingModelError):
             _ = encoder.model
     text = pytest.raises(MissingModelError, lambda: TextEncoder(str(tmp_path)).model).value.args[0]
-    assert "never executed" in text
+    assert "code" in text.replace(str(tmp_path), "")
 
 
 def test_standins_have_the_real_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +202,9 @@ def test_standins_have_the_real_sizes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert condition["pooled_projections"].shape == (2, 2048)
     assert encoders[7](torch.zeros(1, 3, 32, 32)).shape == (1, 256, 768)
     assert not [p for p in (tmp_path / "standins").iterdir() if p.name.startswith(".")]
-    with pytest.raises(ValueError, match="no stand-in 'nope': choose one of dc_ae"):
+    with pytest.raises(ValueError, match="'nope'.*dc_ae"):
         standin("nope")
-    with pytest.raises(ValueError, match="written"):
+    with pytest.raises(ValueError, match="'llama'.*caption_channels=wide"):
         standin("llama?caption_channels=wide")
 
 

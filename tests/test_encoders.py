@@ -119,24 +119,24 @@ def test_the_given_type_holds_under_autocast(folders: dict[str, Path]) -> None:
 
 def test_codec_errors(folders: dict[str, Path]) -> None:
     codec = DCAE(str(folders["dc_ae"]))
-    with pytest.raises(ValueError, match="divisible by 32, not 70x64: resize or crop to 64x64"):
+    with pytest.raises(ValueError, match=r"\b32\b.*70x64.*64x64"):
         codec.encode(images(1, 3, 70, 64))
-    with pytest.raises(ValueError, match=r"decodes latents \(B,32,h,w\), not \(1, 16, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\b32\b.*\(1, 16, 2, 2\)"):
         codec.decode(torch.zeros(1, 16, 2, 2))
     assert not codec.loaded  # both were seen before anything was loaded
-    with pytest.raises(ValueError, match="latent_channels is 16, but the model in .* has 32"):
+    with pytest.raises(ValueError, match=r"latent_channels.*\b16\b.*\b32\b"):
         DCAE(str(folders["dc_ae"]), latent_channels=16).load()
-    with pytest.raises(ValueError, match="downsample is 64, but .* has 32"):
+    with pytest.raises(ValueError, match=r"downsample.*\b64\b.*\b32\b"):
         DCAE(str(folders["dc_ae"]), downsample=64).load()
-    with pytest.raises(ValueError, match="scaling_factor is 0.3, but .* has 0.41407"):
+    with pytest.raises(ValueError, match=r"scaling_factor.*\b0\.3\b.*\b0\.41407\b"):
         DCAE(str(folders["dc_ae"]), scaling_factor=0.3).load()
-    with pytest.raises(ValueError, match="shift_factor is 0.0, but .* has 0.0609"):
+    with pytest.raises(ValueError, match=r"shift_factor.*\b0\.0\b.*\b0\.0609\b"):
         AutoencoderKLCodec(str(folders["sd3_vae"]), 16, scaling_factor=1.5305, subfolder="vae").load()
-    with pytest.raises(ValueError, match="not a floating-point type"):
+    with pytest.raises(ValueError, match="'bf16'.*bfloat16"):
         DCAE(str(folders["dc_ae"]), dtype="bf16")
-    with pytest.raises(ValueError, match="overflows in float16"):
+    with pytest.raises(ValueError, match="float16.*madebyollin/sdxl-vae-fp16-fix"):
         SDXLVAE(str(folders["sdxl_vae"]), dtype="float16").load()
-    with pytest.raises(ValueError, match="overflows in float16"):
+    with pytest.raises(ValueError, match="float16.*madebyollin/sdxl-vae-fp16-fix"):
         SDXLVAE(str(folders["sdxl_vae"])).load().to(dtype="float16")
 
 
@@ -168,9 +168,9 @@ def test_dinov2_keeps_the_aspect_ratio_and_row_order(folders: dict[str, Path]) -
         embed = encoder.model.embeddings.patch_embeddings
         change = (embed(encoder.preprocess(bright)) - embed(encoder.preprocess(flat))).abs().sum(-1)
     assert encoder(flat).shape == (1, 24, 32) and change.argmax() == 0 and change[0, 6] > change[0, 12]
-    with pytest.raises(ValueError, match="feature_dim is 768, but .* has 32"):
+    with pytest.raises(ValueError, match=r"feature_dim.*\b768\b.*\b32\b"):
         DINOv2(str(folders["dinov2"])).load()
-    with pytest.raises(ValueError, match="not a multiple of the 14px patch"):
+    with pytest.raises(ValueError, match=r"image_size.*\b256\b.*\b14"):
         DINOv2(image_size=256)
 
 

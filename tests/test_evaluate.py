@@ -115,9 +115,9 @@ def _save(path: Path, content: bytes) -> Path:
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, config: str) -> None:
     assert evaluate(tmp_path / "out", "-c", config)[0] == 0
     status, output = evaluate(tmp_path / "out", "-c", config, "--guidance", "1.5")
-    assert status == 2 and "another sampling" in output and "choose another folder" in output
+    assert status == 2 and "sampling" in output and str(tmp_path / "out/images") in output
     status, output = evaluate(tmp_path / "out", "-c", config, "--seed", "1")
-    assert status == 2 and "another seed" in output
+    assert status == 2 and "seed" in output and "sampling" not in output
 
 
 def test_broken_pictures_are_named(tmp_path: Path, config: str) -> None:
@@ -125,18 +125,18 @@ def test_broken_pictures_are_named(tmp_path: Path, config: str) -> None:
     victim = tmp_path / "out/images/00002/samples/00001.png"
     victim.write_bytes(victim.read_bytes()[:60])
     status, output = evaluate(tmp_path / "out", "-c", config)
-    assert status == 2 and str(victim) in output and "remove it" in output
+    assert status == 2 and str(victim) in output
 
 
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        (["--ckpt", "no/such/run"], "nothing at no/such/run"),
-        (["--metrics", "[]"], "give an evaluation"),
-        (["--ledger", "x.json"], "belong together"),
-        (["--device", "cuda"], "no GPU"),
-        (["--weights", "ema"], "leave --weights out"),
-        (["--prompts.init_args.per_task", "0"], "per_task >= 1"),
+        (["--ckpt", "no/such/run"], "no/such/run"),
+        (["--metrics", "[]"], "experiments/evaluation/shapes.yaml"),
+        (["--ledger", "x.json"], "--experiment"),
+        (["--device", "cuda"], "--device cpu"),
+        (["--weights", "ema"], "--weights"),
+        (["--prompts.init_args.per_task", "0"], "per_task"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(tmp_path: Path, config: str, argument: list[str], words: str) -> None:
@@ -259,5 +259,5 @@ def test_prompt_sets(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a cat\na dog on a mat\n")
     mine = PromptFile(str(tmp_path / "mine.txt"))
     assert [line["prompt"] for line in mine.lines] == ["a cat", "a dog on a mat"] and mine.name == "mine"
-    with pytest.raises(ValueError, match="2 prompts, fewer than the 3"):
+    with pytest.raises(ValueError, match=r"mine\.txt.*\b2\b.*\b3\b.*count"):
         _ = PromptFile(str(tmp_path / "mine.txt"), count=3).lines

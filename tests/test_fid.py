@@ -170,10 +170,10 @@ def test_a_metric_starts_anew_and_holds_no_weights(family: str, tmp_path: Path) 
     metric.update(images[shuffled], [samples(24)[i] for i in shuffled])
     assert metric.compute()[""] == pytest.approx(value, rel=1e-6)
     metric.prepare("cpu")  # the next evaluation of a training
-    with pytest.raises(ValueError, match=f"{family}_tiny needs at least 2 images, got 0: draw more"):
+    with pytest.raises(ValueError, match=rf"{family}_tiny.*\b2\b.*\b0\b"):
         metric.compute()
     metric.update(images[:1], samples(1))
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=rf"{family}_tiny.*\b2\b.*\b1\b"):
         metric.compute()
 
 
@@ -187,41 +187,41 @@ def test_a_reference_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
             metric(features or TinyFeatures(), reference).prepare()
         assert "reference-stats" in str(error.value)
 
-    refused("no reference statistics.*none.npz", reference=str(tmp_path / "none.npz"))
-    refused("dimension 8", features=TinyFeatures(dim=8))
-    refused("dimension 8", KID, features=TinyFeatures(dim=8))
-    refused("made with features 'tiny'.*'other'", features=TinyFeatures(name="other"))
+    refused(r"none\.npz", reference=str(tmp_path / "none.npz"))
+    refused(r"\(16,\).*'tiny'.*\b8\b", features=TinyFeatures(dim=8))
+    refused(r"\(12, 16\).*'tiny'.*\b8\b", KID, features=TinyFeatures(dim=8))
+    refused("features.*'tiny'.*'other'", features=TinyFeatures(name="other"))
     bilinear = TinyFeatures()
     bilinear.resize = "bilinear"
-    refused("made with a resize 'clean-fid 'clean''.*'bilinear'", features=bilinear)
+    refused("resize.*'clean-fid 'clean''.*'bilinear'", features=bilinear)
     bad = str(tmp_path / "bad.npz")
     for name, kept in (("sigma", KID), ("feats", FID)):
         np.savez(bad, **{key: array for key, array in arrays.items() if key not in (name, "mu")})
-        refused("lacks (mu and sigma|feats)", FID if kept is KID else KID, reference=bad)
+        refused(r"bad\.npz.*(\bmu\b.*\bsigma\b|\bfeats\b)", FID if kept is KID else KID, reference=bad)
     np.savez(bad, mu=arrays["mu"], sigma=arrays["sigma"] * np.nan)
-    refused("sigma that is not finite", reference=bad)
+    refused("sigma.*finite", reference=bad)
     np.savez(bad, feats=arrays["feats"][:1])
-    refused("fewer than 2 images", CMMD, reference=bad)
+    refused(r"bad\.npz.*\b2\b", CMMD, reference=bad)
     for content in (b"PK\x03\x04 cut off", b"no zip"):
         Path(bad).write_bytes(content)
-        refused("no npz file", reference=bad)
+        refused(r"bad\.npz(?!.*(sigma|feats)).*\bnpz\b", reference=bad)
     np.savez(bad, mu=arrays["mu"], sigma=arrays["sigma"])  # clean-fid's own files say nothing of how they were made
     assert scored(FID(TinyFeatures(), bad), images) < 1e-6
 
 
 def test_images_that_would_spoil_the_sums_are_refused(tmp_path: Path) -> None:
     metric = FID(TinyFeatures(), reference_of(pictures(12, seed=1), tmp_path / "a.npz"))
-    with pytest.raises(RuntimeError, match="call prepare"):
+    with pytest.raises(RuntimeError, match=r"fid_tiny.*prepare\("):
         metric.update(pictures(2, seed=0), samples(2))
     metric.prepare()
     for wrong in (torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"uint8 images \(N, 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"uint8.*\(N, 3, H, W\).*\(2, (3, 8, 8|8, 8, 3)\)"):
             metric.update(wrong, samples(2))
     with torch.no_grad():
         metric.features.network.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="'tiny'.*float32"):
         metric.update(pictures(2, seed=0), samples(2))
-    with pytest.raises(ValueError, match="subset_size >= 2"):
+    with pytest.raises(ValueError, match=r"subset_size.*\b2\b.*\b1\b"):
         KID(TinyFeatures(), "a.npz", subset_size=1)
 
 
@@ -274,13 +274,13 @@ def test_inception_that_is_missing_or_damaged_is_one_sentence(
     inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features_module, "CLEAN_FID_FOLDER", tmp_path)
-    with pytest.raises(MissingModelError, match=f"{INCEPTION}' are missing: get them by `curl.*EMMDIT_INCEPTION"):
+    with pytest.raises(MissingModelError, match=f"{INCEPTION}.*curl.*EMMDIT_INCEPTION"):
         CleanInception().prepare()
     inception.write_bytes(inception.read_bytes()[:1000])
-    with pytest.raises(MissingModelError, match="damaged or is not clean-fid's Inception"):
+    with pytest.raises(MissingModelError, match=f"{INCEPTION}(?!.*EMMDIT_INCEPTION)"):
         CleanInception(str(inception.parent)).prepare()
     torch.jit.script(torch.nn.Linear(2, 2)).save(inception)
-    with pytest.raises(MissingModelError, match="damaged or is not clean-fid's Inception"):
+    with pytest.raises(MissingModelError, match=f"{INCEPTION}(?!.*EMMDIT_INCEPTION)"):
         CleanInception(str(inception)).prepare()
 
 
@@ -324,5 +324,5 @@ def test_clip_features_name_the_metric_and_are_not_normalised(tmp_path: Path) ->
         "kid": ("kid_clip", "kid_clip_tiny"),
         "cmmd": ("cmmd", "cmmd_tiny"),
     }
-    with pytest.raises(ValueError, match="made with weights 'aa', the images would be with 'bb'"):
+    with pytest.raises(ValueError, match="weights.*'aa'.*'bb'"):
         FID(CLIPFeatures(StandInCLIP("bb")), str(tmp_path / "a.npz")).prepare()

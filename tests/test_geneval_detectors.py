@@ -88,7 +88,7 @@ def test_near_misses_are_judged_wrong(scenes: list[Scene]):
 
 
 def test_pictures_of_another_kind_are_refused():
-    with pytest.raises(ValueError, match="uint8 images"):
+    with pytest.raises(ValueError, match="uint8.*float32"):
         ShapesDetector()(torch.rand(1, 3, 32, 32))
 
 
@@ -250,11 +250,11 @@ def test_settings_name_the_weights(folder: Path):
 
 
 def test_weights_that_can_not_serve(tmp_path: Path):
-    with pytest.raises(MissingModelError, match="does not exist"):
+    with pytest.raises(MissingModelError, match="/none"):
         small(tmp_path / "none").prepare("cpu")
     with pytest.raises(MissingModelError, match="HF_HUB_OFFLINE"):
         Mask2Former(color_classifier=NoColors()).prepare("cpu")
-    with pytest.raises(ValueError, match="knows 3 classes, not COCO's 80"):
+    with pytest.raises(ValueError, match=r"Mask2Former.*\b3\b.*\b80\b"):
         small(tiny_mask2former(tmp_path / "three", 3)).prepare("cpu")
 
 
@@ -266,7 +266,7 @@ def test_a_device_that_computes_garbage_is_found_out(folder: Path):
     same_outputs([x * (1 + 0.01 * torch.randn_like(x)) for x in outputs], outputs, device)
     wrong = ([torch.zeros_like(x) for x in outputs], [x.flip(-1) for x in outputs], [x * torch.nan for x in outputs])
     for garbage in wrong:
-        with pytest.raises(RuntimeError, match="On cuda the detector does not compute"):
+        with pytest.raises(RuntimeError, match=r"\bcuda\b.*%"):
             same_outputs(garbage, outputs, device)
 
 

@@ -74,7 +74,7 @@ def test_a_numpy_that_draws_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prompts, "OFFICIAL_SEED", 44)
     monkeypatch.setattr(prompts, "OFFICIAL_SHA256", "0" * 64)
     prompts._official.cache_clear()
-    with pytest.raises(RuntimeError, match="numpy .* does not reproduce"):
+    with pytest.raises(RuntimeError, match=r"numpy.*1\.23.*2\.5"):
         official_prompts()
 
 
@@ -111,10 +111,10 @@ def test_persons_have_no_colour_wherever_they_stand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(classes=("cat",)), "at least 2 different classes"),
-        (dict(classes=("cat", "person")), "at least 3 different classes"),
-        (dict(colors=("red", "red")), "at least 2 different colors"),
-        (dict(n={"colour": 3}), "'colour' is no task"),
+        (dict(classes=("cat",)), r"\b2\b.*classes.*'cat'"),
+        (dict(classes=("cat", "person")), r"\b3\b.*classes.*'cat', 'person'"),
+        (dict(colors=("red", "red")), r"\b2\b.*colors.*'red', 'red'"),
+        (dict(n={"colour": 3}), "'colou?r'.*single_object"),
     ],
 )
 def test_what_can_not_make_prompts(arguments: dict, message: str):
@@ -182,42 +182,42 @@ def clauses(**changes) -> list[dict]:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (b"{", "not JSON"),
-        (b"[1]", "no JSON object"),
-        (b"", "it is empty"),
-        (b"\xff\xfe", "not UTF-8"),
-        (b'{"caption": "a cat"}', 'no "prompt"'),
-        (line(prompt=" "), 'no "prompt"'),
-        (line(prompt=3), 'no "prompt"'),
-        (line(tag=None), 'no "tag"'),
-        (line(include=[]), 'no "include"'),
-        (line(include={"class": "cat"}), 'no "include"'),
-        (line(exclude="cat"), '"exclude" is not a list'),
-        (line(exclude=[{"class": "cat"}]), r'"exclude"\[0\] has no "count"'),
-        (line(include=[{"count": 1}]), r'"include"\[0\] has no "class"'),
-        (line(include=clauses(count=0)), r'"include"\[1\] has no "count"'),
-        (line(include=clauses(count=True)), r'"include"\[1\] has no "count"'),
-        (line(include=clauses(color=["red"])), r'"color" of "include"\[1\]'),
-        (line(include=clauses(position=["beside", 0])), r'"position" of "include"\[1\]'),
-        (line(include=clauses(position=["above", 1])), r'"position" of "include"\[1\]'),
-        (line(include=clauses(position="above")), r'"position" of "include"\[1\]'),
+        (b"{", "JSON"),
+        (b"[1]", 'JSON object.*"prompt"'),
+        (b"", "empty"),
+        (b"\xff\xfe", "UTF-8"),
+        (b'{"caption": "a cat"}', '"prompt"'),
+        (line(prompt=" "), '"prompt"'),
+        (line(prompt=3), '"prompt"'),
+        (line(tag=None), '"tag"'),
+        (line(include=[]), r'"include"(?![\[\]])'),
+        (line(include={"class": "cat"}), r'"include"(?![\[\]])'),
+        (line(exclude="cat"), r'"exclude"(?!\[)'),
+        (line(exclude=[{"class": "cat"}]), r'"exclude"\[0\].*"count"'),
+        (line(include=[{"count": 1}]), r'"include"\[0\].*"class"'),
+        (line(include=clauses(count=0)), r'"include"\[1\].*"count"'),
+        (line(include=clauses(count=True)), r'"include"\[1\].*"count"'),
+        (line(include=clauses(color=["red"])), r'"color".*"include"\[1\]'),
+        (line(include=clauses(position=["beside", 0])), r'"position".*"include"\[1\]'),
+        (line(include=clauses(position=["above", 1])), r'"position".*"include"\[1\]'),
+        (line(include=clauses(position="above")), r'"position".*"include"\[1\]'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b"\n".join([line(), line(), bad, line(), b""]))
-    with pytest.raises(ValueError, match=f"prompts.jsonl, line 3: .*{message}"):
+    with pytest.raises(ValueError, match=rf"prompts\.jsonl.*\bline 3\b.*{message}"):
         read_prompts(file)
 
 
 def test_files_that_are_none(tmp_path: Path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match=r"empty\.txt"):
         read_prompts(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="gap.txt, line 2: it is empty"):
+    with pytest.raises(ValueError, match=r"gap\.txt.*\bline 2\b"):
         read_prompts(tmp_path / "gap.txt")
-    with pytest.raises(ValueError, match="must end in .jsonl or .txt"):
+    with pytest.raises(ValueError, match=r"prompts\.csv.*\.jsonl.*\.txt"):
         read_prompts(tmp_path / "prompts.csv")
-    with pytest.raises(FileNotFoundError, match="no prompt file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
         read_prompts(tmp_path / "none.txt")

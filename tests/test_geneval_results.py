@@ -98,12 +98,12 @@ def test_order_and_repeats_do_not_matter():
 
 
 def test_a_part_of_the_set_has_no_score():
-    first = "00000/samples/00001.png .'a photo of a cat'., 00001/samples/00000.png"
-    with pytest.raises(ValueError, match=f"misses 3 of 8 images, of 2 prompts: {first}"):
+    first = "00000/samples/00001.png.*'a photo of a cat'.*00001/samples/00000.png"
+    with pytest.raises(ValueError, match=rf"\b3\b.*\b8\b.*\b2\b.*{first}"):
         judged([SAMPLES[0], *SAMPLES[4:]]).compute()
-    with pytest.raises(ValueError, match="call begin"):
+    with pytest.raises(ValueError, match=r"^(?!.*\.png).*GenEval.*\bbegin\b"):
         GenEval(Pixels()).compute()
-    with pytest.raises(ValueError, match="00009/samples/00000.png is no image of the set"):
+    with pytest.raises(ValueError, match=r"00009/samples/00000\.png.*\bbegin\b"):
         judged([]).update(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [Sample(9, 0, LINES[0], 0)])
 
 
@@ -111,7 +111,7 @@ def test_reset_keeps_what_is_to_come():
     metric = judged(SAMPLES)
     metric.reset()
     assert metric.rows == []
-    with pytest.raises(ValueError, match="misses 8 of 8"):
+    with pytest.raises(ValueError, match=r"\b8\b.*\b8\b.*00000/samples/00000\.png"):
         metric.compute()
     metric.update(images(SAMPLES), SAMPLES)
     assert metric.compute()["colors"] == 1.0
@@ -119,12 +119,12 @@ def test_reset_keeps_what_is_to_come():
 
 def test_prompts_that_can_not_be_judged_are_named_before_any_image():
     metric = GenEval(ShapesDetector())
-    with pytest.raises(ValueError, match="can not judge prompt 0 .*detector 'shapes' does not know 'bench'"):
+    with pytest.raises(ValueError, match="prompt 0 .*'shapes'.*'bench'"):
         metric.begin([Sample(0, 0, official_prompts()[0], 0)])
     pink = line("colors", ("star", 1), prompt="a photo of a pink star", color="pink")
-    with pytest.raises(ValueError, match="does not know 'pink'"):
+    with pytest.raises(ValueError, match="prompt 0 .*'shapes'.*'pink'"):
         metric.begin([Sample(0, 0, pink, 0)])
-    with pytest.raises(ValueError, match="prompt 7 .'a cat'.: it has no \"tag\""):
+    with pytest.raises(ValueError, match="prompt 7 .*'a cat'.*\"tag\""):
         metric.begin([Sample(7, 0, {"prompt": "a cat"}, 0)])
 
 
@@ -159,7 +159,7 @@ def test_two_processes(tmp_path: Path):
             if complete:
                 assert result == judged(SAMPLES).compute()
             else:
-                assert "misses 6 of 8 images, of 4 prompts" in result
+                assert all(f" {number} " in result for number in (6, 8, 4))
 
 
 # -------------------------------------------------------------------------------- the results file
@@ -186,7 +186,7 @@ def test_a_broken_results_file_is_named(tmp_path: Path):
     file = tmp_path / "results.jsonl"
     write_results(file, judged(SAMPLES).rows)
     file.write_text(file.read_text() + '{"filename": "x"}\n')
-    with pytest.raises(ValueError, match=r"results.jsonl, line 9: this is no row"):
+    with pytest.raises(ValueError, match=r"results\.jsonl.*\bline 9\b"):
         read_results(file)
 
 
@@ -199,5 +199,5 @@ def test_summary():
         "Task breakdown\n==============\nsingle_object    = 25.00% (1 / 4)\ntwo_object       = 50.00% (1 / 2)\n"
         "colors           = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.58333"
     )
-    with pytest.raises(ValueError, match="no GenEval results"):
+    with pytest.raises(ValueError, match=r"GenEval(?!.*\d)"):
         summary([])

@@ -84,13 +84,13 @@ def test_bfloat16_halves_are_combined_in_float32():
 
 def test_mismatches_are_refused():
     given = condition(3, 3.0)
-    with pytest.raises(ValueError, match="null condition"):
+    with pytest.raises(ValueError, match=r"\bscale\b.*\b1\b"):
         guided(Denoiser(), given, None, scale=2.0)
     with pytest.raises(ValueError, match="pooled_projections"):
         guided(Denoiser(), given, {k: v for k, v in given.items() if k != "pooled_projections"}, scale=2.0)
-    with pytest.raises(ValueError, match="'encoder_hidden_states' of the null condition"):
+    with pytest.raises(ValueError, match=r"encoder_hidden_states.*\(3, 6, 2\)"):
         guided(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(3, 6, 2)}, scale=2.0)
-    with pytest.raises(ValueError, match="'encoder_hidden_states' of the null condition"):
+    with pytest.raises(ValueError, match=r"encoder_hidden_states.*\(2, 5, 2\)"):
         guided(Denoiser(), given, given | {"encoder_hidden_states": torch.zeros(2, 5, 2)}, scale=2.0)
     for interval in ((800.0, 200.0), (-1.0, 500.0), (0.0, 1001.0)):
         with pytest.raises(ValueError, match="interval"):

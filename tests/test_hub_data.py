@@ -154,7 +154,7 @@ def test_captions_inside_a_column_and_provenance(parquet: Path) -> None:
     assert data.train_dataset()[0]["caption"] == "prompt 3"
     told = data.provenance()
     assert told["licence"] == "CC0-1.0" and told["card"] == "https://example.org/card"
-    assert told["source"].startswith(str(parquet)) and "10 rows" in told["digest"]
+    assert told["source"].startswith(str(parquet)) and "10 " in told["digest"]
 
 
 def bad_image(number: int) -> dict[str, list]:
@@ -168,23 +168,23 @@ def test_sources_that_can_not_be_had(tmp_path: Path, parquet: Path) -> None:
     (tmp_path / "junk.parquet").write_text("junk")
     datasets.DatasetDict({"rest": rows()}).save_to_disk(tmp_path / "splits")
     cases = [
-        (tmp_path / "nothing", {}, "do not exist"),
-        (tmp_path / "no*.parquet", {}, "No file matches"),
-        (tmp_path / "no*.tar", {}, "No file matches"),
-        ("nothing", {}, "'nothing' do not exist"),
-        ("someone/nothing", {}, "'someone/nothing' is not in the local cache and the hub can not be reached"),
-        (tmp_path / "empty", {}, "can not be opened"),
-        (tmp_path / "junk.parquet", {}, "can not be opened"),
-        (tmp_path / "splits", {}, "no split 'train': choose one of rest"),
-        (parquet, {"split": "test"}, 'Unknown split "test"'),
-        (parquet, {"caption_column": "text"}, "no caption column 'text': set caption_column to one of image"),
-        (parquet, {"image_column": "jpg"}, "no image column 'jpg'"),
-        (parquet, {"validation_samples": 10}, "has 10 rows, and 10 of them are held out"),
-        (parquet, {"image_column": None}, "needs image_column, latents_column or both"),
-        (parquet, {"resolution": 0}, "resolution must be at least 1"),
+        (tmp_path / "nothing", {}, "/nothing'"),
+        (tmp_path / "no*.parquet", {}, r"/no\*\.parquet"),
+        (tmp_path / "no*.tar", {}, r"/no\*\.tar"),
+        ("nothing", {}, "'nothing'"),
+        ("someone/nothing", {}, "'someone/nothing'.*HF_HUB_OFFLINE"),
+        (tmp_path / "empty", {}, "/empty'"),
+        (tmp_path / "junk.parquet", {}, r"/junk\.parquet"),
+        (tmp_path / "splits", {}, r"'train'.*\brest\b"),
+        (parquet, {"split": "test"}, '"test"'),
+        (parquet, {"caption_column": "text"}, "'text'.*caption_column.*image"),
+        (parquet, {"image_column": "jpg"}, "'jpg'.*image_column"),
+        (parquet, {"validation_samples": 10}, r"\b10\b.*\b10\b.*validation_samples"),
+        (parquet, {"image_column": None}, "image_column.*latents_column"),
+        (parquet, {"resolution": 0}, r"resolution.*\b1\b.*\b0\b"),
     ]
     for source, arguments, message in cases:
-        with pytest.raises((ValueError, OSError), match=message.replace("*", ".")) as caught:
+        with pytest.raises((ValueError, OSError), match=message) as caught:
             module(source, **arguments)
         assert "\n" not in str(caught.value)
 
@@ -193,26 +193,26 @@ def test_rows_that_can_not_be_read_are_named(tmp_path: Path, parquet: Path) -> N
     rows(**bad_image(5)).save_to_disk(tmp_path / "broken")
     train = module(tmp_path / "broken").train_dataset()
     train[1]
-    with pytest.raises(ValueError, match=r"Row 5 of '.*broken': the image in column 'image' can not be read"):
+    with pytest.raises(ValueError, match=r"Row 5\b.*broken'.*'image'"):
         train[2]
     with pytest.raises(ValueError) as caught:  # from a worker process, with its traceback
         list(ResumableLoader(train, 4, num_workers=1))
-    assert sentence(caught.value).startswith("Row 5 of")
+    assert "Row 5 " in sentence(caught.value)
     assert "\n" not in sentence(caught.value)
 
     rows(caption=["text"] * 4 + [None] * 6).save_to_disk(tmp_path / "silent")
-    with pytest.raises(ValueError, match=r"Row 4 .* caption .*\(a text was expected, not None"):
+    with pytest.raises(ValueError, match=r"Row 4\b.*caption.*\bNone\b"):
         module(tmp_path / "silent").train_dataset()[1]
-    with pytest.raises(ValueError, match="Row 0 .*latents_shape must say"):
+    with pytest.raises(ValueError, match=r"Row 0\b.*latents_shape"):
         module(parquet, latents_column="latents").validation_dataset()[0]
-    with pytest.raises(ValueError, match="Row 0 .*cannot reshape"):
+    with pytest.raises(ValueError, match=r"Row 0\b.*\(4, ?4, ?4\)"):
         module(parquet, latents_column="latents", latents_shape=(4, 4, 4)).validation_dataset()[0]
 
 
 def test_what_the_codec_can_not_take_is_refused_before_the_network_is_built(parquet: Path) -> None:
     codec = SimpleNamespace(downsample=32, latent_channels=32)
     module(parquet, codec, resolution=64)
-    with pytest.raises(ValueError, match="resolution 48 do not fit SimpleNamespace, whose sides divide by 32"):
+    with pytest.raises(ValueError, match=r"resolution.*\b48\b.*SimpleNamespace.*\b32\b"):
         module(parquet, codec, resolution=48)
-    with pytest.raises(ValueError, match="have 4 channels, those of SimpleNamespace 32"):
+    with pytest.raises(ValueError, match=r"\b4 channels.*SimpleNamespace.*\b32\b"):
         module(parquet, codec, image_column=None, latents_column="latents", latents_shape=(4, 2, 2))

@@ -101,11 +101,11 @@ def test_a_source_is_judged_as_precompute_does(capsys: pytest.CaptureFixture) ->
     assert found["captions"]["captions"] == 9 and found["captions"]["in"][0]["lengths"]["mean"] == 2
     assert found["sizes"]["width"]["max"] == 53 and found["sizes"]["height"]["min"] == 20
     assert sum(row["images"] for row in found["buckets"]["rows"]) == 9
-    assert "14 (FolderRows); looked at 14: 9 good, 5 left out" in text
-    for line in ("row 1 (001.jpg): corrupt: ", "row 3 (003.jpg): empty caption: ", "row 5 (005.jpg): too small: ",
-                 "row 7 (007.jpg): decompression bomb: 10000 x 10001 pixels"):  # fmt: skip
-        assert line in text
-    assert Path("out/report.txt").read_text() == text.rpartition("written: out")[0]
+    assert any("FolderRows" in line and "14" in line and "9" in line and "5" in line for line in text.splitlines())
+    for words in (("1", "001.jpg", "corrupt"), ("3", "003.jpg", "empty caption"), ("5", "005.jpg", "too small"),
+                  ("7", "007.jpg", "decompression bomb", "10000 x 10001")):  # fmt: skip
+        assert any(all(word in line for word in words) for line in text.splitlines())
+    assert text.startswith(Path("out/report.txt").read_text()) and "001.jpg" in Path("out/report.txt").read_text()
 
     sheet = Image.open("out/sheet.png")
     assert sheet.width == 6 * 168 + 8 and read_settings("out/sheet.png")["shown"] == list(range(14))
@@ -142,7 +142,7 @@ data: {init_args: {source: source, data_files: null, resolution: 32}}
     assert row["unit"] == "tokens of standin:llama?caption_channels=64" and row["max_length"] == 16
     assert row["cut"] == 1 and row["lengths"]["max"] > 40
     output = capsys.readouterr()
-    assert "1 (25.0%) cut at 16" in output.out and "Seed set" not in output.err
+    assert any("25.0%" in line and "16" in line for line in output.out.splitlines()) and "Seed set" not in output.err
 
 
 def test_the_shapes_world_and_a_latents_folder(capsys: pytest.CaptureFixture) -> None:
@@ -164,7 +164,7 @@ def test_the_shapes_world_and_a_latents_folder(capsys: pytest.CaptureFixture) ->
     precompute(open_source("source"), {"source": "source"}, DCTCodec(), "bare", Settings(32))
     capsys.readouterr()
     main(["inspect-data", "--source", "bare", "--out", "none"])
-    assert "No contact sheet: there are no pictures in it; --decode" in capsys.readouterr().out
+    assert "--decode" in capsys.readouterr().out
     change("{data: {class_path: datamodules.LatentsDataModule, init_args: {source: bare}}}", "bare.yaml")
     decoded = change("model: {init_args: {codec: {class_path: emmdit.encoders.DCTCodec}}}", "codec.yaml")
     main(["inspect-data", *files("quickstart.yaml"), "-c", "bare.yaml", *decoded, "--decode", "--out", "decoded"])
@@ -174,12 +174,12 @@ def test_the_shapes_world_and_a_latents_folder(capsys: pytest.CaptureFixture) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "./nowhere"], "The data './nowhere' do not exist"),
-        (["--source", "source", "--caption_column", "words"], "has no caption column 'words'"),
-        (["--source", "source", "--limit", "0"], "--limit must not be 0"),
+        (["--source", "./nowhere"], "'./nowhere'"),
+        (["--source", "source", "--caption_column", "words"], "'words'"),
+        (["--source", "source", "--limit", "0"], "--limit"),
         (["-c", "gone.yaml"], "gone.yaml"),
-        ([], "give either --source or -c files"),
-        (["--source", "source", "--data.init_args.seed=1"], "unrecognized arguments"),
+        ([], "--source or -c"),
+        (["--source", "source", "--data.init_args.seed=1"], "--data.init_args.seed=1"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

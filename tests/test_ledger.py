@@ -99,13 +99,13 @@ def test_a_writer_that_dies_leaves_the_old_ledger(path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hardware": None}, "lacks hardware"),
-        ({"experiment": "../shapes emmdit"}, "named like its YAML"),
+        ({"hardware": None}, "hardware"),
+        ({"experiment": "../shapes emmdit"}, "'../shapes emmdit'"),
         ({"seed": "0"}, "seed"),
         ({"eval_seed": 0.5}, "eval_seed"),
-        ({"metrics": {}}, "no metrics"),
-        ({"metrics": {"fid_clip": float("nan")}}, "nan for fid_clip"),
-        ({"metrics": {"fid_clip": "12"}}, "'12' for fid_clip"),
+        ({"metrics": {}}, "metrics"),
+        ({"metrics": {"fid_clip": float("nan")}}, "fid_clip"),
+        ({"metrics": {"fid_clip": "12"}}, "'12'"),
         ({"train_seconds": "long"}, "train_seconds"),
     ],
 )
@@ -117,20 +117,20 @@ def test_bad_rows_are_refused_before_anything_is_written(path: Path, change: dic
 
 def test_what_may_be_unknown(path: Path):
     ledger.append(path, row(commit=None, train_seconds=None))
-    with pytest.raises(ValueError, match="lacks commit"):
+    with pytest.raises(ValueError, match=r"\bcommit\b"):
         ledger.append(path, {k: v for k, v in row().items() if k != "commit"})
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[\n{"experiment": "a",\n', "not JSON (line"),
-        ("", "not JSON"),
-        ("{}", "dict in place of a list"),
-        ("[3]", "Row 1 of the ledger"),
+        ('[\n{"experiment": "a",\n', "line 3"),
+        ("", "JSON"),
+        ("{}", "dict"),
+        ("[3]", "Row 1"),
         (json.dumps([row(), row(seed=1) | {"command": None}]), "Row 2"),
         (json.dumps([row(), row(value=0.6)]), "Rows 1 and 2"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "JSON"),
     ],
 )
 def test_a_broken_ledger_is_one_sentence_and_stays_as_it_is(path: Path, content: str | bytes, words: str):

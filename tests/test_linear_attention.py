@@ -182,7 +182,7 @@ def test_without_convolutions_image_tokens_may_come_in_any_order():
 def test_tokens_that_do_not_match_the_grid_are_refused(kind: type, query: str):
     attention = student(kind, dict(query=query, key="linear", value="linear"))
     rest = [prompt()] if kind is HybridAttention else []
-    with pytest.raises(ValueError, match=r"24 image tokens, but the grid 4 x 5 has 20") as error:
+    with pytest.raises(ValueError, match=r"\b24\b.*4 x 5.*\b20\b") as error:
         attention(image(), *rest, grids=((4, 5),))
     assert "\n" not in str(error.value)
 
@@ -398,15 +398,15 @@ def test_plain_linear_baseline_equals_diffusers_sana_attention():
 
 
 REFUSED = [
-    (dict(kernal="relu"), "There is no choice 'kernal'"),
-    (dict(baseline="sona"), "There is no baseline 'sona'"),
-    (dict(kernel="gelu"), "kernel must be one of relu, elu, softmax, got 'gelu'"),
-    (dict(key="linear"), "set both or neither"),
-    (dict(conv_fusion_kernel=4), "must be odd"),
-    (dict(conv_fusion_ratio=0), "at least 1"),
-    (dict(rectified="yes"), "true or false"),
-    (dict(eps=-1.0), "must not be negative"),
-    (dict(kernel="softmax", joint="linear"), 'needs the kernel "relu" or "elu"'),
+    (dict(kernal="relu"), "'kernal'.*kernel"),
+    (dict(baseline="sona"), "'sona'.*sana"),
+    (dict(kernel="gelu"), "kernel.*relu, elu, softmax.*'gelu'"),
+    (dict(key="linear"), "key.*'linear'.*value.*'compressor'"),
+    (dict(conv_fusion_kernel=4), r"conv_fusion_kernel.*\b4\b"),
+    (dict(conv_fusion_ratio=0), r"conv_fusion_ratio.*\b1\b.*\b0\b"),
+    (dict(rectified="yes"), "rectified.*'yes'"),
+    (dict(eps=-1.0), r"\beps\b.*-1\.0"),
+    (dict(kernel="softmax", joint="linear"), 'joint.*kernel.*"relu".*"elu"'),
 ]
 
 

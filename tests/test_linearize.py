@@ -300,7 +300,7 @@ def test_a_student_is_made_by_its_config_too(name: str):
     shapes = {key: value.shape for key, value in student.state_dict().items()}
     assert shapes == {key: value.shape for key, value in made.state_dict().items()}
     assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
-    with pytest.raises(ValueError, match="no choice 'qeury'"):
+    with pytest.raises(ValueError, match="'qeury'.*query"):
         STUDENTS[name](**config, attention=dict(qeury="linear"))
 
 
@@ -368,7 +368,7 @@ def test_gradients_reach_exactly_what_trains(name: str, part: str):
 
 def test_parts_are_what_they_say():
     student = linearize(sd3(), baseline="sana")
-    with pytest.raises(ValueError, match="part must be one of new, attention, all, got 'heads'"):
+    with pytest.raises(ValueError, match=r"\bpart\b.*new, attention, all.*'heads'"):
         parameter_names(student, "heads")
     assert all(".ff.conv_" in key for key in parameter_names(student, "new"))
     student = linearize(sd3())
@@ -376,7 +376,7 @@ def test_parts_are_what_they_say():
     assert new < attention < everything == {key for key, _ in student.named_parameters()}
     assert all(key.split(".")[3] in ("fuse_q", "compress_k", "compress_v") for key in new)
     assert all(key.split(".")[2] in ("attn", "attn2") for key in attention)
-    with pytest.raises(ValueError, match='has no "new" parameters'):
+    with pytest.raises(ValueError, match="[\"']new[\"']"):
         parameter_names(linearize(sd3(), baseline="linear"), "new")
 
 
@@ -411,24 +411,26 @@ def refused(match: str, function, *args, **choices) -> None:
 
 
 def test_refusals_in_one_sentence(tmp_path: Path):
-    refused("no student of a Linear, only of PixArtTransformer2DModel", linearize, nn.Linear(2, 2))
-    refused("is a student already", linearize, linearize(pixart()))
-    refused("There is no choice 'kernal'", linearize, sd3(), kernal="relu")
-    refused("There is no block 7 to linearize: the network has blocks 0 to 2", linearize, sd3(), layers=[1, 7])
-    refused("has no Nitro-E file", save_nitro_e, linearize(emmdit()), tmp_path / "x.safetensors")
-    refused("no fused projections", linearize(emmdit()).fuse_qkv_projections)
-    refused("no list of attention layers", attention_layers, nn.Linear(2, 2))
+    refused(r"\bLinear\b.*PixArtTransformer2DModel", linearize, nn.Linear(2, 2))
+    refused(r"\bEDiTTransformer2DModel\b", linearize, linearize(pixart()))
+    refused("'kernal'.*kernel", linearize, sd3(), kernal="relu")
+    refused(r"\b7\b.*\b0\b.*\b2\b", linearize, sd3(), layers=[1, 7])
+    refused(
+        "HybridEMMDiTTransformer2DModel.*save_pretrained", save_nitro_e, linearize(emmdit()), tmp_path / "x.safetensors"
+    )
+    refused("E-MMDiT.*projections", linearize(emmdit()).fuse_qkv_projections)
+    refused(r"\bLinear\b(?!.*Transformer)", attention_layers, nn.Linear(2, 2))
     fused = emmdit()
     fused.fuse_qkv_projections()
-    refused("are fused: call unfuse_qkv_projections", linearize, fused)
+    refused("unfuse_qkv_projections", linearize, fused)
     for name in ("pixart", "sd3"):
-        refused("Latents of 7 x 8 do not fit patches of 2 x 2", linearize(TEACHERS[name]()), **inputs(name, 7, 8))
+        refused("7 x 8.*2 x 2", linearize(TEACHERS[name]()), **inputs(name, 7, 8))
 
 
 @each
 def test_a_refused_teacher_is_unchanged(name: str):
     teacher = TEACHERS[name]()
     before = copy.deepcopy(teacher)
-    with pytest.raises(ValueError, match="no block"):
+    with pytest.raises(ValueError, match=r"\b99\b"):
         linearize(teacher, layers=[0, 99])
     assert type(teacher) is type(before) and str(teacher) == str(before)

@@ -95,7 +95,7 @@ def test_closure_gets_gradients_and_its_loss_comes_back():
 
 @pytest.mark.parametrize("settings", [{"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}])
 def test_impossible_settings_are_refused(settings: dict):
-    with pytest.raises(ValueError, match="lr >= 0 and 0 <= momentum < 1"):
+    with pytest.raises(ValueError, match=r"{}\D*{}".format(*next(iter(settings.items())))):
         MuonAdamW([nn.Parameter(torch.ones(1))], **settings)
 
 
@@ -164,7 +164,7 @@ def test_newton_schulz_in_bfloat16_goes_the_same_way():
     assert not torch.equal(moved["float32"], moved["bfloat16"])
     assert torch.nn.functional.cosine_similarity(moved["float32"], moved["bfloat16"], 0) > 0.999
     assert moved["bfloat16"].norm().item() == pytest.approx(moved["float32"].norm().item(), rel=0.02)
-    with pytest.raises(ValueError, match="float32 or bfloat16, got 'int8'"):
+    with pytest.raises(ValueError, match="newton_schulz_dtype.*'int8'"):
         MuonAdamW([p], newton_schulz_dtype="int8")
 
 
@@ -331,7 +331,7 @@ def test_decay_over_the_last_part():
 
 @pytest.mark.parametrize("settings", [{"decay": 0.5}, {"decay": 1.5, "total": 10}, {"decay": -0.1, "total": 10}])
 def test_impossible_schedules_are_refused(settings: dict):
-    with pytest.raises(ValueError, match="total where it decays"):
+    with pytest.raises(ValueError, match=f"decay.*total.*{settings['decay']}"):
         curve(1, **settings)
 
 

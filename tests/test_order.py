@@ -111,7 +111,7 @@ def test_a_bucket_smaller_than_a_run_is_not_lost() -> None:
     indices, _ = stream(order, sum(order.runs_before(16)) * 16, 16, 1)
     assert np.bincount(indices)[50:].tolist() == [16, 16, 16]  # sixteen epochs, sixteen times
     text = report_text(report(order, sizes=np.full((53, 2), 100)))
-    assert "3 samples, 0.19 runs of 16, 3 samples wait for the next epoch" in text
+    assert any("3 samples" in line and "0.19" in line and "16" in line for line in text.splitlines())
 
 
 @pytest.mark.parametrize("world_size,global_batch", [(1, 4), (3, 12), (4, 8), (2, 6)])
@@ -122,11 +122,11 @@ def test_any_aligned_place_is_a_place_to_go_on(world_size: int, global_batch: in
     start = 5 * global_batch
     resumed, _ = stream(order, 120, global_batch, world_size, start)
     assert resumed.tolist() == straight[start : start + 120].tolist()
-    with pytest.raises(ValueError, match="stopped at sample 30, no multiple of the global batch 12.*divisor of 6"):
+    with pytest.raises(ValueError, match=r"\b30\b.*\b12\b.*batch_size.*\b6\b"):
         ResumableSampler(70, 12, 0, 3, order=order).batch(30)
-    with pytest.raises(ValueError, match="bucket_batch 24 is no multiple of the global batch 9"):
+    with pytest.raises(ValueError, match=r"bucket_batch.*\b24\b.*\b9\b"):
         ResumableSampler(70, 9, order=order)
-    with pytest.raises(ValueError, match="have 3 different sizes: set bucket_batch"):
+    with pytest.raises(ValueError, match=r"\b3\b.*bucket_batch"):
         Order(70, buckets=codes)
 
 

@@ -111,7 +111,7 @@ def test_ddpm_refuses_nonsense(arguments):
 
 
 def test_t_must_fit_the_batch():
-    with pytest.raises(ValueError, match="one timestep for each of the 3 samples"):
+    with pytest.raises(ValueError, match=r"\b3\b.*\(2,\)"):
         RectifiedFlow().interpolate(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2))
 
 
@@ -123,7 +123,7 @@ def test_flow_loss():
     torch.testing.assert_close(flow_loss(prediction, target), torch.tensor([5.0, 2.0]))
     torch.testing.assert_close(flow_loss(prediction, target, torch.tensor([0.0, 3.0])), torch.tensor([0.0, 6.0]))
     assert flow_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match=r"\(2, 1, 2\).*\(1, 1, 2\)"):
         flow_loss(prediction, target[:1])
 
 

@@ -202,7 +202,7 @@ def test_pretrained_encoders_can_be_copied_into_the_folder(standins: dict[str, d
 def test_a_missing_source_is_one_sentence(standins: dict[str, dict]):
     standins["codec"]["init_args"]["source"] = "/nowhere/dc-ae"
     made = EMMDiTPipeline(network(sample_size=4), None, None, None, **standins, sampling={"steps": 1, "guidance": 1.0})
-    with pytest.raises(MissingModelError, match="The folder '/nowhere/dc-ae' does not exist"):
+    with pytest.raises(MissingModelError, match="/nowhere/dc-ae"):
         made(RED)
 
 
@@ -225,8 +225,8 @@ def test_a_hub_id_is_fetched_and_loaded(
 def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for source, match in (
-        ("nobody/nothing", "nobody/nothing.* not in the local cache"),
-        (tmp_path / "absent", "does not exist"),
+        ("nobody/nothing", "nobody/nothing.*HF_HUB_OFFLINE"),
+        (tmp_path / "absent", "/absent"),
         (tmp_path / "empty", "model_index.json"),
     ):
         with pytest.raises(MissingModelError, match=match) as error:
@@ -240,14 +240,14 @@ def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
 @pytest.mark.parametrize(
     ("part", "class_path", "match"),
     [
-        ("codec", "os.system", "os.system is not a part of emmdit"),
-        ("text", "emmditious.Text", "not a part of emmdit"),
-        ("codec", "emmdit.encoders.import_module", "not a kind of ImageCodec"),  # a function, and it imports
-        ("codec", "emmdit.shapes.ShapesText", "not a kind of ImageCodec"),
-        ("text", "emmdit.encoders.standin", "not a kind of TextConditioner"),
-        ("path", "emmdit.encoders.DCTCodec", "not a kind of Path"),
-        ("path", "emmdit.flow.Absent", "emmdit.flow.Absent is not a kind of Path"),
-        ("path", "emmdit.absent.Path", "can not provide emmdit.absent"),
+        ("codec", "os.system", r"os\.system.*emmdit"),
+        ("text", "emmditious.Text", r"emmditious\.Text"),
+        ("codec", "emmdit.encoders.import_module", "import_module.*ImageCodec"),  # a function, and it imports
+        ("codec", "emmdit.shapes.ShapesText", "ShapesText.*ImageCodec"),
+        ("text", "emmdit.encoders.standin", "standin.*TextConditioner"),
+        ("path", "emmdit.encoders.DCTCodec", r"DCTCodec.*\bPath\b"),
+        ("path", "emmdit.flow.Absent", r"emmdit\.flow\.Absent.*\bPath\b"),
+        ("path", "emmdit.absent.Path", r"emmdit\.absent"),
     ],
 )
 def test_only_classes_of_this_package_and_of_the_right_kind(
@@ -266,7 +266,7 @@ def test_a_class_this_version_lacks_is_a_sentence(folder: Path, tmp_path: Path):
     index = json.loads((copy / "model_index.json").read_text())
     index["transformer"] = ["emmdit.networks.future", "FutureModel"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="can not provide emmdit.networks.future"):
+    with pytest.raises(ValueError, match=r"emmdit\.networks\.future"):
         EMMDiTPipeline.from_pretrained(copy)
 
 
@@ -313,14 +313,14 @@ def test_sizes_and_callback(pipeline: EMMDiTPipeline):
     seen: list[tuple[int, int]] = []
     images = picture(pipeline, height=16, width=48, callback=lambda i, n: seen.append((i, n)))
     assert images.shape == (1, 3, 16, 48) and seen == [(1, 3), (2, 3), (3, 3)]
-    with pytest.raises(ValueError, match="30 x 32 do not fit the codec: both sides must divide by 4"):
+    with pytest.raises(ValueError, match=r"30 x 32.*\b4\b"):
         pipeline(RED, height=30)
-    with pytest.raises(ValueError, match="5 x 8 do not fit this network"):
+    with pytest.raises(ValueError, match=r"5 x 8.*\b4\b"):
         pipeline(RED, height=20)
 
 
 def test_each_prompt_needs_a_seed(pipeline: EMMDiTPipeline):
-    with pytest.raises(ValueError, match="2 prompts and 3 seeds"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b3\b"):
         pipeline([RED, TWO], seed=[1, 2, 3])
 
 

@@ -176,7 +176,7 @@ def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
     out = tmp_path / "out"
     killed(source, out, 0, 2, 3, "encode")  # dies within its second unit
     killed(source, out, 1, 2, 1, "journal")  # a file without its line
-    with pytest.raises(ValueError, match="is not finished: run the same"):
+    with pytest.raises(ValueError, match="emmdit precompute"):
         read_manifest(out)
     killed(source, out, 0, 1, 1, "write")  # an unfinished file
     assert list(out.glob(".rank-00000-*"))
@@ -215,7 +215,7 @@ def test_a_shard_that_got_lost_is_made_again(made: tuple[Path, Path], tmp_path: 
     run(source, out)
     (out / "data-000002.arrow").unlink()
     os.truncate(out / "data-000004.arrow", 100)
-    with pytest.raises(FileNotFoundError, match="data-000002.arrow is missing"):
+    with pytest.raises(FileNotFoundError, match=r"data-000002\.arrow"):
         read_manifest(out)
     run(source, out)
     verify(out)
@@ -224,17 +224,17 @@ def test_a_shard_that_got_lost_is_made_again(made: tuple[Path, Path], tmp_path: 
 
 def test_a_folder_of_other_settings_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
-    with pytest.raises(ValueError, match="was begun with dtype 'float16', now it is 'float32'"):
+    with pytest.raises(ValueError, match="dtype.*'float16'.*'float32'"):
         run(source, out, dtype="float32")
-    with pytest.raises(ValueError, match="was begun with codec.weights_sha256"):
+    with pytest.raises(ValueError, match=r"codec\.weights_sha256"):
         run(source, out, codec=DCTCodec(whitening=0.5))
-    with pytest.raises(ValueError, match="begun with rows 23, now it is 2"):
+    with pytest.raises(ValueError, match=r"\brows\b.*\b23\b.*\b2\b"):
         run(folder(tmp_path / "small", 2), out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"holds other things \(thesis.tex\)"):
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
         run(source, tmp_path / "full")
-    with pytest.raises(ValueError, match="resolution 33 do not fit DCTCodec, whose sides divide by 4"):
+    with pytest.raises(ValueError, match=r"resolution.*\b33\b.*DCTCodec.*\b4\b"):
         run(source, tmp_path / "new", resolution=33)
     assert not (tmp_path / "new").exists()
 
@@ -282,7 +282,7 @@ def test_a_source_of_bad_rows_alone_says_so(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", 3)
     manifest = run(source, tmp_path / "out", resolution=64)
     assert manifest["counts"] == {"rows": 3, "samples": 0, "rejected": {"too small": 3}}
-    with pytest.raises(ValueError, match="all rows were rejected"):
+    with pytest.raises(ValueError, match=r"rejects\.jsonl"):
         LatentsRows(tmp_path / "out")
 
 
@@ -302,10 +302,10 @@ def test_training_refuses_latents_of_another_codec(tmp_path: Path, made: tuple[P
     other = DCAE("standin:dc_ae?latent_channels=4&downsample=8&seed=1", **small)
     scaled = DCAE("standin:dc_ae?latent_channels=4&downsample=8", scaling_factor=1.0, **small)
     for wrong, resolution, message in (
-        (codec, 64, "are of 32 px, the data section asks for 64"),
-        (SD3VAE("standin:sd3_vae"), None, "class_path .*DCAE of the codec, this experiment has .*SD3VAE"),
-        (scaled, None, "scaling_factor 0.41407 of the codec, this experiment has 1.0"),
-        (other, None, "made with other weights of DCAE"),
+        (codec, 64, r"\b32\b.*\b64\b.*resolution"),
+        (SD3VAE("standin:sd3_vae"), None, "class_path.*DCAE.*SD3VAE"),
+        (scaled, None, r"scaling_factor.*\b0\.41407\b.*\b1\.0\b"),
+        (other, None, "weights.*DCAE.*&seed=1"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             check(manifest, "out", wrong, resolution)
@@ -321,8 +321,8 @@ def test_training_refuses_latents_of_another_codec(tmp_path: Path, made: tuple[P
                       validation_samples=3),
     ):  # fmt: skip
         data.trainer = Trainer
-        with pytest.raises(ValueError, match="made with other weights of DCTCodec"):
+        with pytest.raises(ValueError, match="weights.*DCTCodec"):
             data.setup("fit")
     data.trainer = None
-    with pytest.raises(ValueError, match="23 samples, and 256 of them are held out"):
+    with pytest.raises(ValueError, match=r"\b23\b.*\b256\b.*validation_samples"):
         LatentsDataModule(str(made[1])).setup("fit")

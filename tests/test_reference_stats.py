@@ -126,26 +126,26 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture) 
             made(capsys, *args)
         assert not Path("runs").exists()
 
-    refused("no images below 'none'", "--images", "none")
+    refused(r"'none'.*\.png", "--images", "none")
     Path("real").mkdir()
-    refused("no images below 'real'", "--images", "real")
+    refused(r"'real'.*\.png", "--images", "real")
     write_folder(folder / "noise", pictures(1, seed=1))
     Path("noise/00000.png").rename("real/a.png")
-    refused("at least 2 images, and real has 1", "--images", "real")
-    refused("at least 2 images, and shapes has 0", "--shapes", "0")
-    refused("--num goes with", "--shapes", "5", "--num", "4")
-    refused("has 1 images, and --num asks for 4", "--images", "real", "--num", "4")
-    refused("--data needs --resolution", "--data", "rows.parquet")
+    refused(r"\b2\b.*\breal\b.*\b1\b", "--images", "real")
+    refused(r"\b2\b.*\bshapes\b.*\b0\b", "--shapes", "0")
+    refused("--num.*--images.*--shapes", "--shapes", "5", "--num", "4")
+    refused(r"\b1\b.*--num.*\b4\b", "--images", "real", "--num", "4")
+    refused("--data.*--resolution", "--data", "rows.parquet")
     good = Path("real/a.png").read_bytes()
     for broken in (b"no image", good[: len(good) // 2]):
         Path("real/b.png").write_bytes(broken)
-        refused("The image 'real/b.png' can not be read", "--images", "real")
-        refused("The image 'real/b.png' can not be read", "--images", "real", "--resolution", "16")
+        refused(r"'real/b\.png'", "--images", "real")
+        refused(r"'real/b\.png'", "--images", "real", "--resolution", "16")
     for text in ("clip", "none.yaml"):
-        with pytest.raises(ValueError, match=f"'clip:SOURCE' or a YAML file, and '{text}'"):
+        with pytest.raises(ValueError, match=f"--features.*'clip:SOURCE'.*'{text}'"):
             build_features(text)
     Path("wrong.yaml").write_text("class_path: torch.nn.Linear\n")
-    with pytest.raises(ValueError, match="'wrong.yaml' does not name a FeatureExtractor"):
+    with pytest.raises(ValueError, match=r"'wrong\.yaml'.*FeatureExtractor"):
         build_features("wrong.yaml")
     assert isinstance(build_features("clean"), CleanInception)
     assert build_features("clip:openai/clip-vit-large-patch14").name == "clip_vitl14"

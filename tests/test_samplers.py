@@ -167,15 +167,15 @@ def test_other_grids():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: timestep_grid(0), "steps"),
-        (lambda: timestep_grid(4, "karras"), "nitro, uniform, ddpm"),
+        (lambda: timestep_grid(0), r"\bsteps\b.*\b0\b"),
+        (lambda: timestep_grid(4, "karras"), "'karras'.*uniform.*ddpm"),
         (lambda: timestep_grid(4, shift=-1.0), "shift"),
         (lambda: timestep_grid(4, "ddpm", shift=2.0), "shift"),
         (lambda: timestep_grid(1000, "ddpm"), "999"),
-        (lambda: sample(None, torch.zeros(1), FLOW, sampler="euler_a"), "euler, heun, dpm_solver"),
-        (lambda: euler(None, torch.zeros(1), torch.tensor([1000.0, 500.0]), FLOW), "down to 0"),
-        (lambda: euler(None, torch.zeros(1), torch.tensor([0.0, 1000.0]), FLOW), "falling"),
-        (lambda: euler(None, torch.zeros(1), torch.tensor([0.0]), FLOW), "two or more"),
+        (lambda: sample(None, torch.zeros(1), FLOW, sampler="euler_a"), "'euler_a'.*euler.*heun.*dpm_solver"),
+        (lambda: euler(None, torch.zeros(1), torch.tensor([1000.0, 500.0]), FLOW), r"timesteps.*\[1000\.0, 500\.0\]"),
+        (lambda: euler(None, torch.zeros(1), torch.tensor([0.0, 1000.0]), FLOW), r"timesteps.*\[0\.0, 1000\.0\]"),
+        (lambda: euler(None, torch.zeros(1), torch.tensor([0.0]), FLOW), r"timesteps.*\[0\.0\]"),
     ],
 )
 def test_arguments_are_checked(call, message):

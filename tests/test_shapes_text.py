@@ -81,7 +81,7 @@ def test_cached_features_can_not_be_spoilt_by_the_caller():
 
 
 def test_unknown_words_are_named_with_the_vocabulary(text):
-    with pytest.raises(ValueError, match=r"'pink', 'dog' \(in 'a photo of a pink dog'\).*circle, square") as e:
+    with pytest.raises(ValueError, match="'pink', 'dog'.*'a photo of a pink dog'.*circle, square") as e:
         text(["a photo of a star", "a photo of a pink dog"])
     assert all(word in str(e.value) for word in WORLD.vocabulary()) and "<pad>" not in str(e.value)
     with pytest.raises(ValueError, match="<unk>"):
@@ -89,9 +89,9 @@ def test_unknown_words_are_named_with_the_vocabulary(text):
 
 
 def test_long_captions_and_bare_strings_are_refused(text):
-    with pytest.raises(ValueError, match="takes 16"):
+    with pytest.raises(ValueError, match=r"a red circle.*\b26\b.*\b16\b"):
         text(["a photo of " + "a red circle and " * 5 + "a star"])
-    with pytest.raises(ValueError, match="list of strings"):
+    with pytest.raises(ValueError, match=r"\bcaptions\b"):
         text("a photo of a star")
 
 
@@ -191,7 +191,7 @@ def test_who_stands_where_can_be_read_of_the_pretrained_model_alone(text, place)
 
 
 def test_pretrained_weights_are_of_the_default_world():
-    with pytest.raises(ValueError, match="set pretrained: false"):
+    with pytest.raises(ValueError, match=r"hidden_size.*\b64\b.*pretrained"):
         ShapesText(hidden_size=128)
 
 

@@ -165,7 +165,7 @@ def test_out_of_memory_is_a_note():
 def test_ratios_are_to_the_original_of_the_same_size():
     original, student = (Case("PixArt-Sigma", who, "network", "forward", 2048) for who in speed.WHO)
     rows = list(finished({original: {"seconds": 3.0}, student: {"seconds": 1.5}}))
-    assert [row["ratio_to_original"] for row in rows] == [1, 2] and [row["published_ratio"] for row in rows] == [
+    assert [row["ratio_to_original"] for row in rows] == [1, 2] and [row["reported_ratio"] for row in rows] == [
         None,
         3.2,
     ]
@@ -177,7 +177,7 @@ def test_ratios_are_to_the_original_of_the_same_size():
     (alone,) = finished({student: {"seconds": 1.5}})
     assert alone["ratio_to_original"] is None
     part = Case("PixArt-Sigma", "student", "block", "forward", 2048)
-    assert next(finished({part: {}}))["published_ratio"] is None
+    assert next(finished({part: {}}))["reported_ratio"] is None
 
 
 def test_the_script_prints_and_writes_the_same(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):

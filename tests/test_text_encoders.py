@@ -183,7 +183,7 @@ def test_other_architectures_and_an_encoder_decoder_go_through_automodel(
         encoder = TextEncoder(str(tmp_path / name), max_length=8, caption_channels=16, dtype="float32")
         assert encoder(CAPTIONS)["encoder_hidden_states"].shape == (2, 8, 16)
         assert not hasattr(encoder.model, "decoder")
-        with pytest.raises(ValueError, match="reads at most 32 tokens"):
+        with pytest.raises(ValueError, match=rf"max_length.*\b64\b.*{name}.*\b32\b"):
             TextEncoder(str(tmp_path / name), max_length=64, caption_channels=16).load()
 
 
@@ -203,13 +203,13 @@ def test_an_empty_caption_without_bos_is_finite(folders: dict[str, Path], tmp_pa
 
 
 def test_text_errors_and_cleaning(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="caption_channels is 2048, but the model in .* has 32"):
+    with pytest.raises(ValueError, match=r"caption_channels.*\b2048\b.*\b32\b"):
         llama(folders, caption_channels=2048).load()
-    with pytest.raises(ValueError, match="pooled needs a CLIP text model, and .* holds a LlamaModel"):
+    with pytest.raises(ValueError, match="pooled.*CLIP.*LlamaModel"):
         llama(folders, pooled=True).load()
-    with pytest.raises(ValueError, match="padding_side is 'left' or 'right'"):
+    with pytest.raises(ValueError, match="padding_side.*'middle'"):
         llama(folders, padding_side="middle")
-    with pytest.raises(ValueError, match="list of strings"):
+    with pytest.raises(ValueError, match=r"\bcaptions\b"):
         llama(folders)("a photo")
     clean, raw = llama(folders, clean_captions=True), llama(folders)
     assert torch.equal(clean.tokenize([" A  Red\ncircle "])[0], raw.tokenize(["a red circle"])[0])

@@ -84,7 +84,7 @@ def test_a_checkpoint_without_an_average_gives_what_it_has(save, tmp_path: Path)
     path = save(checkpoint_of(raw), tmp_path / "last.ckpt")
     assert load_weights(target, path) == "raw"
     assert_holds(target, raw)
-    assert "no ema weights" in refusal(target, path, weights="ema")
+    assert " ema " in refusal(target, path, weights="ema")
 
 
 def test_a_run_folder_gives_its_last_checkpoint(tmp_path: Path):
@@ -108,7 +108,7 @@ def test_the_folder_of_a_run_is_found_from_its_checkpoint(tmp_path: Path):
     (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
     assert run_folder(tmp_path / "run" / "checkpoints" / "last.ckpt") == tmp_path / "run"
     assert run_folder(tmp_path / "run") == tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match="No config.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         run_folder(tmp_path / "elsewhere" / "last.ckpt")
 
 
@@ -171,30 +171,31 @@ def test_weights_of_another_network_are_counted_and_named(tmp_path: Path):
     path = tmp_path / "a.ckpt"
     torch.save(checkpoint_of(network(1, block_groups=(1, 2, 1))), path)
     message = refusal(network(), path)  # whose third block is the last, without text output
-    assert "unknown" in message and "missing" not in message and "e.g. blocks.2.attn.to_add_out.bias" in message
+    assert "missing" not in message and "blocks.2.attn.to_add_out.bias" in message
     message = refusal(network(block_groups=(2, 2, 1)), path)
-    assert "missing" in message and "unknown" not in message and "e.g. blocks.3.attn.to_add_out.bias" in message
+    assert "missing" in message and "blocks.3.attn.to_add_out.bias" in message
     message = refusal(network(caption_channels=20, block_groups=(1, 2, 1)), path)
-    assert "(tensors: 1 of another shape; e.g. context_embedder.weight)" in message
+    assert "missing" not in message and "1 " in message and "context_embedder.weight" in message
     assert "missing" in refusal(network(block_groups=(1, 2, 1), repa_feature_dim=5), path)
 
 
 def test_folders_and_nitro_e_files_of_another_size(tmp_path: Path):
     network(1, caption_channels=20).save_pretrained(tmp_path / "folder")
-    assert "of another shape" in refusal(network(), tmp_path / "folder")
+    assert "context_embedder.weight" in refusal(network(), tmp_path / "folder")
     save_nitro_e(network(1, caption_channels=20), tmp_path / "file.safetensors")
-    assert "of another shape" in refusal(network(), tmp_path / "file.safetensors")
+    assert "context_embedder.weight" in refusal(network(), tmp_path / "file.safetensors")
 
 
 def test_what_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "text.ckpt").write_text("hello")
-    assert "not a readable checkpoint" in refusal(network(), tmp_path / "text.ckpt")
+    message = refusal(network(), tmp_path / "text.ckpt")
+    assert "checkpoint" in message and "state_dict" not in message
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
-    assert "no state_dict" in refusal(network(), tmp_path / "other.ckpt")
+    assert "state_dict" in refusal(network(), tmp_path / "other.ckpt")
     torch.save({"state_dict": {"classifier.weight": torch.zeros(1)}}, tmp_path / "classifier.ckpt")
-    assert "no raw weights" in refusal(network(), tmp_path / "classifier.ckpt")
+    assert " raw " in refusal(network(), tmp_path / "classifier.ckpt")
     torch.save(checkpoint_of(network(1)), tmp_path / "good.ckpt")
-    with pytest.raises(ValueError, match="ema or raw, got 'best'"):
+    with pytest.raises(ValueError, match=r"\bema\b.*\braw\b.*'best'"):
         load_weights(network(), tmp_path / "good.ckpt", "best")
 
 
@@ -204,12 +205,12 @@ def test_a_pickle_is_never_executed(tmp_path: Path):
             return Path.touch, (tmp_path / "exploded",)
 
     torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
-    assert "not a readable checkpoint" in refusal(network(), tmp_path / "bomb.ckpt")
+    assert "checkpoint" in refusal(network(), tmp_path / "bomb.ckpt")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_what_is_not_there(tmp_path: Path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "No checkpoint in" in refusal(network(), tmp_path / "run", FileNotFoundError)
-    assert "nothing at" in refusal(network(), tmp_path / "absent.ckpt", FileNotFoundError)
-    assert "No weights at" in refusal(network(), tmp_path / "absent.safetensors", FileNotFoundError)
+    assert "diffusers" not in refusal(network(), tmp_path / "run", FileNotFoundError)
+    assert "diffusers" in refusal(network(), tmp_path / "absent.ckpt", FileNotFoundError)
+    assert "weights" in refusal(network(), tmp_path / "absent.safetensors", FileNotFoundError)
