@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, fair timing, peak memory, tables and their files."""
+"""Shared parts of the benchmarks: arguments, interleaved timing, Markdown tables and JSON files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,8 @@ import torch
 
 from emmdit import timing
 from emmdit.provenance import machine_line
-from emmdit.timing import Run, Timing, peak_memory, seconds_of, synchronize  # noqa: F401  for the benchmarks
 
 ROOT = Path(__file__).parents[1]
-
-
-def tensor_bytes(*modules: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
-    storages = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 # -- tables and files --------------------------------------------------------------------------------
@@ -63,6 +53,17 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text}")
+        return int(text)
+
+    return number
+
+
 interleaved = functools.partial(timing.interleaved, progress=progress)
 
 
@@ -71,7 +72,8 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     parser.add_argument("--quick", action="store_true", help="a reduced table, for two CPU cores")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cuda or cpu; here by default {default}")
     return parser
 
 

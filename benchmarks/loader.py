@@ -1,13 +1,13 @@
-"""Samples a second from disk to batch, through the whole data modules, in random order, in one process.
+"""Data loading benchmark: samples per second from disk to batch, through the whole data modules, in random order.
 
     python -m benchmarks.loader --json benchmarks/results/loader_cpu.json > benchmarks/results/loader_cpu.md
 
 Writes the same latents (32 x 16 x 16 float16, 16 KiB, as DC-AE gives them at 512 px) as a folder of `emmdit
-precompute`, as webdataset tars and as MDS shards, into a folder that is removed again; JPEG pictures are the
-photographs inside scikit-learn and matplotlib. The cases take turns, so that what else the machine does falls on all
-alike. Two rates are given: by the clock, and by the seconds the processor worked for the process, which is what an idle
-core would give. Files are in the page cache unless a row says otherwise. Memory is read while 100,000 samples pass:
-what the process owns, apart from the pages of mapped files, which the system takes back when it needs them.
+precompute`, as webdataset tars and as MDS shards, into a folder that is removed again; JPEG images are the photographs
+inside scikit-learn and matplotlib. One process; the cases take turns, so that other load on the machine falls on all
+alike. Two rates are given: by the wall clock, and by CPU seconds of the process, which is what an idle core would give.
+Files are in the page cache unless a row says otherwise. Memory is read while 100,000 samples pass: what the process owns
+apart from the pages of mapped files, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -272,9 +272,9 @@ def memory_over(run: Callable[[int], int], samples: int, steps: int = 10) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, help="in the data set; default 100,000, --quick 10,000")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, help="default 7, --quick 3")
+    parser.add_argument("--samples", type=int, help="samples in the dataset; default 100,000, --quick 10,000")
+    parser.add_argument("--batch_size", type=int, default=64, help="samples in a batch; default 64")
+    parser.add_argument("--rounds", type=int, help="turns of each case; default 7, --quick 3")
     parser.add_argument(
         "--folder", type=Path, help="where the data are written and removed again; default: the system's"
     )

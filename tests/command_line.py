@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 
 from lightning_modules.commands.fit import SuiteCLI
 
@@ -35,21 +34,6 @@ def cli(*args: str, command: str | None = None) -> SuiteCLI:
 
 def files(*names: str | Path) -> list[str]:
     return [part for name in names for part in ("-c", str(EXPERIMENTS / name))]
-
-
-def stack(name: str) -> list[str]:
-    """The files a diff is meant to be laid over, and itself."""
-    text = yaml.safe_load((EXPERIMENTS / name).read_text())
-    if "class_path" in text.get("model", {}):
-        return files(name)
-    bases = {
-        "emmdit/": STAGES[1],
-        "data/": STAGES["stage1" not in name],
-        "shapes/edit_": EDIT,
-        "shapes/mm_edit_": MM_EDIT,
-        "shapes/emmdit_hybrid_": HYBRID,
-    }
-    return files(next((base for start, base in bases.items() if name.startswith(start)), SHAPES), name)
 
 
 def change(text: str, name: str = "change.yaml") -> list[str]:

@@ -23,31 +23,35 @@ from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
 from emmdit.optim import MuonAdamW
 from lightning_modules import TextToImage
+from lightning_modules.commands.config_files import default_run_dir, named_bases
 from lightning_modules.commands.evaluate import evaluation_parser
-from lightning_modules.commands.fit import SuiteCLI, default_run_dir
+from lightning_modules.commands.fit import SuiteCLI
 from lightning_modules.commands.main import main
 from lightning_modules.commands.precompute import precompute_parser
-from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, STAGES, change, cli, files, model_args, stack
+from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, STAGES, change, cli, files, model_args
 from tests.command_line import elsewhere as elsewhere
 
 FILES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
 EVALUATIONS = [name for name in FILES if name.startswith("evaluation/")]
 PRECOMPUTED = [name for name in FILES if name.startswith("precompute/")]
 DATA = [name for name in FILES if name.startswith("data/")]
-ALL = [name for name in FILES if name not in EVALUATIONS and name not in PRECOMPUTED]
-WHOLE = [name for name in ALL if name.startswith("shapes/") and len(stack(name)) == 2]  # no diff over another
-ABLATIONS = [
-    name for name in ALL if name.startswith("shapes/") and name not in WHOLE and name != "shapes/evaluated.yaml"
-]
-OF_STUDENTS = [
-    name for name in ABLATIONS if name.startswith(("shapes/edit_", "shapes/mm_edit_", "shapes/emmdit_hybrid_"))
-]
+SWEEPS = [name for name in FILES if name.startswith("sweeps/")]  # tests/test_tables.py
+ALL = [name for name in FILES if name not in (*EVALUATIONS, *PRECOMPUTED, *SWEEPS)]
+OF_SHAPES = [name for name in ALL if name.startswith("shapes/")]
+DIFFS = [name for name in ALL if named_bases(EXPERIMENTS / name)]
+
+
+def laid(name: str) -> list[str]:
+    """The file; data and trainers, which go with any experiment, over one."""
+    if name.startswith("data/"):
+        return files(STAGES["stage1" not in name], name)
+    return files(SHAPES, name) if name.startswith("trainer/") else files(name)
 
 
 @functools.cache
 def instantiated(name: str) -> SuiteCLI:
     """Shared between tests, which only look at it."""
-    return cli(*stack(name), *ON_CPU)
+    return cli(*laid(name), *ON_CPU, "--trainer.default_root_dir=run")
 
 
 # -- every file --------------------------------------------------------------------------------------
@@ -121,49 +125,52 @@ def test_says_what_it_is_for_and_how_it_is_run(name: str) -> None:
     text = (EXPERIMENTS / name).read_text()
     assert text.startswith("# "), "a comment in the first line says what the file shows"
     assert max(map(len, text.splitlines())) <= 130
-    if name in ABLATIONS:
-        assert len(text.splitlines()) <= 12
     listed = (EXPERIMENTS / "README.md").read_text()
     assert f"`{name.removesuffix('.yaml')}`" in listed, f"experiments/README.md does not list {name}"
 
 
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_changes_what_it_says_and_nothing_else(name: str) -> None:
+    (base,) = named_bases(EXPERIMENTS / name)
+    base = os.path.relpath((EXPERIMENTS / name).parent / base, EXPERIMENTS)
+    before, after = (flat(instantiated(which).config.as_dict()) for which in (base, name))
+    changed = {key for key in before.keys() | after.keys() if before.get(key, "-") != after.get(key, "-")}
+    content = yaml.safe_load((EXPERIMENTS / name).read_text())
+    said = [key.removesuffix("class_path") for key in flat({k: v for k, v in content.items() if k != "base"})]
+    changed.discard(".config")  # the names of the files
+    assert changed
+    assert not [key for key in changed if not any(key.startswith(own) or own.startswith(f"{key}.") for own in said)]
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_the_published_stages_are_the_released_network_and_schedule(name: str) -> None:
+def test_the_published_stages_are_the_released_network(name: str) -> None:
     run = instantiated(name)
     with torch.device("meta"):
         network = run.model.denoiser_factory()
+        released = EMMDiTTransformer2DModel()  # its own defaults
     projector = sum(p.numel() for p in network.repa_projector.parameters()) if "stage1" in name else 0
     assert sum(p.numel() for p in network.parameters()) - projector == 302_449_952
-    with torch.device("meta"):
-        released = EMMDiTTransformer2DModel()  # its own defaults
     different = {key for key, value in network.config.items() if listed(value) != listed(released.config.get(key))}
     expected = {"sample_size", "subregion_pattern"} if "1024" in name else set()
     assert different - {"repa_feature_dim", "repa_depth", "_use_default_values"} == expected
+    assert run.datamodule.batch_size * run.trainer.accumulate_grad_batches * 8 == 2048
+    assert run.datamodule.resolution == network.config.sample_size * run.model.codec.downsample
+    assert bool(run.model.components) == ("stage1" in name) and run.model.ema == ("stage1" not in name)
 
-    settings, trainer, data = model_args(run), run.trainer, run.datamodule
-    optimizer = settings.optimizer.init_args
-    assert settings.optimizer.class_path == "torch.optim.AdamW"
-    assert (optimizer.eps, optimizer.weight_decay, tuple(optimizer.betas)) == (1e-10, 0.03, (0.9, 0.999))
-    assert data.batch_size * trainer.accumulate_grad_batches * 8 == 2048
-    assert data.resolution == network.config.sample_size * run.model.codec.downsample
-    assert data.license and data.card
-    stage = {
-        STAGES[0]: (3e-4, 0.5, 100_000, False, 1),
-        STAGES[1]: (1e-4, 1.0, 50_000, True, 0),
-        STAGES[2]: (1e-4, 1.0, 20_000, True, 0),
-    }[name]
-    found = (optimizer.lr, trainer.gradient_clip_val, trainer.max_steps, run.model.ema)
-    assert (*found, len(run.model.components)) == stage
-    assert run.model.compile_blocks and not run.model.text.with_mask and run.model.text.max_length == 128
-    before = {STAGES[1]: "runs/emmdit/512_stage1", STAGES[2]: "runs/emmdit/512_stage2"}
-    assert settings.init_from == before.get(name)
+
+@pytest.mark.parametrize("name", [name for name in DIFFS if name.startswith(("emmdit/", "edit/", "mm_edit/"))])
+def test_a_later_stage_begins_with_the_run_of_its_base(name: str) -> None:
+    run, (base,) = instantiated(name), named_bases(EXPERIMENTS / name)
+    base_run = instantiated(os.path.relpath((EXPERIMENTS / name).parent / base, EXPERIMENTS))
+    inherited = model_args(base_run).init_from
+    assert model_args(run).init_from in (inherited, default_run_dir([str((EXPERIMENTS / name).parent / base)]))
 
 
 def listed(value: object) -> object:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *ABLATIONS])
+@pytest.mark.parametrize("name", OF_SHAPES)
 def test_shapes_networks_run_forward(name: str) -> None:
     run = instantiated(name)
     network = run.model.build_denoiser()
@@ -175,59 +182,10 @@ def test_shapes_networks_run_forward(name: str) -> None:
     assert output.shape == latents.shape and output.isfinite().all()
 
 
-def test_each_ablation_changes_what_its_name_says() -> None:
-    plain = flat(model_args(instantiated(SHAPES)).as_dict())
-    for name in sorted(set(ABLATIONS) - set(OF_STUDENTS)):
-        changed = flat(model_args(instantiated(name)).as_dict())
-        keys = {key for key in plain.keys() | changed.keys() if plain.get(key, "-") != changed.get(key, "-")}
-        word = {
-            "one_path": "compression_ratios",
-            "no_compression": "compression_ratios",
-            "no_reinforcement": "position_reinforcement",
-            "no_subregions": "subregion_pattern",
-            "adaln_single": "modulation",
-            "adaln_zero": "modulation",
-            "adamw": "optimizer",
-            "faithful_init": "init_args.init",
-            "masked_text": "with_mask",
-            "epsilon": ("path", "timesteps", "sampling"),
-            "short": ("scheduler", "num_attention_heads", "block_groups"),
-            "repa_clip": ("components", "repa_feature_dim", "repa_projector_dim"),
-        }.get(Path(name).stem)
-        if word is None:  # written by a later piece of work
-            continue
-        words = (word,) if isinstance(word, str) else word
-        assert keys, name
-        assert all(any(word in key for word in words) for key in keys), (name, keys)
-        assert all(any(word in key for key in keys) for word in words), (name, keys)
-
-
-@pytest.mark.parametrize("name", OF_STUDENTS)
-def test_an_ablation_of_a_student_changes_its_attention_alone(name: str) -> None:
-    plain, changed = (
-        model_args(instantiated(which)).as_dict() for which in (str(stack(name)[1]).split("experiments/")[1], name)
-    )
-    assert changed.pop("attention") and not plain.pop("attention")
-    assert flat(changed) == flat(plain)
-
-
 def flat(tree, prefix: str = "") -> dict[str, object]:
     if not isinstance(tree, dict):
         return {prefix: str(tree)}
     return {key: value for k, v in tree.items() for key, value in flat(v, f"{prefix}.{k}").items()}
-
-
-def test_run_folders_are_named_after_the_experiment() -> None:
-    alone = ["experiments/shapes/emmdit.yaml", "experiments/trainer/gpu.yaml"]
-    assert default_run_dir(alone) == "runs/shapes/emmdit"
-    short = [f"experiments/shapes/{name}.yaml" for name in ("emmdit", "short", "one_path")]
-    assert default_run_dir(short) == "runs/shapes/one_path"
-    for command in (None, "fit"):  # and the command line really finds the files
-        run = cli(*files(SHAPES, "shapes/one_path.yaml", "trainer/cpu.yaml"), command=command)
-        assert run.trainer.default_root_dir == "runs/shapes/one_path"
-        assert run.trainer.checkpoint_callback.dirpath.endswith("runs/shapes/one_path/checkpoints")
-    named = cli(*files(SHAPES), *ON_CPU, "--trainer.default_root_dir=elsewhere")
-    assert named.trainer.default_root_dir == "elsewhere"
 
 
 def test_an_optimizer_named_in_yaml_keeps_its_own_defaults() -> None:
@@ -257,6 +215,7 @@ def test_interpolation(command: str | None, monkeypatch: pytest.MonkeyPatch) -> 
     reference = change(TOTAL, "reference.yaml")
     whole = yaml.safe_load((EXPERIMENTS / SHAPES).read_text())
     whole["model"]["init_args"]["scheduler"]["init_args"]["total"] = "${trainer.max_steps}"
+    del whole["samples"]["prompts"]  # relative to the file
     one_file = change(yaml.safe_dump(whole), "whole.yaml")
 
     def total(*args: str) -> int:

@@ -1,10 +1,12 @@
-"""Image grids of fixed prompts and seeds during training, in the run folder and in the tracker."""
+"""Sample grids during training, from fixed prompts and seeds: a PNG in the run folder and in the tracker."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
+from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
@@ -13,24 +15,45 @@ from emmdit.files import grid, save_png
 from lightning_modules.callbacks.throughput import Throughput
 
 
+class PromptList(list):
+    """Prompts, given as a list or as the path of a text file with one prompt a line.
+
+    A path in a YAML file is relative to that file. It is read when the YAML is parsed, so that the saved configuration
+    of a run holds the prompts themselves.
+    """
+
+    def __init__(self, prompts: list[str] | str | os.PathLike[str]) -> None:
+        if isinstance(prompts, str | os.PathLike):
+            if not Path(prompts).is_file():
+                raise ValueError(
+                    f"There is no prompt file {prompts}: give the path of a text file, or a list of prompts."
+                )
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        super().__init__(prompts)
+
+
+register_type(PromptList, serializer=list)
+
+
 class ImageGrid(Callback):
     """Samples `prompts` every `every_n_steps` training steps and when training ends.
 
-    The work is shared over ranks; each makes the same number of forward passes (the list is padded). Image i always
-    has seed `seed + i`, so grids of a run, and of different runs, can be laid side by side.
+    The work is shared over ranks; each makes the same number of forward passes (the list is padded). Image i always has
+    seed `seed + i`, so grids of a run, and of different runs, can be laid side by side.
 
     Args:
-        prompts: None turns the callback off.
+        prompts: a list, or a text file with one prompt a line; None turns the callback off.
         every_n_steps: 0: only at the end.
         columns: of the grid.
         weights: which of "ema" and "raw" to show; None: EMA if available. Several give one file each.
         steps, guidance: in place of the model's own sampling settings.
-        scale: enlargement of each pixel, for small images.
+        scale: integer factor by which the grid is enlarged, for small images.
     """
 
     def __init__(
         self,
-        prompts: list[str] | None = None,
+        prompts: PromptList | None = None,
         every_n_steps: int = 1000,
         columns: int = 4,
         weights: list[str] | None = None,
@@ -39,7 +62,8 @@ class ImageGrid(Callback):
         guidance: float | None = None,
         scale: int = 1,
     ) -> None:
-        self.prompts, self.every_n_steps, self.columns = prompts, every_n_steps, columns
+        self.prompts = None if prompts is None else PromptList(prompts)
+        self.every_n_steps, self.columns = every_n_steps, columns
         self.weights, self.seed, self.scale = weights or [None], seed, scale
         self.settings = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
         self._last = -1
@@ -63,15 +87,15 @@ class ImageGrid(Callback):
             if trainer.is_global_zero:
                 name = f"step_{step:07d}" + (f"_{weights}" if weights else "")
                 path = Path(trainer.default_root_dir, "samples", f"{name}.png")
-                picture = grid(images, self.columns, self.scale)
+                image = grid(images, self.columns, self.scale)
                 settings = {
                     "step": step,
                     "seed": self.seed,
                     "prompts": self.prompts,
                     "weights": weights or "default",
                 }
-                save_png(picture, path, settings)
-                log_image(trainer, picture, key=f"samples_{weights}" if weights else "samples", step=step)
+                save_png(image, path, settings)
+                log_image(trainer, image, key=f"samples_{weights}" if weights else "samples", step=step)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule, weights: str | None) -> Tensor:
         """All images, on every rank."""
@@ -91,7 +115,7 @@ class ImageGrid(Callback):
         return images[: len(self.prompts)].cpu()
 
 
-def log_image(trainer: Trainer, picture: Image.Image, key: str, step: int) -> None:
+def log_image(trainer: Trainer, image: Image.Image, key: str, step: int) -> None:
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
-            logger.log_image(key, picture, step)
+            logger.log_image(key, image, step)

@@ -1,11 +1,10 @@
-"""The `emmdit` command: LightningCLI for `fit` and `validate`, and the suite's own subcommands."""
+"""`emmdit fit` and `emmdit validate`: LightningCLI with the suite's defaults."""
 
 from __future__ import annotations
 
 import copy
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -26,13 +25,15 @@ from lightning_modules.callbacks import (
     Summary,
     Throughput,
 )
+from lightning_modules.commands.config_files import ConfigParser, config_files, default_run_dir
 
 
 class SuiteCLI(LightningCLI):
     """LightningCLI with the suite's callbacks as sections of the YAML, one seed, and one folder for each run.
 
-    The run folder is `trainer.default_root_dir`; left out, it is `runs/` and the name of the last config file below
-    `experiments/`. Checkpoints, config, pictures and the MLflow run id all lie in it.
+    A config file may name its base files (`config_files.py`). The run folder is `trainer.default_root_dir`; left out,
+    it is `runs/` and the name of the last config file below `experiments/`. Checkpoints, config, images and the MLflow
+    run id all lie in it.
     """
 
     def __init__(self, args: Any = None, run: bool = True, exit_on_error: bool = True) -> None:
@@ -41,6 +42,7 @@ class SuiteCLI(LightningCLI):
         super().__init__(
             LightningModule,
             TextImageDataModule,
+            parser_class=ConfigParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -94,7 +96,7 @@ class SuiteCLI(LightningCLI):
             parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: hyperparameters in a checkpoint must not override the YAML of a resume."""
+        """No-op: hyperparameters in a checkpoint must not override the YAML of a resume."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -121,26 +123,3 @@ class SuiteCLI(LightningCLI):
             if isinstance(callback, SaveConfig):
                 callback.config = self._saved_config
         return trainer
-
-
-def config_files(arguments: list[str]) -> list[str]:
-    """The files given with -c or --config (the parsed configuration does not keep their names)."""
-    files = []
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if option in ("-c", "--config"):
-            files.append(value)
-        elif option.startswith(("--config=", "-c=")):
-            files.append(option.partition("=")[2])
-    return files
-
-
-def default_run_dir(config_files: list[str]) -> str:
-    """experiments/shapes/emmdit.yaml -> runs/shapes/emmdit (of the last file that is not a trainer's)."""
-    files = [Path(file) for file in config_files]
-    files = [file for file in files if file.parent.name != "trainer"] or [Path("run")]
-    parts = files[-1].with_suffix("").parts
-    if "experiments" in parts:
-        parts = parts[len(parts) - parts[::-1].index("experiments") :]
-    else:
-        parts = parts[-1:]
-    return os.path.join("runs", *parts)

@@ -1,4 +1,4 @@
-"""The teachers of linear attention students: true sizes, random weights, any resolution (papers.md A4, A5, B1, B2)."""
+"""Networks of the speed benchmark: released sizes (docs/papers.md, A4, A5, B1, B2), random weights, any resolution."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from emmdit.networks import EMMDiTTransformer2DModel, linearize
+from emmdit.networks.flops import forward_flops
+
+FULL = {"subregion_pattern": ("full",)}
+# Configurations of E-MMDiT, and the TFLOP of a forward pass at batch 1 of the original code. Published is 0.08 for the
+# first alone; the others were counted in the released class (docs/papers.md, B13).
+COUNTS: dict[str, tuple[dict[str, Any], float]] = {
+    "512 px, released": ({}, 0.080),
+    "512 px, no subregions": (FULL, 0.083),
+    "512 px, no compression": ({"compression_ratios": ()}, 0.114),
+    "512 px, neither": ({"compression_ratios": ()} | FULL, 0.119),
+    "1024 px, released": ({"sample_size": 32} | FULL, 0.246),
+    "1024 px, no compression": ({"sample_size": 32, "compression_ratios": ()} | FULL, 0.423),
+}
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A network, what it is called with, and where its attention is.
+class Network:
+    """An original network, what it is called with, and where its attention is.
 
     Args:
         network, config: its class, and the arguments that are the same at all resolutions.
-        resized: other arguments for pictures of `px` pixels a side: positions for as many tokens.
+        resized: other arguments for images of `px` pixels a side: positions for as many tokens.
         one_block: arguments that leave one block of the usual kind, as the first.
-        pixels: side of the picture for each of the latents' side.
+        pixels: side of the image for each of the latents' side.
         text_tokens: of the prompt.
         blocks, attention: the list of blocks, and the attention in each that a student replaces.
         image_attention: the one of image tokens alone; None: there is only the joint one.
@@ -37,9 +50,15 @@ class Teacher:
     attention: str = "attn"
     image_attention: str | None = None
 
-    def changed(self, config: Mapping[str, Any]) -> Teacher:
+    def changed(self, config: Mapping[str, Any]) -> Network:
         """Of other sizes: for a test."""
         return replace(self, config={**self.config, **config})
+
+    def build(self, who: str, px: int | None = None, **config: Any) -> nn.Module:
+        """The original or its student, float32, on torch's default device; without `px` as released."""
+        resized = {} if px is None else self.resized(px)
+        network = self.network(**{**self.config, **resized, **config})
+        return linearize(network) if who == "student" else network
 
     def inputs(self, network: nn.Module, px: int, batch: int = 1) -> dict[str, Any]:
         """Arguments of a forward pass, random and in float32, on torch's default device."""
@@ -58,22 +77,8 @@ class Teacher:
         return (px // self.pixels // network.config.patch_size) ** 2
 
 
-def build(
-    teacher: Teacher, who: str, px: int | None = None, dtype: torch.dtype = torch.float32, **config: Any
-) -> nn.Module:
-    """The "teacher" or its "student", random, on torch's default device; without `px` as released.
-
-    `config` changes arguments, `one_block` for instance.
-    """
-    resized = {} if px is None else teacher.resized(px)
-    network = teacher.network(**{**teacher.config, **resized, **config})
-    if dtype != torch.float32:
-        network = network.to(dtype)
-    return linearize(network) if who == "student" else network
-
-
-TEACHERS: dict[str, Teacher] = {
-    "PixArt-Sigma": Teacher(
+NETWORKS: dict[str, Network] = {
+    "PixArt-Sigma": Network(
         PixArtTransformer2DModel,
         dict(caption_channels=4096, use_additional_conditions=False),  # diffusers' other defaults are its sizes
         lambda px: dict(sample_size=px // 8, interpolation_scale=max(1, px // 512)),
@@ -83,7 +88,7 @@ TEACHERS: dict[str, Teacher] = {
         attention="attn1",
         image_attention="attn1",
     ),
-    "SD3.5-Medium": Teacher(
+    "SD3.5-Medium": Network(
         SD3Transformer2DModel,
         dict(
             num_layers=24,
@@ -103,18 +108,28 @@ TEACHERS: dict[str, Teacher] = {
         text_tokens=77 + 256,
         image_attention="attn2",
     ),
-    "E-MMDiT": Teacher(
+    "E-MMDiT": Network(
         EMMDiTTransformer2DModel,
         {},
         # Subregions at 512 px only, as released.
-        lambda px: dict(
-            sample_size=px // 32,
-            pos_embed_max_size=max(96, px // 32),
-            **({} if px <= 512 else dict(subregion_pattern=("full",))),
-        ),
-        dict(block_groups=(1, 0, 1), compression_ratios=(), subregion_pattern=("full",)),
+        lambda px: dict(sample_size=px // 32, pos_embed_max_size=max(96, px // 32)) | ({} if px <= 512 else FULL),
+        dict(block_groups=(1, 0, 1), compression_ratios=()) | FULL,
         pixels=32,
         text_tokens=128,
         blocks="blocks",
     ),
 }
+
+
+def counts() -> list[dict[str, Any]]:
+    """Parameters and forward TFLOP of E-MMDiT's configurations, on the meta device."""
+    rows, spec = [], NETWORKS["E-MMDiT"]
+    for name, (config, original) in COUNTS.items():
+        with torch.device("meta"):
+            network = spec.build("original", **config)
+            given = spec.inputs(network, network.config.sample_size * spec.pixels)
+        text = {"encoder_hidden_states": given["encoder_hidden_states"]}
+        tflop = forward_flops(lambda network=network: network, given["hidden_states"].shape, text) / 1e12
+        parameters = sum(p.numel() for p in network.parameters())
+        rows.append({"network": name, "parameters": parameters, "tflop": tflop, "tflop_original": original})
+    return rows

@@ -1,0 +1,113 @@
+"""Config files that name their bases, prompt files, and run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_modules.callbacks import ImageGrid
+from lightning_modules.commands.config_files import config_files, default_run_dir, with_bases
+from lightning_modules.commands.main import main
+from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, change, cli, files
+from tests.command_line import elsewhere as elsewhere
+
+
+def names(*arguments: str) -> list[str]:
+    return [Path(file).stem for file in config_files(with_bases(arguments))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    bases = {
+        "a": None,
+        "b": "a.yaml",
+        "c": ["b.yaml"],
+        "sub/d": ["../a.yaml", "../b.yaml"],
+        "block": "\n  - c.yaml\n- a.yaml",
+    }
+    for name, base in bases.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# what it is\n{'' if base is None else f'base: {base}'}\nseed_everything: 1\n")
+    return tmp_path
+
+
+def test_bases_come_first_and_once(tree: Path) -> None:
+    assert names("fit", "-c", "c.yaml", "--x=1") == ["a", "b", "c"]
+    assert names("-c", "a.yaml", "-c", "c.yaml") == names("-c", "c.yaml") == ["a", "b", "c"]
+    assert names("--config=sub/d.yaml", "-c=c.yaml") == ["a", "b", "d", "c"]  # relative to the file, shared bases once
+    assert names("-c", "c.yaml", "-c", "a.yaml") == ["a", "b", "c", "a"]  # what is given is laid over what was before
+    assert with_bases(["fit", "-c", "a.yaml", "--ckpt_path", "last", "-c"]) == [
+        "fit", "-c", "a.yaml", "--ckpt_path", "last", "-c"
+    ]  # fmt: skip
+
+
+def test_a_missing_base_and_a_cycle_are_one_sentence(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, base, words in (
+        ("missing", "nowhere.yaml", "nowhere.yaml"),
+        ("cycle", "[c.yaml, loop.yaml]", "loop.yaml"),
+        ("loop", "cycle.yaml", "cycle.yaml"),
+        ("itself", "itself.yaml", "itself.yaml"),
+        ("number", "3", "base"),
+    ):
+        Path(f"{name}.yaml").write_text(f"base: {base}\n")
+        if name == "cycle":
+            continue
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "-c", f"{name}.yaml"])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and f"{name}.yaml" in error and words in error
+        assert len(error.splitlines()) == 2  # the sentence, and how to see the traceback
+
+
+def test_a_base_is_parsed_as_if_it_were_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    diff = f"base: {EXPERIMENTS / SHAPES}\ntrainer: {{max_steps: 7}}\n"
+    (tmp_path / "block.yaml").write_text(f"base:\n  - {EXPERIMENTS / SHAPES}\ntrainer: {{max_steps: 7}}\n")
+    alone = cli(*change(diff, "diff.yaml"), *ON_CPU)
+    given = cli(
+        *files(SHAPES),
+        *change("trainer: {max_steps: 7}", "plain.yaml"),
+        *ON_CPU,
+        "--trainer.default_root_dir=runs/diff",
+    )
+    block = cli("-c", "block.yaml", *ON_CPU, "--trainer.default_root_dir=runs/diff")
+    text, *others = (run.parser.dump(run.config, skip_none=False) for run in (alone, given, block))
+    assert others == [text, text] and "max_steps: 7" in text and "default_root_dir: runs/diff" in text
+    assert "base" not in yaml.safe_load(text)  # complete: what a run saves can be read back from anywhere
+    with pytest.raises(SystemExit):
+        cli(*change(diff, "diff.yaml"), "--print_config", command="fit")
+    assert "base" not in yaml.safe_load(capsys.readouterr().out)
+
+
+def test_run_folders_are_named_after_the_last_experiment_given() -> None:
+    assert default_run_dir(["experiments/shapes/emmdit.yaml", "experiments/trainer/gpu.yaml"]) == "runs/shapes/emmdit"
+    assert (
+        default_run_dir(["experiments/shapes/short.yaml", "/a/experiments/shapes/one_path.yaml"])
+        == "runs/shapes/one_path"
+    )
+    for command in (None, "fit"):  # and the command line really finds the files
+        run = cli(*files("shapes/one_path.yaml", "trainer/cpu.yaml"), command=command)
+        assert run.trainer.default_root_dir == "runs/shapes/one_path"
+        assert run.trainer.checkpoint_callback.dirpath.endswith("runs/shapes/one_path/checkpoints")
+    named = cli(*files(SHAPES), *ON_CPU, "--trainer.default_root_dir=elsewhere")
+    assert named.trainer.default_root_dir == "elsewhere"
+
+
+def test_prompts_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml/prompts.txt").write_text("a photo of a star\n\n  two squares \n")
+    (tmp_path / "yaml/grid.yaml").write_text(f"base: {EXPERIMENTS / SHAPES}\nsamples: {{prompts: prompts.txt}}\n")
+    run = cli("-c", "yaml/grid.yaml", *ON_CPU)  # the path is relative to the YAML
+    saved = yaml.safe_load(run.parser.dump(run.config))
+    assert saved["samples"]["prompts"] == ["a photo of a star", "two squares"]
+    assert ImageGrid("yaml/prompts.txt").prompts == ImageGrid(["a photo of a star", "two squares"]).prompts
+    with pytest.raises(ValueError, match="nowhere.txt"):
+        ImageGrid("nowhere.txt")
+
+
+def test_a_missing_prompt_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *files(SHAPES), *change("samples: {prompts: nowhere.txt}")])
+    assert "nowhere.txt" in capsys.readouterr().err
