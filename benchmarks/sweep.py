@@ -38,9 +38,10 @@ from emmdit.evaluation import ledger
 from emmdit.provenance import machine
 from emmdit.weights import checkpoint_progress, find_checkpoint
 from lightning_modules.callbacks import EMA, NonFinite
-from lightning_modules.callbacks.save_config import latest_config
 from lightning_modules.commands.config_files import config_files, with_bases
-from lightning_modules.commands.fit import SuiteCLI, quiet
+from lightning_modules.commands.fit import SuiteCLI
+from lightning_modules.commands.main import quiet
+from lightning_modules.runs import latest_config
 
 LEDGER = "benchmarks/results/shapes.json"
 COLUMNS = {"experiment": "row", "seed": "seed", "state": "state"}

@@ -1,8 +1,10 @@
-"""Configurations of older versions: renamed classes and settings, translated to their present names."""
+"""Configurations and checkpoints of older versions, translated to present names."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 # Class paths, the modules of a pipeline's components, and the class of a pipeline.
 CLASSES = {
@@ -29,3 +31,23 @@ def modernize(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return type(config)(modernize(value) for value in config)
     return CLASSES.get(config, config) if isinstance(config, str) else config
+
+
+def modernize_run(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run folder in present names; REPA's projector and its tap were the network's once."""
+    config = modernize(config)
+    arguments = config["model"]["init_args"]
+    network = arguments["denoiser"].get("init_args") or {}
+    old = {key: network.pop(f"repa_{key}", None) for key in ("feature_dim", "projector_dim", "depth")}
+    for component in arguments.get("components") or []:
+        if component["class_path"].endswith(".REPA"):
+            depth = old.pop("depth", None) or network.get("block_groups", [4])[0]
+            component["init_args"] = {"block": f"blocks.{depth - 1}", **old, **component["init_args"]}
+    return config
+
+
+def modernize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint in present names: REPA's projector was a part of the denoiser once."""
+    projector = "denoiser.repa_projector."
+    renamed = {key.replace(projector, "components.repa.projector."): value for key, value in state.items()}
+    return {key: value for key, value in renamed.items() if not key.startswith("ema_components.")}

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from emmdit.legacy import modernize_state
+
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
 
 
@@ -32,7 +34,6 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
     own = network.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    extra = [key for key in extra if not key.startswith("repa_projector.")]  # of runs before REPA had its own
     if missing or extra or shapes:
         problems = [f"{len(missing)} missing"] * bool(missing) + [f"{len(extra)} unknown"] * bool(extra)
         problems += [f"{len(shapes)} of another shape"] * bool(shapes)
@@ -149,14 +150,14 @@ def is_diffusers_folder(path: str | Path) -> bool:
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """`state_dict` of a Lightning checkpoint, a file or a sharded folder, on the CPU."""
     if path.is_dir():
-        return _sharded_state(path)
+        return modernize_state(_sharded_state(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}).") from error
     if "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
-    return checkpoint["state_dict"]
+    return modernize_state(checkpoint["state_dict"])
 
 
 def checkpoint_progress(path: Path) -> dict[str, int]:

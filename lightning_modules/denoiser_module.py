@@ -16,6 +16,7 @@ from emmdit.adapters import LoRA, merge
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import Path, RectifiedFlow, flow_loss
 from emmdit.generate import Sampling, generate
+from emmdit.legacy import modernize_state
 from emmdit.losses import LossComponent
 from emmdit.optim import parameter_groups
 from emmdit.seeding import generator
@@ -310,3 +311,5 @@ class DenoiserModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.samples_seen = checkpoint["samples_seen"]
         self.training_steps = checkpoint.get("training_steps", checkpoint["global_step"])
+        if "state_dict" in checkpoint:  # sharded ones are read tensor by tensor
+            checkpoint["state_dict"] = modernize_state(checkpoint["state_dict"])

@@ -10,13 +10,13 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
 
-from emmdit.legacy import modernize
+from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved configuration of the run that a run folder or a checkpoint belongs to."""
-    return modernize(yaml.safe_load(latest_config(run_folder(path)).read_text()))
+    return modernize_run(yaml.safe_load(latest_config(run_folder(path)).read_text()))
 
 
 def latest_config(folder: str | Path) -> Path:

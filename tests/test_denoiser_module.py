@@ -82,6 +82,32 @@ def test_a_components_modules_are_trained_saved_and_resumed_but_not_exported(tmp
     assert kind == "raw" and network.state_dict().keys() == denoiser().state_dict().keys()
 
 
+def test_a_checkpoint_of_the_time_when_repa_was_in_the_network_resumes(tmp_path: Path) -> None:
+    """To the last bit: its projector's weights and optimizer state are found under their present names."""
+
+    def fit(folder: Path, steps: int, ckpt: Path | None = None) -> TextToImage:
+        model = module(components=[REPA("blocks.0", feature_dim=6, projector_dim=8)], ema=True)
+        checkpoint = Checkpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        run = trainer(folder, [EMA(), checkpoint], max_steps=steps, enable_checkpointing=True)
+        run.fit(model, torch.utils.data.DataLoader(Rows(), batch_size=4, sampler=range(8)), ckpt_path=ckpt)
+        return model
+
+    whole = fit(tmp_path / "whole", 4)
+    old = torch.load(tmp_path / "whole/step=2.ckpt", weights_only=True)
+    state = old["state_dict"]
+    for key in [key for key in state if key.startswith("components.repa.")]:
+        name = key.removeprefix("components.repa.projector.")
+        state[f"denoiser.repa_projector.{name}"] = state.pop(key)
+        state[f"ema_denoiser.repa_projector.{name}"] = torch.zeros(1)
+    del old["training_steps"]
+    torch.save(old, tmp_path / "old.ckpt")
+    assert component_weights(tmp_path / "old.ckpt", "repa").keys() == whole.components["repa"].state_dict().keys()
+    resumed = fit(tmp_path / "resumed", 4, tmp_path / "old.ckpt")
+    assert resumed.training_steps == 4
+    a, b = whole.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_components_have_names_of_their_own() -> None:
     with pytest.raises(ValueError, match="component"):
         module(components=[REPA("blocks.0"), REPA("blocks.2")])

@@ -11,7 +11,7 @@ import torch
 
 import emmdit
 from emmdit import TextToImagePipeline
-from emmdit.legacy import CLASSES, modernize
+from emmdit.legacy import CLASSES, modernize, modernize_run
 from lightning_modules.commands.load_model import open_model
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -52,6 +52,17 @@ def test_a_run_config_of_an_older_version() -> None:
     prompts = ["nitro", {"class_path": "emmdit.shapes.ShapesPrompts"}]  # a prompt is no setting
     assert new["data"]["init_args"] == {"license": "cc0", "prompts": prompts}
     assert "grid" in sampling["init_args"] and modernize(new) == new
+
+
+def test_repa_of_an_older_run_has_its_block_and_widths() -> None:
+    network = {"block_groups": [2, 4, 2], "repa_feature_dim": 128, "repa_projector_dim": 256, "repa_depth": None}
+    losses = [{"class_path": "emmdit.losses.REPA", "init_args": {"weight": 0.5}}]
+    config = {"model": {"init_args": {"denoiser": {"init_args": network}, "components": losses}}}
+    new = modernize_run(config)["model"]["init_args"]
+    expected = {"block": "blocks.1", "feature_dim": 128, "projector_dim": 256, "weight": 0.5}
+    assert new["components"][0]["init_args"] == expected
+    assert new["denoiser"]["init_args"] == {"block_groups": [2, 4, 2]}
+    assert modernize_run(modernize_run(config)) == modernize_run(config)
 
 
 def test_every_new_class_path_exists() -> None:

@@ -69,12 +69,12 @@ class Evaluation(Callback):
             prepare(self.metrics, self._image_set(trainer, 0), "cpu")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        step = training_steps(trainer, pl_module)
+        step = pl_module.training_steps
         if self.every_n_steps and step % self.every_n_steps == 0:
             self.evaluate(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.evaluate(trainer, pl_module, training_steps(trainer, pl_module))
+        self.evaluate(trainer, pl_module, pl_module.training_steps)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Generate, measure and log, unless that was done at this step."""
@@ -151,8 +151,3 @@ class GenEvalCallback(Evaluation):
 
     def __init__(self, prompts: PromptSet, detector: Detector, every_n_steps: int = 0) -> None:
         super().__init__(prompts, [GenEval(detector)], every_n_steps)
-
-
-def training_steps(trainer: Trainer, pl_module: LightningModule) -> int:
-    """Training steps made so far, by which intervals are counted."""
-    return trainer.global_step  # LEAD: pl_module.training_steps

@@ -51,7 +51,8 @@ class Summary(Callback):
             curves = {name: metric_history(client, run_id, name) for name in CURVES + PARTS}
             curves = {name: curve for name, curve in curves.items() if curve or name in CURVES}
             write_csv(curves, run_dir / "curve.csv")
-            write_record(run_dir / "train.json", training_record(client, run_id, trainer.global_step), trainer)
+            record = training_record(client, run_id, pl_module.training_steps)
+            write_record(run_dir / "train.json", {"steps": pl_module.training_steps, **record}, trainer)
             if any(curves.values()):
                 plot(curves, run_dir / "curve.png")
                 lines.append(f"Loss curve   {run_dir / 'curve.png'}  (curve.csv)")
@@ -88,7 +89,7 @@ def write_record(path: Path, record: dict[str, float | None], trainer: Trainer) 
         "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
     }
     with atomic_path(path) as part:
-        part.write_text(json.dumps({"steps": trainer.global_step, **record, **about}, indent=1) + "\n")
+        part.write_text(json.dumps({**record, **about}, indent=1) + "\n")
 
 
 def program(name: str) -> str:
