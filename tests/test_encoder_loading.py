@@ -15,12 +15,9 @@ from emmdit.encoders import (
     SD3VAE,
     SDXLVAE,
     DINOv2,
-    ImageCodec,
     MissingModelError,
     SD3TextEncoders,
-    TextConditioner,
     TextEncoder,
-    VisionFeatures,
     loading,
     standin,
     standins,
@@ -221,25 +218,6 @@ def test_standins_are_reproducible_and_reused(tmp_path: Path) -> None:
         for c in "ab"
     ]
     assert torch.equal(*ids)
-
-
-def test_configs_name_encoders_by_class_path(folders: dict[str, Path]) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--codec", type=ImageCodec)
-    parser.add_argument("--text", type=TextConditioner)
-    parser.add_argument("--vision", type=VisionFeatures | None)
-    text = {"class_path": "emmdit.encoders.TextEncoder", "init_args": {"max_length": 64, "dtype": "bfloat16"}}
-    config = {
-        "codec": {"class_path": "emmdit.encoders.DCAE", "init_args": {"source": str(folders["dc_ae"])}},
-        "text": text,
-        "vision": {"class_path": "emmdit.encoders.DINOv2"},
-    }
-    made = parser.instantiate(parser.parse_object(config))
-    assert isinstance(made.codec, DCAE) and isinstance(made.vision, DINOv2) and made.text.max_length == 64
-    with pytest.raises(Exception, match="(?i)max_lenght"):
-        parser.parse_object(config | {"text": {**text, "init_args": {"max_lenght": 64}}})
 
 
 def test_importing_the_package_is_light() -> None:
