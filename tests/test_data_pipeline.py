@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -25,7 +24,8 @@ from emmdit.encoders import DCAE
 from lightning_modules.commands.main import main
 from tests.command_line import change, files
 from tests.command_line import elsewhere as elsewhere
-from tests.test_sources import write_mds
+from tests.test_precompute import jpeg
+from tests.test_sources import tar, write_mds
 
 CAPTIONS = {
     "china": "a photo of a tower with tiled roofs above a lake and trees",
@@ -75,12 +75,6 @@ def photographs() -> dict[str, Image.Image]:
     return parts
 
 
-def jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def write(kind: str) -> tuple[str, dict[str, str]]:
     """The photographs as a source; gives its name and what the data section needs beside it."""
     rows = [(name, jpeg(image), CAPTIONS[name[:-2]]) for name, image in photographs().items()]
@@ -90,12 +84,8 @@ def write(kind: str) -> tuple[str, dict[str, str]]:
         table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
         table.to_parquet("source/a.parquet") if kind == "parquet" else table.save_to_disk("source")
     elif kind == "webdataset":
-        with tarfile.open("source/a.tar", "w") as tar:
-            for name, data, caption in rows:
-                for suffix, content in (("jpg", data), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{name}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        tar(Path("source/a.tar"), [(f"{name}.{suffix}", content) for name, data, caption in rows
+            for suffix, content in (("jpg", data), ("txt", caption.encode()))])  # fmt: skip
     elif kind == "folder":
         for name, data, caption in rows:
             Path(f"source/{name}.jpg").write_bytes(data)

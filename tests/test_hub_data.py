@@ -1,4 +1,4 @@
-"""CaptionedImagesDataModule: the same rows from every kind of source, exact pixels, and one sentence when it fails."""
+"""CaptionedImagesDataModule: held-out rows, exact pixels, latents, provenance, and one sentence when it fails."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datamodules
 from datamodules import CaptionedImagesDataModule
 from emmdit.data.images import load_image
 from emmdit.data.loader import ResumableLoader
@@ -128,6 +129,7 @@ def test_precomputed_latents_from_bytes_and_arrays(tmp_path: Path, parquet: Path
 def test_captions_inside_a_column_and_provenance(parquet: Path) -> None:
     data = module(parquet, caption_column="json.prompt", license="CC0-1.0", card="https://example.org/card")
     assert data.train_dataset()[0]["caption"] == "prompt 3"
+    assert datamodules.HubDataModule is CaptionedImagesDataModule  # the name in users' YAML files
     told = data.provenance()
     assert told["license"] == "CC0-1.0" and told["card"] == "https://example.org/card"
     assert told["source"].startswith(str(parquet)) and "10 " in told["digest"]

@@ -19,9 +19,10 @@ def report(
 ) -> dict[str, Any]:
     """`sources` and `buckets`, a dict for each.
 
-    Sources: `samples`, `draws` an epoch, `share` of all draws, `passes` (draws per sample, epoch). Buckets: `height`,
-    `width`, `samples`, `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch leaves to the next,
-    because they do not fill a chunk), `cropped` (mean part of an image's area; None where the sizes are unknown).
+    Sources: `samples`, `draws` an epoch, `share` of all draws, `passes` (draws per sample and epoch).
+    Buckets: `height`, `width`, `samples`, `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch
+    leaves to the next, because they do not fill a chunk), `cropped` (mean part of an image's area; None where the sizes
+    are unknown).
 
     Args:
         names: of the sources, where the order mixes some.

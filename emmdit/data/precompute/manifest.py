@@ -82,9 +82,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: int | None = None) -> None:
-    """Refuse latents that are not the ones this codec would make. What costs nothing is compared before the weights.
+    """Refuse latents that this autoencoder would not make. What costs nothing is compared before the weights.
 
-    The type the codec computes in may differ: it changes the latents by rounding alone.
+    The type it computes in may differ: it changes the latents by rounding alone.
 
     Raises:
         ValueError: one sentence that names the difference.
@@ -95,44 +95,36 @@ def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: 
             "change its resolution, or precompute again."
         )
     made = manifest["codec"]
-    cls = f"{type(codec).__module__}.{type(codec).__qualname__}"
-    pairs = [("class_path", cls)]
-    pairs += [(name, getattr(codec, name)) for name in ("latent_channels", "downsample")]
-    for name in ("scaling_factor", "shift_factor"):
-        if name in made and hasattr(codec, name):
-            pairs.append((name, getattr(codec, name)))
-    for name, wanted in pairs:
-        if made[name] != wanted:
-            raise ValueError(
-                f"The latents in '{folder}' were made with {name} {made[name]} of the codec, this experiment has "
-                f"{wanted}: name the codec that made them, or precompute again."
-            )
-    _check_weights(made, folder, codec, "latents")
+    names = [name for name in ("scaling_factor", "shift_factor") if name in made and hasattr(codec, name)]
+    pairs = [(name, made[name], getattr(codec, name)) for name in ("latent_channels", "downsample", *names)]
+    _compare("latents", folder, made, codec, pairs, "precompute again")
 
 
 def check_text(manifest: dict[str, Any], folder: str | Path, text: Any) -> None:
-    """Refuse text features that are not the ones this text encoder would make. ValueError, as `check`; loads it."""
+    """Refuse text features that this text encoder would not make. ValueError, as `check`; loads it."""
     made = manifest["text"]
-    cls = f"{type(text).__module__}.{type(text).__qualname__}"
+    names = [name for name in ("max_length", "caption_channels", *TEXT_SETTINGS) if hasattr(text, name)]
+    pairs = [(name, made.get(name), getattr(text, name)) for name in names]
     stored = sorted(name.removeprefix("text.") for name in manifest["columns"] if name.startswith("text."))
-    pairs = [("class_path", made["class_path"], cls)]
-    names = ("max_length", "caption_channels", *TEXT_SETTINGS)
-    pairs += [(name, made.get(name), getattr(text, name)) for name in names if hasattr(text, name)]
     pairs += [("features", stored, sorted(text.null(1)))]
-    for name, found, wanted in pairs:
+    _compare("text features", folder, made, text, pairs, "precompute again, or set the data's text to false")
+
+
+def _compare(
+    what: str, folder: str | Path, made: dict[str, Any], encoder: Any, pairs: list[tuple[str, Any, Any]], way: str
+) -> None:
+    """Class, then (name, stored, wanted) settings, then weights."""
+    cls = type(encoder).__name__  # the module may have moved
+    for name, found, wanted in [("class_path", made["class_path"].rpartition(".")[2], cls), *pairs]:
         if found != wanted:
             raise ValueError(
-                f"The text features in '{folder}' were made with {name} {found}, this experiment's text encoder has "
-                f"{wanted}: name the one that made them, precompute again, or set the data's text to false."
+                f"The {what} in '{folder}' were made with {name} {found}, this experiment's {cls} has {wanted}: "
+                f"name the encoder that made them, or {way}."
             )
-    _check_weights(made, folder, text, "text features")
-
-
-def _check_weights(made: dict[str, Any], folder: str | Path, encoder: Any, what: str) -> None:
-    found = describe(encoder)["weights_sha256"]
-    if found != made["weights_sha256"]:
+    weights = describe(encoder)["weights_sha256"]
+    if weights != made["weights_sha256"]:
         raise ValueError(
-            f"The {what} in '{folder}' were made with other weights of {type(encoder).__name__} "
-            f"({made.get('source', '')}, {made['weights_sha256'][:12]}) than this experiment's "
-            f"({getattr(encoder, 'source', '')}, {found[:12]}): name the one that made them, or precompute again."
+            f"The {what} in '{folder}' were made with other weights of {cls} ({made.get('source', '')}, "
+            f"{made['weights_sha256'][:12]}) than this experiment's ({getattr(encoder, 'source', '')}, "
+            f"{weights[:12]}): name the encoder that made them, or {way}."
         )
