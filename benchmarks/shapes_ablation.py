@@ -35,7 +35,7 @@ from benchmarks.common import ROOT, markdown_table, progress, write_json
 from emmdit.evaluation import ledger
 from emmdit.provenance import machine
 from emmdit.weights import checkpoint_progress, find_checkpoint
-from lightning_modules.mlflow_evaluation import history
+from lightning_modules.mlflow_runs import read_training_record
 
 BASE, FULL = "emmdit", "short"  # of experiments/shapes: the base, and the budget, which alone is the full model's row
 # name of the diff in experiments/shapes: what the row is
@@ -139,7 +139,7 @@ def train(task: Task, threads: int | None) -> None:
         hardware = found["gpu"] or f"{found['cpu']}, {threads or found['torch_threads']} threads"
         command = shlex.join(["emmdit", *task.fit()])
         with chdir(ROOT):  # where the run was made, and its sqlite file may be named from there
-            content = {"steps": steps, **history(folder), "hardware": hardware, "command": command}
+            content = {**read_training_record(folder, steps), "hardware": hardware, "command": command}
         record.write_text(json.dumps(content, indent=1) + "\n")
 
 

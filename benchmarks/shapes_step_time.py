@@ -21,7 +21,8 @@ from benchmarks.common import ROOT, argument_parser, interleaved, markdown_table
 from benchmarks.shapes_ablation import FULL, ROWS, Task
 from emmdit.provenance import machine
 from lightning_modules.callbacks.ema import update
-from lightning_modules.commands.fit import SuiteCLI, quiet
+from lightning_modules.commands.fit import SuiteCLI
+from lightning_modules.commands.main import quiet
 
 COLUMNS = {
     "experiment": "row",

@@ -45,6 +45,14 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return found
 
 
+def hardware(device: torch.device | str = "cpu") -> str:
+    """The GPU, or the CPU with its threads, in a few words."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,6 +1,19 @@
-"""LightningModules, callbacks, strategies and the command line. They bind; the core in `emmdit` computes."""
+"""LightningModules, callbacks, strategies and the command line. They bind; the core in `emmdit` computes.
 
-from lightning_modules.attention_distillation import AttentionDistillation
-from lightning_modules.text_to_image import TextToImage
+Names are loaded when first used: `emmdit --help` must not wait for torch and Lightning.
+"""
 
-__all__ = ["AttentionDistillation", "TextToImage"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"AttentionDistillation": "attention_distillation", "TextToImage": "text_to_image"}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

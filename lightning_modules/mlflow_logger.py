@@ -31,12 +31,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
+from emmdit.config_text import flatten_config, mask_secrets
 from emmdit.files import grid
 from emmdit.provenance import git_state
-from lightning_modules.config_text import flatten_config, mask_secrets
 
 RUN_FILE = "mlflow_run.json"
-DEFAULT_STORE = "sqlite:///mlflow.db"  # also what `mlflow ui` opens when it is told nothing
+DEFAULT_STORE = "sqlite:///mlflow.db"  # also the default of `mlflow ui`
 
 
 class MLflowLogger(MLFlowLogger):
@@ -45,7 +45,7 @@ class MLflowLogger(MLFlowLogger):
     - The client is made on first use and on rank zero only, behind a file lock: several processes that set up
       a fresh sqlite store at once break it.
     - The MLflow run begins when training does. If training resumes from a checkpoint and the run folder holds
-      `mlflow_run.json`, that run is continued, else a new one is made and noted there. Parameters may be
+      `mlflow_run.json`, that run is continued, else a new one is created and recorded there. Parameters may be
       logged before; log anything else from `on_train_start` on.
     - It ends as FINISHED, FAILED (an error) or KILLED (SIGTERM, Ctrl-C). A process killed without warning
       leaves RUNNING.
@@ -56,9 +56,9 @@ class MLflowLogger(MLFlowLogger):
         save_dir: run folder, by default the Trainer's `default_root_dir`; checkpoints without a folder of
             their own go to its `checkpoints`.
         experiment_name, run_name: where it appears in MLflow; by default under the run folder's name.
-        tracking_uri: of the store; `MLFLOW_TRACKING_URI` or sqlite in the working folder by default.
-        artifact_location: of the experiment when this run is the one to make it; with sqlite `mlartifacts`
-            beside the database by default, else the server's choice.
+        tracking_uri: address of the store; `MLFLOW_TRACKING_URI` or sqlite in the working folder by default.
+        artifact_location: of the experiment, if this run creates it; with sqlite `mlartifacts` beside the database
+            by default, else the server's choice.
         tags: of the run.
         run_id: continue this run whatever the run folder says.
         prefix: in front of the names of metrics.
@@ -96,7 +96,7 @@ class MLflowLogger(MLFlowLogger):
         self._sets_status = True
         self._timestamp = 0
 
-    # -- what Lightning asks for -----------------------------------------------------------------------------
+    # -- Lightning's interface ---------------------------------------------------------------------------------
 
     @property
     @rank_zero_experiment
@@ -158,7 +158,7 @@ class MLflowLogger(MLFlowLogger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Flatten to the names of the command line (`model.optimizer.lr`) and set what is not set yet.
 
-        MLflow's parameters can not change. A resume that differs leaves them and says so in the tag
+        MLflow's parameters cannot change. A resume that differs leaves them and lists them in the tag
         `changed_params`.
         """
         flat = flatten_config(params if isinstance(params, Mapping) or params is None else vars(params))
@@ -185,7 +185,7 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Nothing is kept back, so there is nothing to write."""
+        """Nothing is buffered, so there is nothing to write."""
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
@@ -211,11 +211,11 @@ class MLflowLogger(MLFlowLogger):
         with self._survive("the status"):
             self.experiment.set_terminated(self._run_id, "KILLED" if killed else names.get(status, "FAILED"))
 
-    # -- what the suite adds ---------------------------------------------------------------------------------
+    # -- the suite's additions -------------------------------------------------------------------------------
 
     @rank_zero_only
     def log_image(self, key: str, image: torch.Tensor | np.ndarray | Image.Image, step: int) -> None:
-        """An image or a grid in the time line `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or
+        """Log an image or a grid under `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or
         PIL."""
         if isinstance(image, torch.Tensor):
             image = image[None] if image.ndim == 3 else image
@@ -226,7 +226,7 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
-        """Text as an artifact; secrets are masked."""
+        """Log text as an artifact; secrets are masked."""
         run_id = self.run_id
         with self._survive(artifact_file):
             self.experiment.log_text(run_id, mask_secrets(text), artifact_file)
@@ -241,7 +241,7 @@ class MLflowLogger(MLFlowLogger):
         context: str = "training",
         card: str = "",
     ) -> None:
-        """The data a run has used: their origin, licence and card, and a digest of their contents."""
+        """Log the data of a run: their origin, licence and card, and a digest of their contents."""
         about = {"uri": mask_secrets(source), "licence": licence, "card": card}
         digest = digest or hashlib.sha256(f"{name} {source}".encode()).hexdigest()  # MLflow wants one
         tags = [InputTag("mlflow.data.context", context)]
@@ -266,9 +266,9 @@ class MLflowLogger(MLFlowLogger):
                 run = client.get_run(run_id)
             except MlflowException:
                 where = mask_secrets(self._tracking_uri)
-                rank_zero_warn(f"MLflow run {run_id} of {record} is not in {where}: making a new one.")
+                rank_zero_warn(f"MLflow run {run_id} of {record} is not in {where}: creating a new one.")
         if run is not None and run.info.lifecycle_stage == "deleted":
-            rank_zero_warn(f"MLflow run {run.info.run_id} was deleted: making a new one.")
+            rank_zero_warn(f"MLflow run {run.info.run_id} was deleted: creating a new one.")
             run = None
 
         if run is None:
@@ -319,7 +319,7 @@ class MLflowLogger(MLFlowLogger):
         try:
             yield
         except (MlflowException, OSError) as error:
-            rank_zero_warn(f"MLflow did not take {what}: {error}")
+            rank_zero_warn(f"MLflow did not accept {what}: {error}")
 
     def _database(self) -> Path | None:
         """Path of the sqlite file, if the store is one."""

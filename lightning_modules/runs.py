@@ -1,7 +1,8 @@
-"""From a run on disk back to its module and to a pipeline."""
+"""Run folders: the configuration of a training, and the module that it describes."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,31 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
 
-from emmdit.encoders.base import FrozenModel
-from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, load_weights, run_folder
-from lightning_modules.callbacks.save_config import latest_config
+from emmdit.weights import run_folder
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved configuration of the run that a run folder or a checkpoint belongs to."""
+    # LEAD: return emmdit.legacy.modernize(...) of it
     return yaml.safe_load(latest_config(run_folder(path)).read_text())
+
+
+def latest_config(folder: str | Path) -> Path:
+    """The config a run folder was last trained with.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    existing = numbered_configs(Path(folder))
+    if not existing:
+        raise FileNotFoundError(f"{folder} has no config.yaml: name the folder of a run.")
+    return existing[-1][1]
+
+
+def numbered_configs(folder: Path) -> list[tuple[int, Path]]:
+    """(n, path) of config.yaml (0) and config-<n>.yaml, by n."""
+    found = ((re.fullmatch(r"config(?:-(\d+))?\.yaml", path.name), path) for path in folder.glob("config*.yaml"))
+    return sorted((int(match[1] or 0), path) for match, path in found if match)
 
 
 def build_module(config: dict[str, Any]) -> LightningModule:
@@ -32,60 +49,5 @@ def build_module(config: dict[str, Any]) -> LightningModule:
 
 
 def instantiate(parser: ArgumentParser, parsed: Namespace) -> Namespace:
-    """What a parsed configuration names, built; jsonargparse 4.49 renamed the call."""
+    """Build the classes that a parsed configuration names; jsonargparse 4.49 renamed the call."""
     return parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-
-
-def load_pipeline(
-    source: str | Path, weights: str | None = None, include_encoders: bool = True
-) -> tuple[TextToImagePipeline, dict[str, Any]]:
-    """A pipeline from a run folder, a checkpoint, or a diffusers folder; and a note on where its weights come from.
-
-    Args:
-        weights: "ema" or "raw" of a checkpoint; None: the average if there is one.
-        include_encoders: put the loaded encoders into the pipeline; without it only small ones of our own.
-    """
-    source = Path(source)
-    if is_diffusers_folder(source):
-        if not (source / "model_index.json").is_file():
-            raise ValueError(
-                f"{source} holds a network alone, not a pipeline: it does not say which encoders belong to it. Export "
-                "the run with `emmdit export`."
-            )
-        if weights not in (None, "raw"):
-            raise ValueError(f"{source} is an export and has one set of weights: leave --weights out.")
-        return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
-    checkpoint = find_checkpoint(source)
-    config = read_config(checkpoint)
-    module = build_module(config)
-    network = module.build_denoiser()
-    kind = load_weights(network, checkpoint, weights)
-    if hasattr(network, "drop_repa_projector"):
-        network.drop_repa_projector()
-    pipeline = make_pipeline(module, network.eval(), config["model"]["init_args"], include_encoders)
-    return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}
-
-
-def make_pipeline(
-    module: LightningModule, network: Any, settings: dict[str, Any], include_encoders: bool
-) -> TextToImagePipeline:
-    """The pipeline of a trained module; `settings` are the module's init_args in its config."""
-    parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
-    for wrapper in (module.codec, module.text):
-        if include_encoders or not isinstance(wrapper, FrozenModel):
-            parts |= wrapper.components()
-    sampling = settings.get("sampling") or {}
-    return TextToImagePipeline(
-        transformer=network,
-        **parts,
-        codec=plain(settings["codec"]),
-        text=plain(settings["text"]),
-        path=plain(settings["path"]) if settings.get("path") else None,
-        sampling=sampling.get("init_args", sampling),
-    )
-
-
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Class path and arguments, without what is None anyway (a frozen world, say, is built by the class itself)."""
-    arguments = {key: value for key, value in (settings.get("init_args") or {}).items() if value is not None}
-    return {"class_path": settings["class_path"], "init_args": arguments}

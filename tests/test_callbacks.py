@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.callbacks import NonFinite, ProgressBar, SaveConfig, Throughput
 from lightning_modules.callbacks.progress import clock
-from lightning_modules.callbacks.save_config import latest_config, write_config
+from lightning_modules.callbacks.save_config import write_config
 from lightning_modules.callbacks.throughput import peak_tflops
+from lightning_modules.runs import latest_config
 from tests.toy import Metrics, Points, Toy, trainer
 
 # -- NonFinite -----------------------------------------------------------------------------------------------

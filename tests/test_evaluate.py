@@ -155,15 +155,33 @@ def test_missing_weights_show_before_a_picture_is_drawn(tmp_path: Path, config: 
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_two_processes_measure_what_one_does(tmp_path: Path, config: str) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "trainer"])
+def test_two_processes_measure_what_one_does(tmp_path: Path, config: str, launcher: str) -> None:
     assert evaluate(tmp_path / "one", "-c", config, "--bounds")[0] == 0
-    arguments = ["--ckpt", MODEL, "--steps", "4", "--mlflow", "false", "-c", config, "--out", str(tmp_path / "two")]
-    arguments.append("--bounds")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [
+        "-m",
+        "lightning_modules",
+        "evaluate",
+        "--ckpt",
+        MODEL,
+        "--steps",
+        "4",
+        "--mlflow",
+        "false",
+        "-c",
+        config,
+    ]
+    command += ["--out", str(tmp_path / "two"), "--bounds"]
+    if launcher == "torchrun":
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, "--device", "cpu"]
+    else:
+        (tmp_path / "trainer").mkdir()
+        (tmp_path / "trainer/two.yaml").write_text("trainer: {accelerator: cpu, devices: 2, precision: bf16-mixed}")
+        command += ["-c", str(tmp_path / "trainer/two.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "-m", "lightning_modules", "evaluate", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert pictures(tmp_path / "two").keys() == pictures(tmp_path / "one").keys()
     assert result(tmp_path / "two")["metrics"] == pytest.approx(result(tmp_path / "one")["metrics"], rel=0.02)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -18,9 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
+from emmdit.config_text import flatten_config, mask_secrets
 from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
-from lightning_modules.config_text import flatten_config, mask_secrets
 from lightning_modules.mlflow_logger import MLflowLogger
+from lightning_modules.mlflow_runs import metric_history, read_training_record, training_record
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +255,34 @@ def test_construction_touches_no_store(tmp_path, empty_store):
     logger = MLflowLogger(tmp_path / "a", tracking_uri=f"sqlite:///{database}")
     assert logger.save_dir == str(tmp_path / "a") and not database.parent.exists()
     assert logger.experiment is not None and database.exists()
+
+
+class Store:
+    """The client of a store that knows two curves of a run resumed once."""
+
+    points = {
+        "throughput/seconds_per_step": [(49, 1, 0.2), (99, 2, 9.0), (99, 4, 0.4), (149, 5, 0.3)],
+        "val/loss_ema": [(149, 5, 0.11), (99, 2, 0.2)],
+    }
+
+    def get_metric_history(self, run_id: str, name: str):
+        return [SimpleNamespace(step=s, timestamp=t, value=v) for s, t, v in self.points.get(name, [])]
+
+
+def test_time_and_loss_of_a_training():
+    """Of steps that a resume made twice the later ones count, and validation is no part of the time."""
+    assert metric_history(Store(), "1", "throughput/seconds_per_step") == {49: 0.2, 99: 0.4, 149: 0.3}
+    found = training_record(Store(), "1", 150)
+    assert found == {"seconds_per_step": pytest.approx(0.3), "seconds": pytest.approx(45.0), "val_loss_ema": 0.11}
+    assert training_record(Store(), "1", 100)["val_loss_ema"] == 0.2
+
+
+def test_the_record_in_the_run_folder_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "train.json").write_text('{"steps": 150, "seconds": 7.0}')
+    assert read_training_record(tmp_path, 150) == {"steps": 150, "seconds": 7.0}
+    monkeypatch.setattr("lightning_modules.mlflow_runs.MlflowClient", lambda uri: Store())
+    (tmp_path / "mlflow_run.json").write_text('{"run_id": "1", "tracking_uri": "sqlite:///mlflow.db"}')
+    assert read_training_record(tmp_path, 100)["seconds"] == pytest.approx(30.0)
 
 
 SCRIPT = """

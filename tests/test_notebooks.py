@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from lightning_modules.runs import load_pipeline
+from lightning_modules.commands.load_model import load_pipeline
 from tests.test_training import ROOT, fit
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made(capsys: pytest.CaptureFixture, *args: str) -> list[Path]:
-    reference_stats([*args, "--features", "tiny.yaml", "--device", "cpu", "--batch-size", "5"])
+    reference_stats([*args, "--features", "tiny.yaml", "--device", "cpu", "--batch_size", "5"])
     return [Path(line) for line in capsys.readouterr().out.split()]
 
 
@@ -112,7 +112,7 @@ def test_rows_of_a_data_set(folder: Path, capsys: pytest.CaptureFixture) -> None
     rows = [{"bytes": file.read_bytes(), "path": None} for file in sorted(Path("real").iterdir())]
     Dataset.from_dict({"picture": rows, "caption": ["x"] * 5}).to_parquet("rows.parquet")
     (table, feats) = made(
-        capsys, "--data", "rows.parquet", "--image-column", "picture", "--resolution", "16", "--feats"
+        capsys, "--data", "rows.parquet", "--image_column", "picture", "--resolution", "16", "--feats"
     )
     assert table.name.startswith("rows_16_tiny_5_")
     np.testing.assert_allclose(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import chdir
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -14,7 +13,6 @@ from benchmarks import shapes_ablation, tables
 from benchmarks.shapes_ablation import FULL, ROWS, Task
 from benchmarks.shapes_students import Student
 from emmdit.evaluation import ledger
-from lightning_modules import mlflow_evaluation
 from tests.command_line import cli
 from tests.command_line import elsewhere as elsewhere
 from tests.test_ledger import row
@@ -116,7 +114,8 @@ class Suite:
         monkeypatch.setattr(shapes_ablation, "ROOT", root)
         monkeypatch.setattr(shapes_ablation, "call", self.call)
         monkeypatch.setattr(shapes_ablation, "position", lambda folder: self.steps.get(folder, 0))
-        monkeypatch.setattr(shapes_ablation, "history", lambda folder: {"seconds": 80.0, "seconds_per_step": 0.1})
+        record = {"seconds": 80.0, "seconds_per_step": 0.1}
+        monkeypatch.setattr(shapes_ablation, "read_training_record", lambda folder, steps: record | {"steps": steps})
         self.root = root
 
     def call(self, command: list[str], log: Path, threads: int | None) -> None:
@@ -185,28 +184,6 @@ def test_missing_files_are_named_before_the_first_run(suite: Suite, capsys):
     (suite.root / "experiments/shapes/adamw.yaml").unlink()
     assert shapes_ablation.main(["--rows", "short", "adamw"]) == 2 and suite.calls == []
     assert "experiments/shapes/adamw.yaml" in capsys.readouterr().err
-
-
-def test_time_and_loss_come_from_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of steps that a resume made twice the later ones count, and validation is no part of the time."""
-    points = {
-        "throughput/seconds_per_step": [(49, 1, 0.2), (99, 2, 9.0), (99, 4, 0.4), (149, 5, 0.3)],
-        "val/loss_ema": [(149, 5, 0.11), (99, 2, 0.2)],
-    }
-
-    class Client:
-        def __init__(self, uri: str) -> None:
-            assert uri == "sqlite:///mlflow.db"
-
-        def get_metric_history(self, run_id: str, name: str):
-            return [SimpleNamespace(step=s, timestamp=t, value=v) for s, t, v in points.get(name, [])]
-
-    monkeypatch.setattr(mlflow_evaluation, "MlflowClient", Client)
-    monkeypatch.setattr(mlflow_evaluation, "find_checkpoint", lambda folder: folder)
-    monkeypatch.setattr(mlflow_evaluation, "checkpoint_progress", lambda folder: {"step": 150})
-    (tmp_path / "mlflow_run.json").write_text('{"run_id": "1", "tracking_uri": "sqlite:///mlflow.db"}')
-    found = mlflow_evaluation.history(tmp_path)
-    assert found == {"seconds_per_step": pytest.approx(0.3), "seconds": pytest.approx(45.0), "val_loss_ema": 0.11}
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path):

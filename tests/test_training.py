@@ -75,8 +75,8 @@ def fit(
     return done
 
 
-def evaluations(folder: Path, every_n_steps: int = 0) -> tuple[str, ...]:
-    """The three evaluation callbacks over five pictures, no multiple of two processes."""
+def evaluation(folder: Path, every_n_steps: int = 0) -> str:
+    """The evaluation callback with three metrics of five images, no multiple of two processes."""
     prompts = folder / "five.jsonl"
     lines = [line for line in ShapesWorld().prompts(5) if line["tag"] == "colors"]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -84,17 +84,18 @@ def evaluations(folder: Path, every_n_steps: int = 0) -> tuple[str, ...]:
     clip = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {asset}}}}}"
     reference = next(Path(asset).glob("shapes_p24_*.npz"))
     features = f"{{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {clip}}}}}"
-    common = (
-        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {prompts}}}}}, "
-        f"every_n_steps: {every_n_steps}, batch_size: 2, steps: 3"
-    )
-    return tuple(
-        f"--trainer.callbacks+={{class_path: lightning_modules.callbacks.{name}, init_args: {{{common}, {own}}}}}"
-        for name, own in (
-            ("GenEvalCallback", "detector: {class_path: emmdit.shapes.ShapesDetector}"),
-            ("CLIPScoreCallback", f"clip: {clip}"),
-            ("FIDCallback", f"features: {features}, reference: {reference}"),
+    metrics = ", ".join(
+        f"{{class_path: emmdit.evaluation.{name}, init_args: {{{arguments}}}}}"
+        for name, arguments in (
+            ("GenEval", "detector: {class_path: emmdit.shapes.ShapesDetector}"),
+            ("CLIPScore", f"clip: {clip}"),
+            ("FID", f"features: {features}, reference: {reference}"),
         )
+    )
+    return (
+        "--trainer.callbacks+={class_path: lightning_modules.callbacks.Evaluation, init_args: {"
+        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {prompts}}}}}, metrics: [{metrics}], "
+        f"every_n_steps: {every_n_steps}, batch_size: 2, steps: 3}}}}"
     )
 
 
@@ -158,7 +159,7 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
         "--trainer.val_check_interval=2",
         "--samples.prompts=[a photo of a circle, a photo of two squares, a photo of a star]",  # no multiple of two
         "--samples.steps=3",
-        *evaluations(tmp_path, every_n_steps=2),
+        evaluation(tmp_path, every_n_steps=2),
     )
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
@@ -200,29 +201,32 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
         torch.testing.assert_close(value, b[f"ema_denoiser.{key}"], rtol=1e-3, atol=1e-4)
 
 
-def test_evaluation_callbacks_share_their_pictures_and_leave_the_training_alone(tmp_path: Path) -> None:
+def test_an_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
     schedule = ("--trainer.max_steps=3", "--trainer.val_check_interval=3")
     fit(tmp_path / "plain", *schedule)
-    fit(tmp_path / "measured", *schedule, *evaluations(tmp_path, every_n_steps=1))
+    fit(tmp_path / "measured", *schedule, evaluation(tmp_path, every_n_steps=1))
     assert read(tmp_path / "measured/record") == read(tmp_path / "plain/record")
 
     folder = tmp_path / "measured/evaluation"
     for step in (1, 2, 3):
-        (shared,) = (folder / f"step_{step:07d}").iterdir()  # one set of pictures for three metrics
-        found = json.loads((shared / "fid_clip_shapes.json").read_text())
-        assert found["step"] == step and set(found["metrics"]) == {"fid_clip_shapes_5"}
-        assert (shared / "geneval_shapes_results.jsonl").is_file() and (shared / "clip_score_shapes.json").is_file()
-        assert len(list(shared.rglob("*.png"))) == (5 if step == 3 else 0)  # the last evaluation's are kept
+        (images,) = (folder / f"step_{step:07d}").iterdir()  # one image set for three metrics
+        found = json.loads((images / "evaluation.json").read_text())
+        assert found["step"] == step
+        assert {"fid_clip_shapes_5", "clip_score_shapes", "geneval_shapes"} <= set(found["metrics"])
+        assert (images / "geneval_results.jsonl").is_file()
+        assert len(list(images.rglob("*.png"))) == (5 if step == 3 else 0)  # the last evaluation's are kept
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = next(run for run in client.search_runs(["1"]) if run.info.run_name == "measured")
     curve = client.get_metric_history(run.info.run_id, "eval/fid_clip_shapes_5")
     assert [point.step for point in curve] == [1, 2, 3]
     assert all(point.value > 100 for point in curve)  # untrained
+    record = json.loads((tmp_path / "measured/train.json").read_text())
+    assert record["steps"] == 3 and record["hardware"] and record["val_loss_ema"] > 0
 
 
-def test_evaluation_callbacks_say_what_is_missing_before_the_first_step(tmp_path: Path) -> None:
-    callbacks = [c.replace(f"{ROOT}/assets/shapes_clip", "openai/clip-vit-base-patch32") for c in evaluations(tmp_path)]
-    done = fit(tmp_path / "run", "--trainer.max_steps=3", callbacks[1], check=False)
+def test_an_evaluation_names_what_is_missing_before_the_first_step(tmp_path: Path) -> None:
+    callback = evaluation(tmp_path).replace(f"{ROOT}/assets/shapes_clip}}", "openai/clip-vit-base-patch32}")
+    done = fit(tmp_path / "run", "--trainer.max_steps=3", callback, check=False)
     assert done.returncode == 2 and "openai/clip-vit-base-patch32" in done.stderr
     assert not (tmp_path / "run/record").exists()
 
@@ -254,7 +258,7 @@ def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
         "step_0000003.png",
         "last.ckpt",
         "sqlite:///",
-        f"emmdit sample --ckpt {tmp_path}/run",
+        f"emmdit sample --ckpt {tmp_path}/run --prompt 'a photo of a circle' ",
     ):
         assert told in done.stdout
     rows = (tmp_path / "run/curve.csv").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""How good the pictures are: prompt sets, metrics, GenEval, reports. No Lightning here.
+"""Evaluation of generated images: prompt sets, image sets, metrics, GenEval, reports.
 
 Names are loaded when first used: the metrics pull in torchmetrics, transformers and clean-fid, which take seconds.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
+_HOMES = {  # file: names; a new metric or prompt set needs its line here
     "metrics.base": ("ImageMetric", "Sample"),
     "metrics.clip": ("CLIP",),
     "metrics.clip_score": ("CLIPScore",),
@@ -18,8 +18,8 @@ _HOMES = {
     "geneval": ("CLIPColors", "GenEval", "Mask2Former"),
     "image_set": ("ImageSet",),
     "metrics.kid": ("KID",),
-    "prompts": ("GenEvalPrompts", "HubPrompts", "PromptFile", "PromptSet"),
-    "measure": ("measure", "prepare"),
+    "prompts": ("GenEvalPrompts", "PromptFile", "PromptSet"),
+    "measure": ("Scores", "measure", "prepare"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

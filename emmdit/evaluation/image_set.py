@@ -1,36 +1,36 @@
-"""The images of an evaluation on disk: made once, in GenEval's official layout, shared by all metrics."""
+"""Images of an evaluation on disk: generated once, in GenEval's official layout, shared by all metrics."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.evaluation.prompts import PromptSet
-from emmdit.files import to_uint8
+from emmdit.files import atomic_path, to_uint8
 
-Draw = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
-Progress = Callable[[int, int], None]  # done, of how many
+Generate = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
+Progress = Callable[[int, int], None]  # done, total
 
 
 class ImageSet:
-    """A folder with `images` pictures of each prompt: 00000/metadata.jsonl, 00000/samples/00000.png, ...
+    """A folder with `images` images of each prompt: 00000/metadata.jsonl, 00000/samples/00000.png, ...
 
-    `set.json` says what the pictures were made with. A folder made with anything else is refused, so what is found
-    in it need not be made again: a killed evaluation continues.
+    `set.json` says what the images were made with. A folder made with anything else is refused, so an image found in
+    it need not be generated again: a killed evaluation resumes.
 
     Args:
-        made_with: all that decides about the pictures (weights, sampler, ...), fit for JSON.
-        rank, world: this process' share of the pictures is every `world`-th, from number `rank` on.
+        made_with: all that decides about the images (weights, sampler, ...), fit for JSON.
+        rank, world: this process' share is every `world`-th image, from number `rank` on.
     """
 
     def __init__(
@@ -50,59 +50,66 @@ class ImageSet:
         self.rank = rank
 
     def open(self) -> None:
-        """Make the folder, or check that it holds pictures of this very set.
+        """Create the folder, or check that it holds images of this very set. Every process calls it, rank zero acts.
 
         Raises:
-            ValueError: they are of another one.
+            ValueError: the folder holds something else.
         """
+        if self.rank == 0:
+            self._open()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def _open(self) -> None:
         file = self.folder / "set.json"
         if file.is_file():
             found = json.loads(file.read_text())
             other = sorted(key for key in found.keys() | self.made_with if found.get(key) != self.made_with.get(key))
             if other:
                 raise ValueError(
-                    f"{self.folder} holds pictures made with another {' and another '.join(other)}: choose another "
+                    f"{self.folder} holds images made with another {' and another '.join(other)}: choose another "
                     "folder, or remove it."
                 )
             return
-        if self.rank == 0:
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
-            for index, line in enumerate(self.prompts.lines):
-                sub = self.folder / f"{index:05d}"
-                (sub / "samples").mkdir(parents=True, exist_ok=True)
-                (sub / "metadata.jsonl").write_text(json.dumps(line) + "\n")
-            _write(file, lambda path: path.write_text(json.dumps(self.made_with, indent=1) + "\n"))
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
+        for index, line in enumerate(self.prompts.lines):
+            sub = self.folder / f"{index:05d}"
+            (sub / "samples").mkdir(parents=True, exist_ok=True)
+            (sub / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        with atomic_path(file) as part:
+            part.write_text(json.dumps(self.made_with, indent=1) + "\n")
 
     def missing(self) -> list[Sample]:
         """Those of this process' share that are not there yet."""
         return [sample for sample in self.samples if not (self.folder / sample.path).is_file()]
 
     def write(self, sample: Sample, image: np.ndarray) -> None:
-        """A uint8 (H, W, 3) picture; whole or not at all."""
-        path = self.folder / sample.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, lambda part: Image.fromarray(image).save(part, format="PNG"))
+        """Write a uint8 (H, W, 3) image, whole or not at all."""
+        with atomic_path(self.folder / sample.path) as part:
+            Image.fromarray(image).save(part, format="PNG")
 
     def read(self, samples: Sequence[Sample]) -> Tensor:
         """uint8 (N, 3, H, W).
 
         Raises:
-            FileNotFoundError, ValueError: a picture is missing or broken, by its name.
+            FileNotFoundError, ValueError: an image is missing or broken, by its name.
         """
         return torch.stack([read_image(self.folder / sample.path) for sample in samples])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[Sample]]]:
-        """This process' pictures and what they are of."""
+        """This process' images and what they are of."""
         for first in range(0, len(self.samples), size):
             chunk = self.samples[first : first + size]
             yield self.read(chunk), chunk
 
-    def make(self, draw: Draw, batch_size: int, progress: Progress | None = None, together: bool = False) -> int:
-        """Draw what is missing; returns how many pictures were made.
+    def make(
+        self, generate: Generate, batch_size: int, progress: Progress | None = None, together: bool = False
+    ) -> int:
+        """Generate what is missing; returns how many images were made.
 
         Args:
-            together: all processes of a sharded network call `draw` equally often, by repeating pictures.
+            together: all processes of a sharded network call `generate` equally often, by repeating images.
         """
         missing = self.missing()
         rounds = math.ceil((self.share if together else len(missing)) / batch_size)
@@ -110,7 +117,7 @@ class ImageSet:
         for number in range(rounds):
             chunk = missing[number * batch_size : (number + 1) * batch_size]
             asked = chunk or self.samples[:1] or self.all[:1]
-            images = to_uint8(draw([s.line["prompt"] for s in asked], [s.seed for s in asked]))
+            images = to_uint8(generate([s.line["prompt"] for s in asked], [s.seed for s in asked]))
             for sample, image in zip(chunk, images, strict=False):
                 self.write(sample, image)
             made += len(chunk)
@@ -125,13 +132,9 @@ def read_image(path: Path) -> Tensor:
         with Image.open(path) as image:
             array = np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"The picture {path} is missing: run the same evaluation again to make it.") from None
+        raise FileNotFoundError(f"The image {path} is missing: run the same evaluation again to make it.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The picture {path} can not be read ({error}): remove it, and it is made again.") from error
+        raise ValueError(
+            f"The image {path} cannot be read ({error}): remove it and run the evaluation again."
+        ) from error
     return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    save(part)
-    os.replace(part, path)

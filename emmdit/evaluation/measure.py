@@ -1,8 +1,9 @@
-"""An evaluation: one set of images, any number of metrics."""
+"""Measuring one image set with any number of metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,60 +15,67 @@ from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.metrics.clip_score import CLIPScore
 
 
-def prepare(metrics: Sequence[ImageMetric], image_set: ImageSet, device: torch.device | str = "cpu") -> None:
-    """Everything that can be missing or contradict itself shows here, before a picture is made."""
+@dataclass(frozen=True)
+class Scores:
+    """Results of the metrics on one image set.
+
+    Attributes:
+        metrics: by the names to report: {"fid_clean_5k": 12.3, "geneval_hf": 0.6, "geneval_hf_position": 0.2, ...}.
+        families: as the ledger names them: {"fid_clip": ..., "geneval_overall": ..., "geneval_position": ...}.
+        rows: GenEval's verdicts in the order of the images, with "clip_score" where `CLIPScore` was measured.
+    """
+
+    metrics: dict[str, float]
+    families: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+def prepare(metrics: Sequence[ImageMetric], images: ImageSet, device: torch.device | str = "cpu") -> None:
+    """Load and check everything, so that errors show before an image is generated."""
     names = [metric.name for metric in metrics]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"The metric {name} is asked for twice: leave one out.")
     for metric in metrics:
-        metric.begin(image_set.all)
+        metric.begin(images.all)
         metric.prepare(device)
         metric.to(device)
 
 
 def measure(
     metrics: Sequence[ImageMetric],
-    image_set: ImageSet,
+    images: ImageSet,
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     progress: Progress | None = None,
-) -> dict[str, dict[str, float]]:
-    """{metric's name: {part: value}} over the pictures of all processes. Call `prepare` first."""
+) -> Scores:
+    """Score the images of all processes; every process must call it. Call `prepare` once before."""
     for metric in metrics:
+        metric.begin(images.all)
         metric.reset()
     done = 0
-    for images, samples in image_set.batches(batch_size):
-        images = images.to(device)
+    for batch, samples in images.batches(batch_size):
+        batch = batch.to(device)
         for metric in metrics:
-            metric.update(images, samples)
+            metric.update(batch, samples)
         done += len(samples)
         if progress is not None:
-            progress(done, len(image_set.samples))
-    return {metric.name: metric.compute() for metric in metrics}
+            progress(done, len(images.samples))
+    values = [(metric, part, value) for metric in metrics for part, value in metric.compute().items()]
+    return Scores(
+        {metric.label(len(images.all), part): value for metric, part, value in values},
+        {_family(metric, part): value for metric, part, value in values},
+        _gather_rows(metrics),
+    )
 
 
-def labelled(metrics: Sequence[ImageMetric], values: dict[str, dict[str, float]], n: int) -> dict[str, float]:
-    """Flat, by the names to report: {"fid_clean_5k": 12.3, "geneval_hf": 0.6, "geneval_hf_position": 0.2, ...}."""
-    return {metric.label(n, part): value for metric in metrics for part, value in values[metric.name].items()}
+def _family(metric: ImageMetric, part: str) -> str:
+    part = part or ("overall" if metric.kind == "geneval" else "")
+    return f"{metric.kind}_{part}" if part else metric.kind
 
 
-def comparable(metrics: Sequence[ImageMetric], values: dict[str, dict[str, float]]) -> dict[str, float]:
-    """By family, as the ledger names them: {"fid_clip": ..., "geneval_overall": ..., "geneval_position": ...}."""
-    flat: dict[str, Any] = {}
-    for metric in metrics:
-        for part, value in values[metric.name].items():
-            part = part or ("overall" if metric.kind == "geneval" else "")
-            flat[f"{metric.kind}_{part}" if part else metric.kind] = value
-    return flat
-
-
-def gather_rows(metrics: Sequence[ImageMetric]) -> list[dict[str, Any]]:
-    """GenEval's verdicts of all processes in the order of the pictures, with their CLIP scores where there are some.
-
-    Every process must call it.
-    """
-    scores = {path: value for m in metrics if isinstance(m, CLIPScore) for path, value in m.scores.items()}
+def _gather_rows(metrics: Sequence[ImageMetric]) -> list[dict[str, Any]]:
+    scores: Mapping[str, float] = {path: v for m in metrics if isinstance(m, CLIPScore) for path, v in m.scores.items()}
     rows = [dict(row) for m in metrics if isinstance(m, GenEval) for row in m.rows]
     for row in rows:
         if row["filename"] in scores:

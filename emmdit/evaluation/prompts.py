@@ -1,4 +1,4 @@
-"""What is asked of a model in an evaluation: an ordered set of prompts, with images and seeds for each."""
+"""Prompt sets: ordered prompts, with the number of images and the seeds of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PromptSet(ABC):
     """An ordered set of prompts, each a dict with at least "prompt"; the same arguments give the same set.
 
     Args:
-        images: made for each prompt.
+        images: images per prompt.
     """
 
     name: str
@@ -38,12 +38,12 @@ class PromptSet(ABC):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the prompts as JSON lines: two evaluations with the same hash asked for the same."""
+        """SHA-256 of the prompts as JSON lines: equal hashes mean equal prompts."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def samples(self, seed: int = 0) -> list[Sample]:
-        """Every image to make. Its seed is a function of its place and of `seed`; no two evaluations share one."""
+        """Every image to generate. Its seed depends on its place and on `seed`; no two evaluations share one."""
         first = seed * len(self.lines) * self.images
         return [
             Sample(index, number, line, first + index * self.images + number)
@@ -84,7 +84,7 @@ class GenEvalPrompts(PromptSet):
 
 
 class PromptFile(PromptSet):
-    """Prompts from a text file, one a line, or from a .jsonl of GenEval lines."""
+    """Prompts of a text file, one per line, or of a .jsonl of GenEval lines; with `count` only the first ones."""
 
     def __init__(self, path: str, images: int = 1, count: int | None = None) -> None:
         super().__init__(images)
@@ -94,53 +94,7 @@ class PromptFile(PromptSet):
     def load(self) -> list[dict[str, Any]]:
         from emmdit.evaluation.geneval import read_prompts
 
-        return _cut(read_prompts(self.path), self.count, self.path)
-
-
-class HubPrompts(PromptSet):
-    """Captions of a `datasets` source (hub id, parquet, folder), in a fixed random order.
-
-    Args:
-        source, split, revision: as `datamodules.HubDataModule` takes them.
-        column: of the captions; a list in it gives its first.
-        count: how many; FID-30K takes 30,000.
-        seed: of the order.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        column: str = "caption",
-        split: str = "train",
-        count: int | None = 30_000,
-        seed: int = 0,
-        revision: str | None = None,
-        images: int = 1,
-    ) -> None:
-        super().__init__(images)
-        self.source, self.column, self.split, self.revision = source, column, split, revision
-        self.count, self.seed = count, seed
-        self.name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
-
-    def load(self) -> list[dict[str, Any]]:
-        from emmdit.data.readers.open import open_source
-
-        rows = open_source(self.source, self.split, revision=self.revision)
-        if self.column not in rows.column_names:
-            raise ValueError(
-                f"'{self.source}' has no column '{self.column}': set column to one of {', '.join(rows.column_names)}."
-            )
-        captions = rows.select_columns([self.column]).shuffle(seed=self.seed)
-        count = len(captions) if self.count is None else self.count
-        if count > len(captions):
-            raise ValueError(
-                f"'{self.source}' has {len(captions)} captions, fewer than the {count} asked for: set count."
-            )
-        chosen = captions.select(range(count))[self.column]
-        return [{"prompt": caption[0] if isinstance(caption, list) else caption} for caption in chosen]
-
-
-def _cut(lines: list[dict[str, Any]], count: int | None, source: str) -> list[dict[str, Any]]:
-    if count is not None and count > len(lines):
-        raise ValueError(f"{source} has {len(lines)} prompts, fewer than the {count} asked for: set count.")
-    return lines[:count]
+        lines = read_prompts(self.path)
+        if self.count is not None and self.count > len(lines):
+            raise ValueError(f"{self.path} has {len(lines)} prompts, fewer than count ({self.count}): lower count.")
+        return lines[: self.count]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for its reader: report.html and report.md, and a table for the terminal."""
+"""Report of an evaluation: report.html, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import hashlib
 import html
 import io
 import json
-import os
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from emmdit.config_text import flatten_config
 from emmdit.evaluation.pair_report import Table, pair_tables
 
 Row = Mapping[str, Any]
 
-THUMBNAIL = 192  # pixels: larger pictures are shrunk before they are embedded
-SHOWN = 112  # width on the page
+THUMBNAIL = 192  # pixels: larger images are shrunk before they are embedded
+SHOWN = 112  # pixels on the page
 NO_SETTINGS = ("metrics", "ledger_metrics", "columns", "pair")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 PAIR_COLUMNS = {"teacher": "metrics", "difference": "difference", "ratio": "ratio"}
@@ -36,29 +34,29 @@ th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
 .value { font-family: ui-monospace, monospace; font-size: 12px; overflow-wrap: anywhere; }
 .strip { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 112px; font-size: 12px; }
 figure img, .missing { width: 112px; min-height: 112px; display: block; background: #eee; }
-.small { image-rendering: pixelated; } .why { color: #a22; } summary { cursor: pointer; }
+.small { image-rendering: pixelated; } .why { color: #a22; white-space: pre-line; } summary { cursor: pointer; }
 """
 
 
 def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[Row], images: str | Path) -> Path:
-    """Write `report.html`, which stands alone, and `report.md`, which refers to the pictures; returns the former.
+    """Write `report.html`, which needs no other file; returns its path.
 
     Args:
         result: of the evaluation: "metrics" {name: value}, "columns" {heading: the same names of something else},
-            "pair" (a teacher's, see `pair.py`); all else in it is listed as settings.
+            "pair" (of a teacher, see `compare.py`); all else in it is listed as settings.
         rows: GenEval's result rows ("filename", "tag", "prompt", "correct", "reason"), with "clip_score" where the
-            similarity of picture and prompt is known: then it picks the pictures shown.
+            similarity of image and prompt is known: then it picks the images shown.
         images: folder that the file names lie in.
     """
     folder, images = Path(folder), Path(images)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(_markdown(folder, result, rows, images), encoding="utf-8")
-    (folder / "report.html").write_text(_html(folder, result, rows, images), encoding="utf-8")
-    return folder / "report.html"
+    page = folder / "report.html"
+    page.write_text(_html(folder, result, rows, images), encoding="utf-8")
+    return page
 
 
 def text_table(result: Mapping[str, Any]) -> str:
-    """The metrics in aligned columns; parts of a metric stand indented below it."""
+    """The metrics in aligned columns; parts of a metric are indented below it."""
     headings, table = metric_table(result)
     lines = [headings] + [["  " * part + name, *values] for name, part, values in table]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
@@ -86,46 +84,41 @@ def metric_table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, 
 
 
 def pick(rows: Sequence[Row], correct: bool, n: int) -> list[Row]:
-    """The `n` worst of the wrong pictures, or the best of the right ones, of as many different prompts as there are.
+    """The `n` worst of the wrong images, or the best of the correct ones, of as many different prompts as possible.
 
-    By the similarity to the prompt where every row has a "clip_score"; otherwise by the hash of the file name, which
-    is as good as chance and always the same.
+    By the similarity to the prompt where every row has a "clip_score"; otherwise by the hash of the file name:
+    arbitrary, but reproducible.
     """
     found = [row for row in rows if bool(row["correct"]) == correct]
     if ranked(rows):
         found.sort(key=lambda row: (-row["clip_score"] if correct else row["clip_score"], row["filename"]))
     else:
-        found.sort(key=lambda row: hashlib.sha256(_place(row).encode()).digest())
+        found.sort(key=lambda row: hashlib.sha256(row["filename"].encode()).digest())
     seen: dict[str, int] = defaultdict(int)
-    turns = []
+    rounds = []
     for row in found:
-        turns.append(seen[row["prompt"]])
+        rounds.append(seen[row["prompt"]])
         seen[row["prompt"]] += 1
-    order = sorted(range(len(found)), key=turns.__getitem__)  # stable: the first of every prompt, then the second ones
+    order = sorted(range(len(found)), key=rounds.__getitem__)  # stable: the first of every prompt, then the second
     return [found[i] for i in order[:n]]
 
 
 def ranked(rows: Sequence[Row]) -> bool:
-    """Whether every picture's similarity to its prompt is known."""
+    """Whether every image has a CLIP score."""
     return all(isinstance(row.get("clip_score"), int | float) for row in rows)
 
 
 def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
     tasks: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=_place):  # prompts of a task follow each other in GenEval's files
+    for row in sorted(rows, key=lambda row: row["filename"]):  # prompts of a task follow each other in GenEval's files
         tasks.setdefault(row["tag"], []).append(row)
     return tasks
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"sampling.steps": "20", ...}; lists and what is empty as JSON."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
+def flatten(settings: Mapping[str, Any]) -> dict[str, str]:
+    """{"sampling.steps": "20", ...}; lists and empty values as JSON."""
+    flat = flatten_config(settings)
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in flat.items()}
 
 
 # -- HTML --------------------------------------------------------------------------------------------
@@ -166,31 +159,31 @@ def _html_table(headings: Sequence[str], rows: Table) -> list[str]:
 
 
 def _pair_figure(row: Row, folder: Path) -> str:
-    pictures = "".join(_embedded(folder / row[name], f"{name}: {row['prompt']}") for name in ("teacher", "student"))
-    return f"<figure>{pictures}<figcaption>{html.escape(row['prompt'])}</figcaption></figure>"
+    images = "".join(_embedded(folder / row[name], f"{name}: {row['prompt']}") for name in ("teacher", "student"))
+    return f"<figure>{images}<figcaption>{html.escape(row['prompt'])}</figcaption></figure>"
 
 
 def _embedded(path: Path, alt: str) -> str:
     found = _thumbnail(path)
     if found is None:
-        return '<div class="missing">picture missing</div>'
+        return '<div class="missing">image missing</div>'
     uri, small = found
     return f'<img class="{"small" if small else "large"}" src="{uri}" alt="{html.escape(alt)}">'
 
 
 def _figure(row: Row, images: Path) -> str:
-    picture = _embedded(_picture(row, images), row["prompt"])
+    image = _embedded(images / row["filename"], row["prompt"])
     score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
-    why = "" if row["correct"] else f'<br><span class="why">{_breaks(html.escape(row["reason"]))}</span>'
-    return f"<figure>{picture}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
+    why = "" if row["correct"] else f'<div class="why">{html.escape(row["reason"])}</div>'
+    return f"<figure>{image}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
 
 
 def _thumbnail(path: Path) -> tuple[str, bool] | None:
-    """A PNG as data URI and whether it is shown enlarged; None where there is no picture."""
+    """A PNG as data URI and whether it is shown enlarged; None where there is no image."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError):  # a report of thousands of pictures does not fail with one
+    except (OSError, UnidentifiedImageError):  # one broken image must not lose the report
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
@@ -198,50 +191,7 @@ def _thumbnail(path: Path) -> tuple[str, bool] | None:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", image.width < SHOWN
 
 
-# -- Markdown ----------------------------------------------------------------------------------------
-
-
-def _markdown(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 6) -> str:
-    lines = [f"# {_plain(_title(result))}", "", *_markdown_table(*metric_table(result))]
-    if "pair" in result:
-        lines += ["", f"## {PAIR_TITLE}", "", "![](pair.png)", ""]
-        lines += [f"{i}. {_plain(row['prompt'])}" for i, row in enumerate(result["pair"]["shown"], 1)]
-        for title, note, headings, table in pair_tables(result["pair"]):
-            lines += ["", f"## {title}", "", _plain(note), "", *_markdown_table(headings, table)]
-    for task, of_task in by_task(rows).items():
-        lines += ["", f"## {_plain(_task_line(task, of_task))}"]
-        for correct in (False, True):
-            lines += ["", f"{_plain(_strip_title(of_task, correct))}:", ""]
-            chosen = pick(of_task, correct, n)
-            if not chosen:
-                lines += ["None."]
-                continue
-            lines += [_line(["picture", "prompt", *["judge"] * (not correct)]), "|---" * (3 - correct) + "|"]
-            for row in chosen:
-                where = quote(Path(os.path.relpath(_picture(row, images), folder)).as_posix())
-                cells = [f'<img src="{where}" width="{SHOWN}">', _plain(row["prompt"])]
-                lines.append(_line(cells + [_plain(row["reason"])] * (not correct)))
-    lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
-    lines += [_line([_plain(key), _plain(value)]) for key, value in _settings(result).items()]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_table(headings: Sequence[str], rows: Table) -> list[str]:
-    lines = [_line(map(_plain, headings)), "|---" + "|---:" * len(headings[1:]) + "|"]
-    return lines + [_line(["&nbsp;&nbsp;" * part + _plain(name), *values]) for name, part, values in rows]
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, within a table too."""
-    escaped = re.sub(r"[|*`\[\]\\]|(?<!\w)_|_(?!\w)", lambda m: f"&#{ord(m[0])};", html.escape(text, quote=False))
-    return _breaks(escaped)
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-# -- what both say -----------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -259,17 +209,17 @@ def _settings(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _task_line(task: str, rows: Sequence[Row]) -> str:
     right = sum(bool(row["correct"]) for row in rows)
-    return f"{task.replace('_', ' ')}: {right:,} of {len(rows):,} right ({right / len(rows):.1%})"
+    return f"{task.replace('_', ' ')}: {right:,} of {len(rows):,} correct ({right / len(rows):.1%})"
 
 
 def _strip_title(rows: Sequence[Row], correct: bool) -> str:
-    title = "Judged right" if correct else "Judged wrong"
-    how = "most like their prompt" if correct else "least like their prompt"
-    return f"{title}, {how} by CLIP" if ranked(rows) else f"{title}, picked by chance"
+    title = "Judged correct" if correct else "Judged wrong"
+    how = "most similar to their prompt" if correct else "least similar to their prompt"
+    return f"{title}, {how} by CLIP" if ranked(rows) else f"{title}, arbitrary choice"
 
 
 def _direction(name: str) -> str:
-    """Only what is better when lower needs saying."""
+    """A note on metrics that are better when lower."""
     return " (lower is better)" if name.split("_")[0] in LOWER_IS_BETTER else ""
 
 
@@ -278,17 +228,3 @@ def _number(value: Any, sign: bool = False) -> str:
         return ""
     plus = "+" if sign else ""
     return f"{value:{plus}.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{plus}.3g}"
-
-
-def _breaks(text: str) -> str:
-    return text.strip().replace("\r\n", "\n").replace("\n", "<br>")
-
-
-def _place(row: Row) -> str:
-    """The end of a file name that GenEval's layout gives: 00012/samples/00003.png."""
-    return "/".join(Path(row["filename"]).parts[-3:])
-
-
-def _picture(row: Row, images: Path) -> Path:
-    path = images / row["filename"]  # an absolute name stays one
-    return path if path.is_file() else images / _place(row)

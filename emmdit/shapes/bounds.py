@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.image_set import Draw
+from emmdit.evaluation.image_set import Generate
 from emmdit.shapes import ShapesWorld, render_scene
 
 
-def renders(world: ShapesWorld | None = None) -> Draw:
+def renders(world: ShapesWorld | None = None) -> Generate:
     """Ground truth: for each prompt a scene that shows it."""
     world = world or ShapesWorld()
 
@@ -21,7 +21,7 @@ def renders(world: ShapesWorld | None = None) -> Draw:
     return draw
 
 
-def noise(size: int) -> Draw:
+def noise(size: int) -> Generate:
     """Pictures of `size` px whose pixels are independent and uniform."""
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:

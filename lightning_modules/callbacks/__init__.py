@@ -2,7 +2,7 @@
 
 from lightning_modules.callbacks.checkpoint import Checkpoint
 from lightning_modules.callbacks.ema import EMA
-from lightning_modules.callbacks.evaluation import CLIPScoreCallback, FIDCallback, GenEvalCallback
+from lightning_modules.callbacks.evaluation import CLIPScoreCallback, Evaluation, FIDCallback, GenEvalCallback
 from lightning_modules.callbacks.image_grid import ImageGrid
 from lightning_modules.callbacks.lineage import DataLineage
 from lightning_modules.callbacks.mlflow_system import MLflowSystemMetrics
@@ -17,6 +17,7 @@ __all__ = [
     "CLIPScoreCallback",
     "Checkpoint",
     "DataLineage",
+    "Evaluation",
     "FIDCallback",
     "GenEvalCallback",
     "ImageGrid",

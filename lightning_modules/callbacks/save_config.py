@@ -9,15 +9,16 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_modules.config_text import flatten_config, mask_secrets
+from emmdit.config_text import flatten_config, mask_secrets
 from lightning_modules.mlflow_logger import MLflowLogger
+from lightning_modules.runs import numbered_configs
 
 
 class SaveConfig(SaveConfigCallback):
     """For `LightningCLI(save_config_callback=SaveConfig)`; Lightning's own stops at a file that exists.
 
     `config.yaml` in the run folder is what the run began with. A resume with other settings writes
-    `config-1.yaml`, `config-2.yaml`, ...; `latest_config` finds the last. A fresh start in a used folder
+    `config-1.yaml`, `config-2.yaml`, ...; `runs.latest_config` finds the last. A fresh start in a used folder
     moves older files to `*.yaml.old`. Only `fit` writes, as training starts; secrets are masked in all
     places.
     """
@@ -47,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
 def write_config(folder: Path, text: str, resume: bool) -> Path | None:
     """Write the config beside earlier ones; the path written, or None if the latest says the same already."""
     folder.mkdir(parents=True, exist_ok=True)
-    existing = _numbered(folder)
+    existing = numbered_configs(folder)
     path = folder / "config.yaml"
     if resume and existing:
         number, latest = existing[-1]
@@ -62,24 +63,6 @@ def write_config(folder: Path, text: str, resume: bool) -> Path | None:
                 old.unlink()
     path.write_text(text)
     return path
-
-
-def latest_config(folder: str | Path) -> Path:
-    """The config a run folder was last trained with.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    existing = _numbered(Path(folder))
-    if not existing:
-        raise FileNotFoundError(f"{folder} has no config.yaml: is it the folder of a run?")
-    return existing[-1][1]
-
-
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """(n, path) of config.yaml (0) and config-<n>.yaml, by n."""
-    found = ((re.fullmatch(r"config(?:-(\d+))?\.yaml", path.name), path) for path in folder.glob("config*.yaml"))
-    return sorted((int(match[1] or 0), path) for match, path in found if match)
 
 
 def _comparable(text: str) -> str:

@@ -1,27 +1,44 @@
-"""What a run leaves for its reader: the loss curve in the run folder, and a last word on where everything is."""
+"""Summary of a finished training: loss curves and a record in the run folder, and what to do next."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from mlflow import MlflowClient
 
+from emmdit.config_text import mask_secrets
+from emmdit.files import atomic_path
+from emmdit.provenance import git_commit, hardware
+from lightning_modules.callbacks.image_grid import ImageGrid
 from lightning_modules.mlflow_logger import MLflowLogger
+from lightning_modules.mlflow_runs import metric_history, training_record
 
 CURVES = ("train/loss", "val/loss_ema", "val/loss_raw")
 PARTS = ("train/task", "train/output", "train/features", "train/repa", "val/loss_teacher")  # where there are some
+PROMPT = "a photo of a lighthouse"  # for data without captions
 
 
 class Summary(Callback):
-    """When training ends, writes `curve.csv` and `curve.png` and prints where everything is and what to try next.
+    """When training ends, writes `curve.csv`, `curve.png` and `train.json` and prints where everything is.
 
-    The curves come from the tracker's history, so that a resumed run gives one curve.
+    The numbers come from the tracker's history, so that a resumed run gives one curve. `emmdit evaluate` copies
+    `train.json` (steps, seconds, last validation losses, hardware, command) into the ledger's row.
     """
+
+    def __init__(self) -> None:
+        self.caption = ""  # the first one seen
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.caption and isinstance(batch, dict):
+            self.caption = next(iter(batch.get("caption") or ()), "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
@@ -30,27 +47,48 @@ class Summary(Callback):
         logger = next((logger for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
         lines = [f"\nRun folder   {run_dir}"]
         if logger is not None:
-            curve = history(logger.experiment, logger.run_id)
-            write_csv(curve, run_dir / "curve.csv")
-            if any(curve.values()):
-                plot(curve, run_dir / "curve.png")
+            client, run_id = logger.experiment, logger.run_id
+            curves = {name: metric_history(client, run_id, name) for name in CURVES + PARTS}
+            curves = {name: curve for name, curve in curves.items() if curve or name in CURVES}
+            write_csv(curves, run_dir / "curve.csv")
+            write_record(run_dir / "train.json", training_record(client, run_id, trainer.global_step), trainer)
+            if any(curves.values()):
+                plot(curves, run_dir / "curve.png")
                 lines.append(f"Loss curve   {run_dir / 'curve.png'}  (curve.csv)")
-        pictures = sorted((run_dir / "samples").glob("step_*.png"))
-        if pictures:
-            lines.append(f"Pictures     {pictures[-1]}")
+        grids = sorted((run_dir / "samples").glob("step_*.png"))
+        if grids:
+            lines.append(f"Samples      {grids[-1]}")
         checkpoint = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
         if checkpoint:
             lines.append(f"Checkpoint   {checkpoint}")
         if logger is not None:
             lines.append(f"MLflow run   {logger.run_id} in {logger.tracking_uri}")
-        prompt = "a photo of a red circle and a blue square"
-        lines += [
-            "\nNext:",
-            f'  {program("emmdit")} sample --ckpt {run_dir} --prompt "{prompt}" --num-images 8 --out out',
-            f"  {program('emmdit')} export --ckpt {run_dir} --out exported",
-            f"  {program('mlflow')} ui --backend-store-uri {logger.tracking_uri if logger else 'sqlite:///mlflow.db'}",
-        ]
+        store = logger.tracking_uri if logger else "sqlite:///mlflow.db"
+        prompt = example_prompt(trainer) or textwrap.shorten(self.caption, 120, placeholder="") or PROMPT
+        commands = (
+            ("emmdit", "sample", "--ckpt", str(run_dir), "--prompt", prompt, "--num_images", "8", "--out", "out"),
+            ("emmdit", "export", "--ckpt", str(run_dir), "--out", "exported"),
+            ("mlflow", "ui", "--backend-store-uri", store),
+        )
+        lines += ["\nNext:", *(f"  {shlex.join([program(name), *rest])}" for name, *rest in commands)]
         print("\n".join(lines), flush=True)
+
+
+def example_prompt(trainer: Trainer) -> str:
+    """The first prompt of the run's sample grid, if it has one."""
+    prompts = [c.prompts[0] for c in trainer.callbacks if isinstance(c, ImageGrid) and c.prompts]
+    return prompts[0] if prompts else ""
+
+
+def write_record(path: Path, record: dict[str, float | None], trainer: Trainer) -> None:
+    about = {
+        "hardware": hardware(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "commit": git_commit(),
+        "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
+    }
+    with atomic_path(path) as part:
+        part.write_text(json.dumps({"steps": trainer.global_step, **record, **about}, indent=1) + "\n")
 
 
 def program(name: str) -> str:
@@ -58,19 +96,8 @@ def program(name: str) -> str:
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 
-def history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}}; of steps that were made twice (after a resume) the later value."""
-    curves = {}
-    for name in CURVES + PARTS:
-        points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
-        if not points and name in PARTS:
-            continue
-        curves[name] = dict(sorted({point.step: point.value for point in points}.items()))
-    return curves
-
-
 def write_csv(curves: dict[str, dict[int, float]], path: Path) -> None:
-    """One row a step, one column a curve, empty where a curve has no point."""
+    """One row per step, one column per curve, empty where a curve has no point."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

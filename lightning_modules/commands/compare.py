@@ -43,18 +43,18 @@ def open_teacher(student: Model, ckpt: str | Path, weights: str | None = None, *
     check_pair(student.network, found.network)
     check_parts(student.pipeline, found.pipeline)
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
         own = student.network
         student.pipeline.transformer = found.network
         try:
-            return student.draw(prompts, seeds)
+            return student.generate(prompts, seeds)
         finally:
             student.pipeline.transformer = own
 
     def to(device: torch.device, dtype: str) -> None:
         found.network.to(device, DTYPES[dtype])
 
-    return Model(found.source, student.sampling, draw, to, found.pipeline)
+    return Model(found.source, student.sampling, generate, to, found.pipeline)
 
 
 def check_parts(student: Any, teacher: Any) -> None:
@@ -145,7 +145,7 @@ def teacher_calls(student: Model, teacher: Model, prompt: str, seed: int) -> lis
     if isinstance(student.pipeline, TextToImagePipeline):
         return trajectory_calls(teacher.network, student.pipeline, prompt, seed)
     with recorded_calls(teacher.network) as calls:
-        teacher.draw([prompt], [seed])
+        teacher.generate([prompt], [seed])
     return calls
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in one sentence: jsonargparse wraps each level of it around the cause."""
+"""Errors of configurations in one sentence: jsonargparse wraps each level of the config around the cause."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def sentence(error: BaseException) -> str:
     text = _message(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
         return text.rstrip().splitlines()[-1].partition(": ")[2]
-    if type(error).__module__.startswith("omegaconf"):  # a ${...} that leads nowhere
+    if type(error).__module__.startswith("omegaconf"):  # a ${...} that resolves to nothing
         return text.splitlines()[0] + "."
     if not (isinstance(error, ArgumentError) or text.startswith(_WRAPPERS)):
         return text
     if _BASE_CLASS.search(text) or _NOTHING_NAMED.match(text):
         return (
             "The files name no class for the model or the data, or only after one that changes it: give the "
-            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml)."
+            "experiment first, then the files merged into it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml)."
         )
     path: list[str] = []
     choices: list[str] = []
@@ -49,7 +49,7 @@ def sentence(error: BaseException) -> str:
         if following is None or not text.startswith(_WRAPPERS):
             break
         link = following
-    if text.startswith("Expected a ") and choices:  # of several types, the one that is nearest says more
+    if text.startswith("Expected a ") and choices:  # of the types of a union, the nearest says more
         text = choices[-1]
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem

@@ -1,8 +1,13 @@
-"""Work that is not training on every process of a trainer section: its devices and nodes, torchrun or SLURM."""
+"""Launcher of work on every rank: the devices and nodes of a trainer's file, torchrun, or SLURM.
+
+`emmdit evaluate`, `precompute` and `generate-dataset` use it, so that the files of `experiments/trainer` mean the same
+for all of them as for training.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,20 +28,30 @@ def add_trainer_arguments(parser: ArgumentParser) -> None:
         "--trainer",
         type=dict[str, Any],
         default={"accelerator": "auto", "devices": 1, "num_nodes": 1},
-        help="accelerator, devices and num_nodes count; what else a trainer's file says is for training",
+        help="accelerator, devices and num_nodes are used, the other keys of a trainer's file are for training; "
+        "torchrun sets devices and num_nodes by itself",
     )
 
 
 def on_all_ranks(section: dict[str, Any], work: Work) -> None:
-    """Call `work` once on each process. They share nothing: the network is frozen, and the strategy of no account."""
+    """Call `work(device, rank, world_size)` once on each process, without gradients.
+
+    The networks are frozen and nothing is wrapped: of the strategy only the process group is used.
+    """
+    accelerator = section.get("accelerator", "auto")
     devices, nodes = section.get("devices", 1), section.get("num_nodes", 1)
-    alone = nodes == 1 and devices in (1, "1", [0], "auto") and section.get("accelerator") == "cpu"
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    alone = nodes == 1 and (one or (devices == "auto" and accelerator == "cpu"))
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ranks end hours apart; the barriers around the work must wait for the last one.
-    strategy = "auto" if alone else DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=30))
+    # Metrics are reduced where they lie. Ranks end hours apart: barriers must wait for the last one.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and accelerator != "cpu" else "gloo"
+    strategy = "auto" if alone else DDPStrategy(process_group_backend=backend, timeout=timedelta(days=30))
     trainer = Trainer(
-        accelerator=section.get("accelerator", "auto"),
+        accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
         strategy=strategy,
@@ -45,8 +60,11 @@ def on_all_ranks(section: dict[str, Any], work: Work) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=False,  # tensors made here may be used by metrics later
     )
     trainer.predict(_OneCall(work), DataLoader([0]), return_predictions=False)
+    if not alone:
+        torch.distributed.destroy_process_group()  # else gloo's threads may abort the exit
     sys.stdout.flush()
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -146,23 +144,3 @@ def default_run_dir(config_files: list[str]) -> str:
     else:
         parts = parts[-1:]
     return os.path.join("runs", *parts)
-
-
-def quiet() -> None:
-    """Leave out what the libraries say at every start and no user can act on."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*args parameter is intended to run from within Python.*",
-        ".*You are using `torch.load` with.*",
-        ".*exists and is not empty.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # the average, on purpose
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*FSDP2-wrapped module .* returned a view tensor.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("mlflow.store", "mlflow.system_metrics", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from emmdit.data.precompute.generate import FORMATS, Prompts, generate
-from emmdit.encoders.loading import one_sentence
-from lightning_modules.commands.counter import counter
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
-from lightning_modules.commands.load_model import DTYPES, SETTINGS, Model, of_diffusers, open_model
+from lightning_modules.commands.load_model import DTYPES, SETTINGS, open_model
 from lightning_modules.commands.precompute import report
+from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 
@@ -50,12 +48,12 @@ def generate_dataset(argv: list[str]) -> None:
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
 
     def work(device: torch.device, rank: int, world: int) -> None:
-        model = open_drawer(args.model, args.revision, settings)
+        model = open_model(args.model, settings=settings, revision=args.revision)
         model.to(device, args.dtype)
         made_with = {"model": model.source, "sampling": model.sampling, "dtype": args.dtype}
         manifest = generate(
             prompts,
-            model.draw,
+            model.generate,
             args.out,
             made_with,
             args.seed,
@@ -71,20 +69,3 @@ def generate_dataset(argv: list[str]) -> None:
             report(manifest, Path(args.out))
 
     on_all_ranks(dict(args.trainer), work)
-
-
-def open_drawer(model: str, revision: str | None, settings: dict[str, Any]) -> Model:
-    """What `open_model` opens, and pipelines of the hub."""
-    if Path(model).expanduser().exists():
-        return open_model(Path(model).expanduser(), None, settings)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(f"There is no model '{model}': give a folder or the hub id of a diffusers pipeline.")
-    from diffusers import DiffusionPipeline
-
-    with one_sentence(model):
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, torch_dtype=torch.bfloat16
-        )
-    return of_diffusers(
-        pipeline, settings, {"source": model, "revision": revision, "pipeline": type(pipeline).__name__}
-    )

@@ -37,7 +37,7 @@ from emmdit.data.readers.open import fingerprint, open_source
 from emmdit.data.show import as_text, charts, contact_sheet
 from emmdit.encoders.loading import load_tokenizer
 from emmdit.files import save_png, to_uint8
-from lightning_modules.commands.counter import counter
+from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")

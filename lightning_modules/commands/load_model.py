@@ -1,4 +1,4 @@
-"""Any model of the suite, or of diffusers, as something that draws pictures for prompts and seeds."""
+"""Loading of any model as an image generator: run folder, checkpoint, export, diffusers pipeline, Nitro-E file."""
 
 from __future__ import annotations
 
@@ -10,69 +10,149 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from emmdit.legacy import modernize
+from emmdit.encoders.base import FrozenModel
+from emmdit.encoders.loading import one_sentence
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import find_checkpoint, is_diffusers_folder, sha256_of
-from lightning_modules.runs import load_pipeline
+from emmdit.weights import (
+    checkpoint_progress,
+    find_checkpoint,
+    is_diffusers_folder,
+    is_hub_id,
+    load_weights,
+    sha256_of,
+)
+from lightning_modules.commands import options
+from lightning_modules.runs import build_module, read_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# of a pipeline of diffusers: our names, and its own
+DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
+# names of a stock diffusers pipeline for the fields of `Sampling` that it has
 SETTINGS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "height": "height", "width": "width"}
 
 
 @dataclass
 class Model:
-    """`source` and `sampling` say all that decides about its pictures, fit for JSON."""
+    """A loaded generator. `source` and `sampling` say all that decides about its images, fit for JSON."""
 
     source: dict[str, Any]
     sampling: dict[str, Any]
-    draw: Callable[[list[str], list[int]], Tensor]  # -> (B, 3, H, W) in [-1, 1]
+    generate: Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> (B, 3, H, W) in [-1, 1]
     to: Callable[[torch.device, str], None]
     pipeline: Any
 
     @property
     def network(self) -> nn.Module:
-        """The denoiser; a pipeline that has no transformer stands for itself."""
+        """The denoiser; a pipeline without a transformer stands for itself."""
         return getattr(self.pipeline, "transformer", self.pipeline)
 
 
 def open_model(
-    ckpt: str | Path,
+    source: str | Path,
     weights: str | None = None,
     settings: dict[str, Any] | None = None,
     encoders: bool = True,
+    revision: str | None = None,
+    hashed: bool = True,
     **released: Any,
 ) -> Model:
-    """A run folder, a checkpoint, an export, a diffusers pipeline's folder, or a released Nitro-E file.
+    """Open a run folder, a checkpoint, an export, a diffusers pipeline (folder or hub id), or a Nitro-E file.
 
     Args:
-        settings: of `Sampling`, in place of the model's own.
-        encoders: load them, where it can be left; without them the model does not draw.
-        released: arguments of `nitro_e_pipeline`, of which a released file tells nothing.
+        weights: "ema" or "raw" of a checkpoint; None: EMA if available.
+        settings: fields of `Sampling`, in place of the model's own.
+        encoders: load them where they can be left out; without them the model generates nothing.
+        revision: of a hub id.
+        hashed: put the SHA-256 of the weights into `source` (it reads all of the files).
+        released: arguments of `nitro_e_pipeline`, of which a released file says nothing.
+
+    Raises:
+        FileNotFoundError, ValueError, MissingModelError: with one sentence.
     """
-    settings = settings or {}
-    path = Path(ckpt)
-    if _pipeline_class(path) not in (None, TextToImagePipeline.__name__):
-        return _stock_pipeline(path, weights, settings, encoders)
+    settings, path = settings or {}, Path(source).expanduser()
+    kind = _pipeline_class(path)
+    on_hub = not path.exists() and is_hub_id(source) and path.suffix != ".safetensors"
+    if not (path.exists() or on_hub):
+        raise FileNotFoundError(
+            f"There is no model '{source}': give a run folder, a checkpoint, an export, a Nitro-E file, or a diffusers "
+            "pipeline (folder or hub id)."
+        )
+    if on_hub or kind not in (None, *OWN):
+        if weights is not None or "sampler" in settings:
+            raise ValueError(f"{source} is a diffusers pipeline with weights and a sampler of its own: omit both.")
+        return _from_diffusers(path if kind else str(source), settings, encoders, revision, hashed)
     if path.suffix == ".safetensors":
         if weights not in (None, "raw"):
-            raise ValueError(f"{path} is a released file and has one set of weights: leave --weights out.")
-        pipeline, source = nitro_e_pipeline(path, **released)
+            raise ValueError(f"{path} is a released file and has one set of weights: omit --weights.")
+        pipeline, note = nitro_e_pipeline(path, **released)
     else:
-        pipeline, source = load_pipeline(path, weights, encoders)
+        pipeline, note = load_pipeline(path, weights, encoders)
     pipeline.sampling = pipeline.sampling.replace(**settings)
-    # Given by an absolute path, a model is named without it: results are published.
-    source = {**source, "source": path.name if path.is_absolute() else str(path), "sha256": weights_sha256(path)}
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
         return pipeline(prompts, seed=seeds, output_type="pt").images * 2 - 1
 
     def to(device: torch.device, dtype: str) -> None:
         pipeline.transformer.to(device, DTYPES[dtype])
 
-    return Model(source, {k: v for k, v in asdict(pipeline.sampling).items() if v is not None}, draw, to, pipeline)
+    sampling = {key: value for key, value in asdict(pipeline.sampling).items() if value is not None}
+    return Model(note | _published(path, hashed), sampling, generate, to, pipeline)
+
+
+def load_pipeline(
+    source: str | Path, weights: str | None = None, include_encoders: bool = True
+) -> tuple[TextToImagePipeline, dict[str, Any]]:
+    """A pipeline from a run folder, a checkpoint or an export; and a note on where its weights come from.
+
+    Args:
+        weights: "ema" or "raw" of a checkpoint; None: EMA if available.
+        include_encoders: put the loaded encoders into the pipeline; without it only small ones of our own.
+    """
+    source = Path(source)
+    if is_diffusers_folder(source):
+        if not (source / "model_index.json").is_file():
+            raise ValueError(
+                f"{source} holds a network alone, not a pipeline: it does not say which encoders belong to it. Export "
+                "the run with `emmdit export`."
+            )
+        if weights not in (None, "raw"):
+            raise ValueError(f"{source} is an export and has one set of weights: omit --weights.")
+        return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
+    checkpoint = find_checkpoint(source)
+    config = read_config(checkpoint)
+    module = build_module(config)
+    network = module.build_denoiser()
+    kind = load_weights(network, checkpoint, weights)
+    if hasattr(network, "drop_repa_projector"):
+        network.drop_repa_projector()
+    pipeline = _make_pipeline(module, network.eval(), config["model"]["init_args"], include_encoders)
+    return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}
+
+
+def _make_pipeline(
+    module: LightningModule, network: nn.Module, settings: dict[str, Any], include_encoders: bool
+) -> TextToImagePipeline:
+    """The pipeline of a trained module; `settings` are the module's init_args in its config."""
+    parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
+    for wrapper in (module.codec, module.text):
+        if include_encoders or not isinstance(wrapper, FrozenModel):
+            parts |= wrapper.components()
+    sampling = settings.get("sampling") or {}
+    return TextToImagePipeline(
+        transformer=network,
+        **parts,
+        codec=_plain(settings["codec"]),
+        text=_plain(settings["text"]),
+        path=_plain(settings["path"]) if settings.get("path") else None,
+        sampling=sampling.get("init_args", sampling),
+    )
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Class path and arguments, without those that are None anyway."""
+    arguments = {key: value for key, value in (settings.get("init_args") or {}).items() if value is not None}
+    return {"class_path": settings["class_path"], "init_args": arguments}
 
 
 def nitro_e_pipeline(
@@ -83,7 +163,7 @@ def nitro_e_pipeline(
     text_encoder: str = "meta-llama/Llama-3.2-1B",
     autoencoder: str = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
 ) -> tuple[TextToImagePipeline, dict[str, Any]]:
-    """The pipeline of a released file; its encoders are loaded when first used."""
+    """The pipeline of a released file, and a note on it; its encoders are loaded when first used."""
     from emmdit.networks import load_nitro_e
 
     network = load_nitro_e(file, resolution)
@@ -103,7 +183,7 @@ def nitro_e_pipeline(
 
 
 def weights_sha256(path: Path) -> str:
-    """Of the file(s) that hold a model's weights, in the order of their names."""
+    """SHA-256 of the file(s) that hold a model's weights, in the order of their names."""
     if path.suffix == ".safetensors":
         return sha256_of([path])
     if is_diffusers_folder(path):
@@ -112,39 +192,50 @@ def weights_sha256(path: Path) -> str:
     return sha256_of(sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint])
 
 
+# -- stock pipelines -----------------------------------------------------------------------------------
+
+OWN = ("EMMDiTPipeline", "TextToImagePipeline")
+
+
 def _pipeline_class(path: Path) -> str | None:
     index = path / "model_index.json"
-    return modernize(json.loads(index.read_text())["_class_name"]) if index.is_file() else None
+    return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
 
 
-def _stock_pipeline(path: Path, weights: str | None, settings: dict[str, Any], encoders: bool = True) -> Model:
-    """A text-to-image pipeline of diffusers itself."""
+def _from_diffusers(
+    source: Path | str, settings: dict[str, Any], encoders: bool, revision: str | None, hashed: bool
+) -> Model:
+    """A stock pipeline from a local folder (Path) or the hub (str); `settings` by the names in `SETTINGS`."""
     from diffusers import DiffusionPipeline
 
-    import emmdit.networks  # noqa: F401  a student in it: diffusers looks its class up in modules that are imported
-
-    if weights is not None or "sampler" in settings:
-        raise ValueError(f"{path} is a pipeline of diffusers with weights and a sampler of its own: leave both out.")
-    index = DiffusionPipeline.load_config(path)
-    parts = [name for name, value in index.items() if isinstance(value, list)]
-    left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
-    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **dict.fromkeys(left_out))
-    source = {"source": path.name if path.is_absolute() else str(path), "pipeline": type(pipeline).__name__}
-    return of_diffusers(pipeline, settings, {**source, "sha256": weights_sha256(path)})
-
-
-def of_diffusers(pipeline: Any, settings: dict[str, Any], source: dict[str, Any]) -> Model:
-    """A loaded pipeline of diffusers; `settings`, by the names in `SETTINGS`, in place of its own."""
+    if isinstance(source, Path):
+        index = DiffusionPipeline.load_config(source)
+        parts = [name for name, value in index.items() if isinstance(value, list)]
+        left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
+        pipeline = DiffusionPipeline.from_pretrained(source, local_files_only=True, **dict.fromkeys(left_out))
+        note = {"pipeline": type(pipeline).__name__, **_published(source, hashed)}
+    else:
+        with one_sentence(source):
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, revision=revision, use_safetensors=True, torch_dtype=torch.bfloat16
+            )
+        note = {"source": source, "revision": revision, "pipeline": type(pipeline).__name__}
     arguments = {SETTINGS[key]: value for key, value in settings.items()}
     pipeline.set_progress_bar_config(disable=True)
     if "height" in settings and "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
-        arguments["use_resolution_binning"] = False  # the size that was asked for, not the nearest of the training's
+        arguments["use_resolution_binning"] = False  # the size that was asked for, not the nearest training size
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(prompts, generator=generators, output_type="pt", **arguments).images * 2 - 1
 
     def to(device: torch.device, dtype: str) -> None:
         pipeline.to(device, DTYPES[dtype])
 
-    return Model(source, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, draw, to, pipeline)
+    return Model(note, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, generate, to, pipeline)
+
+
+def _published(path: Path, hashed: bool) -> dict[str, str]:
+    """Name without an absolute path, since results are published, and hash of the weights."""
+    name = {"source": path.name if path.is_absolute() else str(path)}
+    return name | ({"sha256": weights_sha256(path)} if hashed else {})

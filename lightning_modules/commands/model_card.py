@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, how it was made, how to use it, whose terms apply."""
+"""Model card of an export: network, training, usage, licenses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from emmdit.config_text import flatten_config
 from emmdit.encoders.base import FrozenModel
 from emmdit.pipeline import TextToImagePipeline
 from emmdit.weights import find_checkpoint, run_folder
@@ -17,7 +18,7 @@ from lightning_modules.runs import read_config
 def write_card(
     folder: Path, source: str | Path, pipeline: TextToImagePipeline, note: dict[str, Any], dtype: str
 ) -> None:
-    """Write README.md and the run's configuration into an export, and copy its curve and last pictures there."""
+    """Write README.md and the run's configuration into an export, and copy its curve and last samples there."""
     checkpoint = find_checkpoint(source)
     run, config = run_folder(checkpoint), read_config(checkpoint)
     data, trainer = config["data"], config["trainer"]
@@ -25,7 +26,7 @@ def write_card(
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     rows = {
         "network": f"{type(pipeline.transformer).__name__}, {parameters:,} parameters, stored in {dtype}",
-        "weights": {"ema": "moving average (EMA)", "raw": "raw, not averaged"}[note["weights"]],
+        "weights": {"ema": "EMA (exponential moving average)", "raw": "raw, not averaged"}[note["weights"]],
         "trained": f"{seen}, seed {config['seed_everything']}",
         "precision": trainer["precision"],
         "optimizer": _short(config["model"]["init_args"]["optimizer"]),
@@ -33,8 +34,10 @@ def write_card(
         "sampling": ", ".join(f"{key} {value}" for key, value in vars(pipeline.sampling).items() if value is not None),
     }
     arguments = config["model"]["init_args"]
-    if "teacher" in arguments:
-        rows["distilled from"] = f"`{arguments['teacher']}`, whose licence holds for this network, too"
+    named = ((key.rpartition(".")[2], value) for key, value in flatten_config(arguments).items())
+    teacher = next((value for key, value in named if key == "teacher" and isinstance(value, str)), None)
+    if teacher is not None:
+        rows["distilled from"] = f"`{teacher}`, whose license applies to this network, too"
     lines = [
         f"# {run.name}",
         "",
@@ -43,9 +46,9 @@ def write_card(
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
     ]
-    pictures = sorted((run / "samples").glob("step_*.png"))
-    if pictures:
-        shutil.copy(pictures[-1], folder / "grid.png")
+    grids = sorted((run / "samples").glob("step_*.png"))
+    if grids:
+        shutil.copy(grids[-1], folder / "grid.png")
         lines += ["![fixed prompts at the end of training](grid.png)", ""]
     for name in ("curve.csv", "curve.png"):
         if (run / name).is_file():
@@ -64,9 +67,9 @@ def write_card(
     encoders = [part for part in (pipeline.codec, pipeline.text) if isinstance(part, FrozenModel)]
     if encoders:
         names = " and ".join(f"`{encoder.source}`" for encoder in encoders)
-        lines += [f"Encoders: {names}. Their makers' licences apply to them, and may to what is made with them.", ""]
+        lines += [f"Encoders: {names}. Their licenses apply to them, and may apply to their outputs.", ""]
     for section, key in (("trainer", "default_root_dir"), ("trainer", "logger"), ("checkpoint", "dirpath")):
-        config[section].pop(key, None)  # where it ran is of no use to others
+        config[section].pop(key, None)  # paths of the machine it ran on
     config.pop("ckpt_path", None)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     lines += ["[config.yaml](config.yaml) is the whole configuration of the run.", ""]
@@ -74,7 +77,7 @@ def write_card(
 
 
 def _short(settings: dict[str, Any]) -> str:
-    """MuonAdamW(lr=0.003, ...) from a class path and its arguments; what is unset or nested is left out."""
+    """MuonAdamW(lr=0.003, ...) from a class path and its arguments; unset and nested ones are left out."""
     arguments = settings.get("init_args") or {}
     plain = {key: value for key, value in arguments.items() if isinstance(value, (int, float, str)) and value != ""}
     inside = ", ".join(f"{key}={value}" for key, value in plain.items())

@@ -14,8 +14,8 @@ from emmdit.data.images import MAX_PIXELS
 from emmdit.data.precompute.precompute import Settings
 from emmdit.data.precompute.precompute import precompute as precompute_rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
-from lightning_modules.commands.counter import counter
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
+from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 

@@ -1,8 +1,7 @@
-"""`emmdit reference-stats`: statistics of real images for FID, KID and CMMD, in files named by what went in."""
+"""`emmdit reference-stats`: statistics of real images for FID, KID and CMMD, in files named by their contents."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from PIL import Image
 from torch import Tensor
 
@@ -24,11 +24,12 @@ from emmdit.data.images import first_line, load_image
 from emmdit.data.readers.open import open_source, select_columns
 from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
+from emmdit.evaluation.metrics.fid import FeatureStatistics
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.evaluation.metrics.statistics import FeatureStatistics
 from emmdit.files import to_uint8
 from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
-from lightning_modules.commands.counter import counter
+from lightning_modules.commands.options import command_parser
+from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -47,47 +48,55 @@ class Source:
 
 def reference_stats(argv: list[str]) -> None:
     """Write mean and covariance of the features of real images (and the features), as clean-fid reads them."""
-    parser = argparse.ArgumentParser("emmdit reference-stats", description=reference_stats.__doc__)
+    args = reference_parser().parse_args(argv)
+    if args.batch_size < 1 or args.seed < 0 or (args.resolution or 1) < 1:
+        raise ValueError("--batch_size and --resolution must be at least 1, --seed at least 0.")
+    features = build_features(args.features)
+    images = open_images(args)
+    if images.count < 2:
+        raise ValueError(
+            f"Reference statistics need at least 2 images, and {images.label} has {images.count}: add more."
+        )
+    features.prepare(args.device)
+    for path in make_reference(images, features, Path(args.out), args.feats, args.batch_size, args.device):
+        print(path)
+
+
+def reference_parser() -> ArgumentParser:
+    parser = command_parser(reference_stats)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, help="folder of images, searched with all that is below it")
+    source.add_argument("--images", help="folder of images, searched with all folders below it")
     source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
     source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
     parser.add_argument(
-        "--per-task",
+        "--per_task",
         type=int,
         metavar="K",
-        help="of --shapes: renders of the prompts of `ShapesPrompts(per_task=K)` in turn; by default of all captions",
+        help="with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; all captions by default",
     )
-    parser.add_argument("--split", default="train", help="of --data")
-    parser.add_argument("--image-column", default="image", help="of --data")
+    parser.add_argument("--split", default="train", help="split of --data")
+    parser.add_argument("--image_column", default="image", help="column of --data that holds the images")
     parser.add_argument(
         "--resolution",
         type=int,
-        help="resize the short side to it and cut out the centre; by default images stay as they are (--shapes: 32)",
+        help="pixels: resize the short side to it and center-crop; by default images stay as they are (--shapes: 32)",
     )
-    parser.add_argument("--num", type=int, help="that many at random of --images or --data; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes, or of the choice that --num makes")
+    parser.add_argument(
+        "--num", type=int, help="number of images, chosen at random of --images or --data; all by default"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes, or of the choice that --num makes")
     parser.add_argument(
         "--features",
         default="clean",
         help="clean (Inception), clip:SOURCE, or a YAML file with class_path and init_args of a FeatureExtractor",
     )
-    parser.add_argument("--feats", action="store_true", help="also NAME_kid.npz, the features for KID and CMMD")
-    parser.add_argument("--out", type=Path, default=Path("runs/references"), help="folder of the files")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.seed < 0 or (args.resolution or 1) < 1:
-        raise ValueError("--batch-size and --resolution must be at least 1, --seed at least 0.")
-    features = build_features(args.features)
-    images = open_images(args)
-    if images.count < 2:
-        raise ValueError(
-            f"Reference statistics need at least 2 images, and {images.label} has {images.count}: give more."
-        )
-    features.prepare(args.device)
-    for path in make_reference(images, features, args.out, args.feats, args.batch_size, args.device):
-        print(path)
+    parser.add_argument("--feats", action="store_true", help="also write NAME_kid.npz, the features for KID and CMMD")
+    parser.add_argument("--out", default="runs/references", help="folder of the files")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    return parser
 
 
 def make_reference(
@@ -98,7 +107,7 @@ def make_reference(
     batch_size: int = 64,
     device: str = "cpu",
 ) -> list[Path]:
-    """Extract, sum and write. The files' name ends in a hash of the pixels and of what made the features of them."""
+    """Extract, sum and write. The files' names end in a hash of the pixels and of the extractor."""
     statistics, progress = FeatureStatistics.zeros(features.dim, device), counter("images")
     digest, vectors = hashlib.sha256(), []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -135,8 +144,6 @@ def build_features(text: str) -> FeatureExtractor:
         return CLIPFeatures(CLIP(text.removeprefix("clip:")))
     if not Path(text).is_file():
         raise ValueError(f"--features is 'clean', 'clip:SOURCE' or a YAML file, and '{text}' is none of them.")
-    from jsonargparse import ArgumentError, ArgumentParser
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("features", type=FeatureExtractor)
     try:
@@ -146,7 +153,7 @@ def build_features(text: str) -> FeatureExtractor:
         raise ValueError(f"'{text}' does not name a FeatureExtractor by class_path and init_args: {error}") from error
 
 
-def open_images(args: argparse.Namespace) -> Source:
+def open_images(args: Namespace) -> Source:
     about = {"resolution": args.resolution, "seed": args.seed}
     if args.shapes is not None:
         if args.num is not None:
@@ -155,19 +162,19 @@ def open_images(args: argparse.Namespace) -> Source:
         about |= {"source": "shapes world", "resolution": scenes.world.image_size, "per_task": args.per_task}
         if args.per_task is None:
             return Source("shapes", args.shapes, lambda i: _tensor(render_scene(scenes.scene(i))), about)
-        asked = [line["prompt"] for line in ShapesPrompts(args.per_task).lines]
+        prompts = [line["prompt"] for line in ShapesPrompts(args.per_task).lines]
         first = (1 + args.seed) << 32  # seeds of their own: evaluations count from zero
 
         def scene(i: int) -> Tensor:
-            return _tensor(render_scene(scenes.world.sample_for(asked[i % len(asked)], first + i)))
+            return _tensor(render_scene(scenes.world.sample_for(prompts[i % len(prompts)], first + i)))
 
         return Source(f"shapes_p{args.per_task}", args.shapes, scene, about)
     if args.per_task is not None:
-        raise ValueError("--per-task goes with --shapes.")
+        raise ValueError("--per_task goes with --shapes.")
     if args.images is not None:
-        files = image_files(args.images)
-        label = args.images.resolve().name
-        chosen = choose(len(files), args.num, args.seed, str(args.images))
+        files = image_files(Path(args.images))
+        label = Path(args.images).resolve().name
+        chosen = choose(len(files), args.num, args.seed, args.images)
         return Source(
             label,
             len(chosen),
@@ -175,7 +182,7 @@ def open_images(args: argparse.Namespace) -> Source:
             about | {"source": label, "of": len(files)},
         )
     if args.resolution is None:
-        raise ValueError("--data needs --resolution, the size to which its images are cut.")
+        raise ValueError("--data needs --resolution, the size to which its images are cropped.")
     columns = {"image": args.image_column}
     table = select_columns(open_source(args.data, args.split), columns, args.data)
     rows = CaptionedRows(table, args.data, columns, args.resolution)
@@ -190,7 +197,7 @@ def open_images(args: argparse.Namespace) -> Source:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images below, in the order of their names. FileNotFoundError if there is none."""
+    """All images below `folder`, sorted by name. Raises FileNotFoundError if there is none."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
@@ -200,18 +207,18 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_real(path: Path, resolution: int | None) -> Tensor:
-    """uint8 (3, H, W); as clean-fid reads it, or cut to a square. ValueError names a file that can not be read."""
+    """uint8 (3, H, W); as clean-fid reads it, or cropped to a square. ValueError names a file that cannot be read."""
     try:
         if resolution is not None:
             return _tensor(to_uint8(load_image(str(path), resolution)[None])[0])
         with Image.open(path) as image:
             return _tensor(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image '{path}' can not be read ({first_line(error)}): mend or remove it.") from error
+        raise ValueError(f"The image '{path}' cannot be read ({first_line(error)}): repair or remove it.") from error
 
 
 def choose(count: int, num: int | None, seed: int, source: str) -> list[int]:
-    """`num` of `count` numbers at random, in rising order; all of them without `num`."""
+    """`num` of `count` indices at random, in rising order; all of them without `num`."""
     if num is None:
         return list(range(count))
     if not 1 <= num <= count:

@@ -1,1 +1,1 @@
-"""Image metrics: FID, KID, CMMD, CLIP score."""
+"""Image metrics: FID, KID, CMMD, CLIP score. How to add one: `base.py`."""

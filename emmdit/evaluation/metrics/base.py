@@ -1,4 +1,8 @@
-"""What every measure of a set of generated images has in common."""
+"""Base class of image metrics.
+
+A metric is a subclass of `ImageMetric` in a file of its own and a line in `_HOMES` of `emmdit/evaluation/__init__.py`.
+Then YAML files name it as `emmdit.evaluation.NAME`, for `emmdit evaluate` and for the `Evaluation` callback.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ class Sample:
 
     @property
     def path(self) -> str:
-        """Its place in the set's folder, GenEval's official layout."""
+        """Path within the set's folder, in GenEval's official layout."""
         return f"{self.index:05d}/samples/{self.number:05d}.png"
 
 
@@ -34,12 +38,12 @@ class ImageMetric(Metric, ABC):
     objects: none of their weights is in a state dict.
     """
 
-    kind: str  # the family, by which runs are compared: "fid", "clip_score", "geneval", ...
+    kind: str  # family, by which runs are compared: "fid", "clip_score", "geneval", ...
     counted = False  # whether the number of images belongs to the name, as in fid_clean_5k
     full_state_update = False
 
     def __init__(self) -> None:
-        # A metric computed once a set has no use for the cache of the step before.
+        # A metric is computed once per set: no cache of the previous step.
         super().__init__(sync_on_compute=True, compute_with_cache=False)
 
     @property
@@ -48,14 +52,14 @@ class ImageMetric(Metric, ABC):
         """The family and the variant: "fid_clean", "clip_score_vitl14"."""
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """Told, before the first image, which ones will come over all processes."""
+        """Receive the list of all images, over all processes, before the first of them."""
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
-        """Load and check all that is needed, before an image is made."""
+        """Load and check everything needed, before an image is generated."""
 
     @abstractmethod
     def update(self, images: Tensor, samples: list[Sample]) -> None:
-        """Take in uint8 images (N, 3, H, W)."""
+        """Add uint8 images (N, 3, H, W)."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:

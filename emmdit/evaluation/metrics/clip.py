@@ -1,4 +1,4 @@
-"""A CLIP model as evaluation uses it: pictures and texts to unit vectors, with one fixed preprocessing."""
+"""CLIP for evaluation: images and texts to unit vectors, with one fixed preprocessing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SIZES = {"base": "b", "large": "l", "huge": "h", "giant": "g"}
 class CLIP(FrozenModel):
     """`CLIPModel` of transformers with its tokenizer and the preprocessing its folder states.
 
-    Pictures are resized by Pillow (short side to `size`, antialiased, with the folder's `resample`, bicubic for
-    every CLIP known), cropped in the centre and normalised, on the CPU: the same bits whatever device the model is
+    Images are resized by Pillow (short side to `size`, antialiased, with the folder's `resample`, bicubic for
+    every CLIP known), center-cropped and normalized, on the CPU: the same bits whatever device the model is
     on. Nothing is loaded before `prepare` or the first use.
 
     Args:
@@ -61,7 +61,7 @@ class CLIP(FrozenModel):
         return model
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
-        """Load and move. Raises MissingModelError with the way out where the model can not be had."""
+        """Load and move. Raises MissingModelError, which says how to get the model."""
         self.to(device).load()
 
     @property
@@ -78,7 +78,7 @@ class CLIP(FrozenModel):
         """uint8 (N,3,H,W) -> float32 pixels (N,3,h,w) as the image tower takes them, on the model's device."""
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(
-                f"CLIP reads uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: bring "
+                f"CLIP reads uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: scale "
                 f"others to 0..255 first (`(x * 255).round().to(torch.uint8)` for x in 0..1)."
             )
         self.load()
@@ -161,7 +161,7 @@ def _pixels(processor: Any, source: str) -> dict[str, Any]:
 
     size = processor.size
     if not (processor.do_resize and processor.do_rescale and processor.do_normalize):
-        raise ValueError(f"The CLIP in '{source}' does not resize, rescale and normalise its images: name another.")
+        raise ValueError(f"The CLIP in '{source}' does not resize, rescale and normalize its images: name another.")
     return {
         "size": int(size["shortest_edge"]) if size.get("shortest_edge") else pair(size),
         "resample": Image.Resampling(int(processor.resample)).name.lower(),

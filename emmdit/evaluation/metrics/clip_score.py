@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their captions, by the cosine of their CLIP vectors."""
+"""CLIP score: cosine of the CLIP vectors of each image and its prompt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from emmdit.evaluation.metrics.clip import CLIP
 
 
 class CLIPScore(ImageMetric):
-    """100 times the mean cosine of each picture with its own prompt, not below zero.
+    """100 times the mean cosine of each image with its own prompt, not below zero.
 
-    As in torchmetrics the clip at zero is on the mean, not on each picture (the paper's, arXiv 2104.08718, is
+    As in torchmetrics the clip at zero is on the mean, not on each image (the paper's, arXiv 2104.08718, is
     2.5 max(cos, 0)). Unlike torchmetrics, whose cut of longer captions takes the end token that CLIP reads, captions
-    over the model's 77 tokens lose only words. Values of different CLIPs can not be compared.
+    over the model's 77 tokens lose only words. Values of different CLIPs cannot be compared.
 
     Args:
         clip: the model; its name is part of the metric's.
     """
 
     kind = "clip_score"
-    scores: dict[str, float]  # of each picture that this process saw, by its path
+    scores: dict[str, float]  # of each image that this process saw, by its path
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class CLIPScore(ImageMetric):
         self.scores = {}
 
     def update(self, images: Tensor, samples: list[Sample]) -> None:
-        """Take in uint8 images (N, 3, H, W). Raises ValueError for other images."""
+        """Add uint8 images (N, 3, H, W). Raises ValueError for other images."""
         if len(images) != len(samples):
             raise ValueError(f"{self.name} needs a prompt for each image, got {len(images)} and {len(samples)}.")
         seen, said = self.clip.images(images), self.clip.texts([str(sample.line["prompt"]) for sample in samples])

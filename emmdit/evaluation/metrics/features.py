@@ -1,4 +1,4 @@
-"""Images to the feature vectors whose distributions FID, KID and CMMD compare."""
+"""Feature extractors of FID, KID and CMMD: uint8 images to vectors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from emmdit.evaluation.metrics.clip import CLIP
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
 CLEAN_FID_FOLDER = Path("/tmp")  # hard-coded in clean-fid
-RESIZE_THREADS = 8  # Pillow lets go of the interpreter's lock while it resizes
+RESIZE_THREADS = 8  # Pillow releases the GIL while it resizes
 
 
 class FeatureExtractor(ABC):
-    """A plain object that holds its network, which is loaded by `prepare` and not before.
+    """A plain object that holds its network, which `prepare` loads.
 
-    `name` goes into the metric's ("clean", "clip_vitl14"), `dim` is the length of the vectors, `resize` says in words
-    what happens to the pixels.
+    `name` becomes part of the metric's ("clean", "clip_vitl14"), `dim` is the length of the vectors, `resize` says in
+    words what happens to the pixels; references that were made with another `resize` are refused.
     """
 
     name: str
@@ -37,7 +37,7 @@ class FeatureExtractor(ABC):
     resize: str
 
     def prepare(self, device: torch.device | str = "cpu") -> None:  # noqa: B027
-        """Load, check and move the network. MissingModelError where it can not be had."""
+        """Load, check and move the network. Raises MissingModelError."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class FeatureExtractor(ABC):
         """`self(images)` with both ends checked: ValueError for images or features that would spoil a sum silently."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"Features are made of uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: bring "
+                f"Features are made of uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: scale "
                 f"others to 0..255 first."
             )
         vectors = self(images)
@@ -73,7 +73,7 @@ class CleanInception(FeatureExtractor):
     """clean-fid's mode "clean" by clean-fid's own code: its resize on the CPU, then its Inception, 2048 features.
 
     The network is a TorchScript file, and loading one runs the code inside it. It is accepted for this file alone,
-    because a number made with any other Inception can not be compared with published ones. It is never downloaded
+    because a number made with any other Inception cannot be compared with published ones. It is never downloaded
     here. Its sha256 is in `settings` and in references, and a reference made with another file is refused.
 
     Args:
@@ -150,7 +150,7 @@ class CleanInception(FeatureExtractor):
 
 
 class CLIPFeatures(FeatureExtractor):
-    """Projected image embeddings of a CLIP, not normalised, as CLIP-FID takes them (arXiv 2203.06026, clean-fid).
+    """Projected image embeddings of a CLIP, not normalized, as CLIP-FID takes them (arXiv 2203.06026, clean-fid).
 
     With "openai/clip-vit-base-patch32" model and preprocessing are those of clean-fid's `clip_vit_b_32`.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.evaluation.metrics.reference import ReferenceMetric
-from emmdit.evaluation.metrics.statistics import FeatureStatistics
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -35,6 +35,40 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     root = np.sqrt(eigvalsh(rows @ sigma2 @ rows.T).clip(0)).sum() if rank else 0.0
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
     return max(float(distance), 0.0)
+
+
+@dataclass
+class FeatureStatistics:
+    """Count (int64), sum (d,) and sum of outer products (d, d) of vectors, in float64.
+
+    Sums, not the vectors themselves: the size (34 MB at d = 2048) does not grow with the number of images, and the
+    statistics of all ranks are the sum of each rank's.
+    """
+
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> Self:
+        options = {"dtype": torch.float64, "device": device}
+        return cls(torch.tensor(0, device=device), torch.zeros(dim, **options), torch.zeros(dim, dim, **options))
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors (N, d), in place."""
+        vectors = vectors.to(self.outer)
+        self.count += len(vectors)
+        self.total += vectors.sum(0)
+        self.outer.addmm_(vectors.T, vectors)
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (d,) and unbiased covariance (d, d), float64. ValueError below two vectors."""
+        n = int(self.count)
+        if n < 2:
+            raise ValueError(f"A covariance needs at least 2 images, got {n}: give more.")
+        mean = self.total / n
+        covariance = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
+        return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
 class FID(ReferenceMetric):

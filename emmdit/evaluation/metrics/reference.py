@@ -1,10 +1,9 @@
-"""Reference statistics in clean-fid's npz format, and what all metrics that compare with one have in common."""
+"""Reference statistics in clean-fid's npz format, and base classes of the metrics that compare with them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,17 +15,15 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from emmdit.evaluation.metrics.base import ImageMetric, Sample
 from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
+from emmdit.files import atomic_path
 
-MADE_WITH = "made_with"  # an array beside clean-fid's, which clean-fid does not look at: JSON
+MADE_WITH = "made_with"  # a JSON array beside clean-fid's, which clean-fid ignores
 
 
 def write_reference(path: Path, arrays: dict[str, np.ndarray], made_with: dict[str, Any]) -> None:
-    """`mu` and `sigma` for FID, `feats` for KID and CMMD, which clean-fid looks for in a file NAME_kid.npz."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **arrays, **{MADE_WITH: np.array(json.dumps(made_with))})
-    os.replace(part, path)
+    """Write `mu` and `sigma` for FID, or `feats` for KID and CMMD, which clean-fid expects in a file NAME_kid.npz."""
+    with atomic_path(path) as part:
+        np.savez_compressed(part, **arrays, **{MADE_WITH: np.array(json.dumps(made_with))})
 
 
 def read_reference(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -37,14 +34,16 @@ def read_reference(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, 
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"There are no reference statistics '{path}': make them with `emmdit reference-stats`.")
+        raise FileNotFoundError(
+            f"There are no reference statistics '{path}': compute them with `emmdit reference-stats`."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in (*names, MADE_WITH) if name in file.files}
         made_with = json.loads(str(found.pop(MADE_WITH, "{}")))
     except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"'{path}' is no npz file of reference statistics: make one with `emmdit reference-stats`."
+            f"'{path}' is no npz file of reference statistics: compute one with `emmdit reference-stats`."
         ) from error
     if len(found) < len(names):
         held, wanted = ("NAME_kid.npz", " with --feats") if "feats" in names else ("NAME.npz", "")
@@ -97,14 +96,14 @@ class ReferenceMetric(ImageMetric):
         raise NotImplementedError
 
     def _compare(self, arrays: dict[str, np.ndarray]) -> None:
-        again = "make it again with `emmdit reference-stats`, or name another"
+        again = "compute it again with `emmdit reference-stats`, or name another"
         dim = self.features.dim
         for name, array in arrays.items():
             shape = {"mu": (dim,), "sigma": (dim, dim)}.get(name, (len(array) if array.ndim else 0, dim))
             if array.shape != shape:
                 raise ValueError(
                     f"The reference '{self.reference}' has {name} of shape {array.shape}, and '{self.features.name}' "
-                    f"makes features of dimension {dim}: {again}."
+                    f"gives features of dimension {dim}: {again}."
                 )
             if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
                 raise ValueError(f"The reference '{self.reference}' holds {name} that is not finite: {again}.")
@@ -129,7 +128,7 @@ class ReferenceMetric(ImageMetric):
 
     def _enough(self, n: int) -> None:
         if n < 2:
-            raise ValueError(f"{self.name} needs at least 2 images, got {n}: draw more.")
+            raise ValueError(f"{self.name} needs at least 2 images, got {n}: generate more.")
 
     def settings(self) -> dict[str, Any]:
         path = Path(self.reference).expanduser()
@@ -140,7 +139,7 @@ class ReferenceMetric(ImageMetric):
 
 
 class VectorMetric(ReferenceMetric):
-    """One that needs the vectors themselves: 4 bytes x dim for each image, 245 MB for 30,000 x 2048."""
+    """Base of metrics that need the vectors themselves: 4 bytes x dim for each image, 245 MB for 30,000 x 2048."""
 
     arrays = ("feats",)
 

@@ -1,4 +1,4 @@
-"""Configurations as flat names and as text that may be shown to anyone."""
+"""Flattened configurations, and text with secrets masked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 def flatten_config(config: Any, name: str = "") -> dict[str, Any]:
     """A nested config on one level, under the names of the command line.
 
-    `model.optimizer` is the class path, `model.optimizer.lr` one of its arguments. Classes in a list go by
-    their own names, `trainer.callbacks.EMA.decay`; other lists stay as they are. Secrets are masked.
+    `model.optimizer` is the class path, `model.optimizer.lr` one of its arguments. Classes in a list are named
+    by their own names, `trainer.callbacks.EMA.decay`; other lists stay as they are. Secrets are masked.
     """
     if hasattr(config, "as_dict"):  # jsonargparse's Namespace
         config = config.as_dict()

@@ -1,4 +1,4 @@
-"""What goes from a training's MLflow run to its evaluation, and back."""
+"""MLflow runs of finished trainings: their curves, time and losses; and an evaluation added to one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,44 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from emmdit.weights import checkpoint_progress, find_checkpoint
 from lightning_modules.mlflow_logger import RUN_FILE, MLflowLogger, git_tags
+
+
+def metric_history(client: MlflowClient, run_id: str, name: str) -> dict[int, float]:
+    """{step: value} of a metric, by step; of a step made twice (after a resume) the later value."""
+    points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
+    return dict(sorted({point.step: point.value for point in points}.items()))
+
+
+def training_record(client: MlflowClient, run_id: str, steps: int) -> dict[str, float | None]:
+    """Time and last validation losses of a training of so many steps.
+
+    `seconds_per_step` is the mean over the windows of the Throughput callback: without validation, sampling and
+    checkpoints, but with whatever else slowed the machine down. `seconds` is all steps at that speed, so that a resume
+    does not change it. Both are None without the callback.
+    """
+    times = metric_history(client, run_id, "throughput/seconds_per_step").values()
+    per_step = mean(times) if times else None
+    losses = {name: metric_history(client, run_id, f"val/{name}") for name in ("loss_ema", "loss_raw")}
+    last = {name: [value for step, value in curve.items() if step <= steps][-1:] for name, curve in losses.items()}
+    return {
+        "seconds": None if per_step is None else per_step * steps,
+        "seconds_per_step": per_step,
+        **{f"val_{name}": value for name, values in last.items() for value in values},
+    }
+
+
+def read_training_record(run: Path, steps: int) -> dict[str, Any]:
+    """`train.json` of a run folder (see `Summary`) if it is of so many steps, else what the run's tracker knows.
+
+    Raises:
+        OSError, MlflowException: the run has neither, or its tracker does not answer.
+    """
+    file = run / "train.json"
+    if file.is_file() and (record := json.loads(file.read_text()))["steps"] == steps:
+        return record
+    known = json.loads((run / RUN_FILE).read_text())
+    return {"steps": steps, **training_record(MlflowClient(known["tracking_uri"]), known["run_id"], steps)}
 
 
 def log_evaluation(
@@ -28,7 +64,7 @@ def log_evaluation(
 
     Args:
         run: run folder, whose `mlflow_run.json` names the run and its store; None: there is none.
-        step: of the training that was evaluated.
+        step: training step that was evaluated.
         about: what was evaluated, parameters of a new run.
     """
     record = run / RUN_FILE if run is not None else None
@@ -51,30 +87,7 @@ def log_evaluation(
         client.log_batch(run_id, metrics=[Metric(f"eval/{k}", float(v), now, step) for k, v in metrics.items()])
         client.log_artifact(run_id, str(report), artifact_path="evaluation")
     except (MlflowException, OSError) as error:
-        rank_zero_warn(f"MLflow did not take the evaluation: {error}")
-
-
-def history(run: Path) -> dict[str, float | None]:
-    """Time and losses of a finished run, from its tracker.
-
-    `seconds_per_step` is the mean over the windows of the Throughput callback: without validation, pictures and
-    checkpoints, but with whatever else slowed the machine down. `seconds` is all steps at that speed, so that a resume
-    does not change it.
-    """
-    record = json.loads((run / RUN_FILE).read_text())
-    client = MlflowClient(record["tracking_uri"])
-
-    def curve(name: str) -> list[float]:
-        points = sorted(client.get_metric_history(record["run_id"], name), key=lambda point: point.timestamp)
-        return [value for _, value in sorted({point.step: point.value for point in points}.items())]  # the later try's
-
-    times, losses = curve("throughput/seconds_per_step"), {k: curve(f"val/loss_{k}") for k in ("ema", "raw")}
-    per_step = mean(times) if times else None
-    return {
-        "seconds": None if per_step is None else per_step * checkpoint_progress(find_checkpoint(run))["step"],
-        "seconds_per_step": per_step,
-        **{f"val_loss_{name}": values[-1] for name, values in losses.items() if values},
-    }
+        rank_zero_warn(f"MLflow did not accept the evaluation: {error}")
 
 
 def _existing(client: Any, run_id: str | None) -> str | None:

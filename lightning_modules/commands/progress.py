@@ -1,4 +1,4 @@
-"""Progress of long work that is not training, on stderr."""
+"""Progress lines of long jobs that are not training, on stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def counter(what: str, seconds: float = 2.0) -> Callable[[int, int], None]:
-    """progress(done, total) that prints "12/300 WHAT" at most every few seconds, and at the end."""
+    """progress(done, total) that prints "12/300 WHAT" at most every `seconds`, and at the end."""
     latest = [0.0]
 
     def progress(done: int, total: int) -> None:

@@ -1,0 +1,76 @@
+"""`emmdit sample`: images for prompts, as PNG files and a grid."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from emmdit.files import grid, save_png, to_uint8
+from lightning_modules.commands.options import (
+    DTYPES,
+    RELEASED,
+    SAMPLING,
+    add_released_arguments,
+    add_sampling_arguments,
+    command_parser,
+    given,
+)
+from lightning_modules.commands.progress import counter
+
+
+def sample(argv: list[str]) -> None:
+    """Generate images with a run folder, a checkpoint, an export, a diffusers pipeline or a released Nitro-E file."""
+    args = sample_parser().parse_args(argv)
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        if not Path(args.prompts).is_file():
+            raise FileNotFoundError(f"There is no prompt file {args.prompts}.")
+        prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("No prompt is given: use --prompt or --prompts.")
+    if args.num_images < 1 or args.batch_size < 1:
+        raise ValueError("--num_images and --batch_size must be at least 1.")
+    from lightning_modules.commands.load_model import open_model  # takes seconds: --help and errors need not wait
+
+    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), hashed=False, **given(args, RELEASED))
+    model.to(torch.device(args.device), args.dtype)
+    prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    settings = {"dtype": args.dtype, **model.sampling, **model.source}
+    out, progress, started = Path(args.out), counter("images"), time.perf_counter()
+    images: list[Image.Image] = []
+    for first in range(0, len(prompts), args.batch_size):
+        chunk = prompts[first : first + args.batch_size]
+        seeds = [args.seed + first + i for i in range(len(chunk))]
+        for prompt, seed, image in zip(chunk, seeds, to_uint8(model.generate(chunk, seeds)), strict=True):
+            name = out / f"{len(images):05d}.png"
+            images.append(Image.fromarray(image))
+            save_png(images[-1], name, {"prompt": prompt, "seed": seed, **settings})
+        progress(len(images), len(prompts))
+    seconds = time.perf_counter() - started
+    save_png(grid(images, args.columns, args.scale), out / "grid.png", {"prompts": prompts, **settings})
+    print(f"{len(images)} images in {seconds:.1f} s: {out}/grid.png")
+
+
+def sample_parser() -> ArgumentParser:
+    parser = command_parser(sample)
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint, export, pipeline or Nitro-E file")
+    parser.add_argument("--prompt", action="append", default=[], help="text of an image; may be given several times")
+    parser.add_argument("--prompts", help="text file with one prompt per line")
+    parser.add_argument("--out", required=True, help="folder for the PNG files and grid.png")
+    parser.add_argument("--num_images", type=int, default=1, help="images per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; image i uses seed + i")
+    add_released_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--weights", choices=("ema", "raw"), help="weights of a checkpoint; EMA if available")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass")
+    parser.add_argument("--columns", type=int, default=4, help="images per row of the grid")
+    parser.add_argument("--scale", type=int, default=1, help="factor by which the images of the grid are enlarged")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the denoiser's weights")
+    return parser
