@@ -21,11 +21,11 @@ from typing import Any
 from benchmarks.common import ROOT, markdown_table, progress, write_json
 from benchmarks.sweep import LEDGER, Sweep
 from emmdit.evaluation import ledger
+from emmdit.evaluation.geneval import TASKS
 from emmdit.evaluation.report import flatten
 from emmdit.provenance import machine, machine_line
 
 ABLATION, STUDENTS = (Sweep(ROOT / f"experiments/sweeps/{name}.yaml") for name in ("ablation", "students"))
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SCORES = {"geneval_overall": "GenEval", "clip_score": "CLIP score", "fid_clip": "FID-CLIP (lower is better)"}
 COLOR, LOSS = {"asked_color": "asked color"}, {"val_loss": "validation loss"}
 STEP_TIME = "benchmarks/results/shapes_step_time.json"

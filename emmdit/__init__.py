@@ -1,22 +1,19 @@
-"""Efficient multimodal diffusion transformers: networks, flow, encoders, data, evaluation in plain torch."""
+"""Efficient multimodal diffusion transformers: networks, flow, encoders, data, evaluation in plain torch.
+
+The pipeline, which imports diffusers and transformers, is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from emmdit.lazy import attach
 
 if TYPE_CHECKING:
-    from emmdit.pipeline import TextToImagePipeline
+    from emmdit.pipeline import EMMDiTPipeline as EMMDiTPipeline
+    from emmdit.pipeline import TextToImagePipeline as TextToImagePipeline
 
-    EMMDiTPipeline = TextToImagePipeline
+__version__ = "0.2.0"
 
-__version__ = "0.1.0"
-__all__ = ["EMMDiTPipeline", "TextToImagePipeline", "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    # Lazily: the pipeline imports diffusers and transformers, which takes seconds.
-    if name in ("TextToImagePipeline", "EMMDiTPipeline"):  # the latter is its older name
-        from emmdit.pipeline import TextToImagePipeline
-
-        return TextToImagePipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, _names = attach(__name__, {"pipeline": ("EMMDiTPipeline", "TextToImagePipeline")})
+__all__ = ["__version__", *_names]

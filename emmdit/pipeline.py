@@ -168,6 +168,9 @@ class TextToImagePipeline(DiffusionPipeline):
         return TextToImageOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 
+EMMDiTPipeline = TextToImagePipeline  # its older name
+
+
 def build(settings: dict[str, Any], kind: type[T]) -> T:
     """The object that `{"class_path": ..., "init_args": ...}` describes: a `kind` of this package, nothing else."""
     path = settings["class_path"]

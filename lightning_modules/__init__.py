@@ -5,19 +5,13 @@ Names are loaded when first used: `emmdit --help` must not wait for torch and Li
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from emmdit.lazy import attach
 
-_HOMES = {
-    "AttentionDistillation": "attention_distillation",
-    "DenoiserModule": "denoiser_module",
-    "TextToImage": "text_to_image",
-}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __all__ = attach(
+    __name__,
+    {
+        "attention_distillation": ("AttentionDistillation",),
+        "denoiser_module": ("DenoiserModule",),
+        "text_to_image": ("TextToImage",),
+    },
+)

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from emmdit.adapters import LoRA, merge
+from emmdit.data import Batch
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import Path, RectifiedFlow, flow_loss
 from emmdit.generate import Sampling, generate
@@ -204,7 +205,7 @@ class DenoiserModule(LightningModule):
         """A fresh generator, a pure function of (seed, purpose, samples seen), equal on all ranks."""
         return generator(self.seed, purpose, self.samples_seen, device)
 
-    def latents(self, batch: dict[str, Any]) -> Tensor:
+    def latents(self, batch: Batch) -> Tensor:
         """(B, C, H, W), float32."""
         return batch["latents"].float() if "latents" in batch else self.codec.encode(batch["image"])
 
@@ -243,7 +244,7 @@ class DenoiserModule(LightningModule):
 
     # -- validation ----------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at eight fixed timesteps, with noise that belongs to the sample, of all `networks`."""
         x0 = self.latents(batch)
         condition = self.condition(batch["caption"], stored=batch.get("condition"))

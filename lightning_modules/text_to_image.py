@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emmdit.data import Batch
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.flow import LogitNormalGrid, TimestepSampler, TimestepWeight, flow_loss
 from emmdit.losses import LossInputs
@@ -49,7 +50,7 @@ class TextToImage(DenoiserModule):
             raise ValueError(f"task_weight {task_weight} must not be negative, nor zero where no other loss counts.")
         self.flops_per_sample: int | None = None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs = self.forward_step(batch)
         losses = {"task": flow_loss(inputs.prediction, inputs.target, inputs.weight).mean()}
         total = self.task_weight * losses["task"]
@@ -62,7 +63,7 @@ class TextToImage(DenoiserModule):
         self.log_training({name: value.detach() for name, value in {"loss": total, **parts}.items()}, len(inputs.x0))
         return total
 
-    def forward_step(self, batch: dict[str, Any]) -> LossInputs:
+    def forward_step(self, batch: Batch) -> LossInputs:
         """Noise, timesteps and dropout are drawn for the global batch and cut to this rank's rows: the step is the same
         on any number of ranks."""
         x0 = self.latents(batch)
@@ -82,7 +83,7 @@ class TextToImage(DenoiserModule):
         weight = None if self.timestep_weight is None else self.timestep_weight(self.path, t)
         return LossInputs(batch, x0, noise, t, x_t, condition, target, prediction, weight)
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the FLOPs of a training step on one sample, for MFU: three forward passes of the denoiser alone."""
         if self.flops_per_sample is None:
             if "latents" in batch:

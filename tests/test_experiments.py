@@ -18,6 +18,7 @@ from PIL import Image
 from datamodules import LatentsDataModule, MixtureDataModule
 from emmdit.data.buckets import Buckets
 from emmdit.data.precompute.precompute import Settings, precompute
+from emmdit.data.readers.huggingface import HuggingFaceRows
 from emmdit.encoders import DCAE
 from emmdit.evaluation import ImageMetric, PromptSet
 from emmdit.networks import EMMDiTTransformer2DModel
@@ -148,11 +149,10 @@ def test_the_published_stages_are_the_released_network(name: str) -> None:
     with torch.device("meta"):
         network = run.model.denoiser_factory()
         released = EMMDiTTransformer2DModel()  # its own defaults
-    projector = sum(p.numel() for p in network.repa_projector.parameters()) if "stage1" in name else 0
-    assert sum(p.numel() for p in network.parameters()) - projector == 302_449_952
+    assert sum(p.numel() for p in network.parameters()) == 302_449_952
     different = {key for key, value in network.config.items() if listed(value) != listed(released.config.get(key))}
     expected = {"sample_size", "subregion_pattern"} if "1024" in name else set()
-    assert different - {"repa_feature_dim", "repa_depth", "_use_default_values"} == expected
+    assert different - {"_use_default_values"} == expected
     assert run.datamodule.batch_size * run.trainer.accumulate_grad_batches * 8 == 2048
     assert run.datamodule.resolution == network.config.sample_size * run.model.codec.downsample
     assert bool(run.model.components) == ("stage1" in name) and run.model.ema == ("stage1" not in name)
@@ -263,10 +263,12 @@ samples: {every_n_steps: 0, prompts: [a photo of a red circle, a photo of a cat]
 REPA = """
 model:
   init_args:
-    denoiser: {init_args: {repa_feature_dim: 32, repa_projector_dim: 16, repa_depth: 1}}
     components:
       - class_path: emmdit.losses.REPA
         init_args:
+          block: blocks.0
+          feature_dim: 32
+          projector_dim: 16
           vision:
             class_path: emmdit.encoders.DINOv2
             init_args: {source: "standin:dinov2?feature_dim=32", feature_dim: 32}
@@ -313,7 +315,7 @@ def test_the_published_mixes_train_from_precomputed_latents(tmp_path: Path) -> N
         images = [Image.fromarray(p) for p in noise.integers(0, 256, (count, 128, 140, 3), dtype=np.uint8)]
         rows = datasets.Dataset.from_dict({"image": images, "caption": [f"{name} {i}" for i in range(count)]})
         source = yaml.safe_load((EXPERIMENTS / f"data/{name}.yaml").read_text())["data"]["init_args"]
-        precompute(rows, source, codec, f"latents/{name}", settings)
+        precompute(HuggingFaceRows(rows), source, codec, f"latents/{name}", settings)
 
     tiny = yaml.safe_load(TINY)
     tiny["data"]["init_args"] = {"batch_size": 5, "num_workers": 0, "validation_samples": 4}

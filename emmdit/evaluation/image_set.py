@@ -17,6 +17,7 @@ from torch import Tensor
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.files import atomic_path, to_uint8
+from emmdit.legacy import modernize
 
 Generate = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
 Progress = Callable[[int, int], None]  # done, total
@@ -63,7 +64,7 @@ class ImageSet:
     def _open(self) -> None:
         file = self.folder / "set.json"
         if file.is_file():
-            found = json.loads(file.read_text())
+            found = modernize(json.loads(file.read_text()))
             other = sorted(key for key in found.keys() | self.made_with if found.get(key) != self.made_with.get(key))
             if other:
                 raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from emmdit.files import atomic_path
+from emmdit.legacy import modernize
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def read(path: str | Path) -> list[Row]:
         return []
     way_out = "restore the version in git, and let `emmdit evaluate` alone write it"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = modernize(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # neither JSON nor text
         raise ValueError(f"The ledger {path} is not JSON ({error}); {way_out}.") from error
     if not isinstance(rows, list):

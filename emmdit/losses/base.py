@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emmdit.data import Batch
 from emmdit.types import Condition
 
 
@@ -21,7 +22,7 @@ class LossInputs:
     each sample's timestep, where timesteps are weighted.
     """
 
-    batch: dict[str, Any]
+    batch: Batch
     x0: Tensor
     noise: Tensor
     t: Tensor

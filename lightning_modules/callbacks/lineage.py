@@ -1,4 +1,4 @@
-"""Records in the tracker which data a run saw, under which licence."""
+"""Records in the tracker which data a run saw, under which license."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class DataLineage(Callback):
-    """Logs each of `datamodule.provenances()` as a data set input of the run."""
+    """Logs each of `datamodule.provenances()` as a dataset input of the run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         provenances = getattr(trainer.datamodule, "provenances", list)()

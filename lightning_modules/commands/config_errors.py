@@ -12,6 +12,7 @@ _WRAPPERS = (
     "Type typing.",
     "Type collections.",
 )
+_EXPECTED = ("Expected a ", "Expected <class ")
 _BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
 _NOTHING_NAMED = re.compile(r"the following arguments are required: (?:\w+\.)?(?:data|model)\b")
 _KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -36,21 +37,26 @@ def sentence(error: BaseException) -> str:
         )
     path: list[str] = []
     choices: list[str] = []
+    types = ""
     link: BaseException = error
     while True:
         text = _message(link)
         key = _KEY.match(text)
         if key and key[1] != "config" and path[-1:] != [key[1]]:
             path.append(key[1])
-            choices = []
+            choices, types = [], ""
         if text.startswith("Does not validate"):
-            choices = _choices(text)
+            choices, types = _choices(text), _types(text)
         following = link.__cause__ or link.__context__
         if following is None or not text.startswith(_WRAPPERS):
             break
         link = following
-    if text.startswith("Expected a ") and choices:  # of the types of a union, the nearest says more
+    if (
+        text.startswith(("Expected a ", "Expected <class ")) and choices
+    ):  # of the types of a union, the nearest says more
         text = choices[-1]
+    elif text.startswith(("Expected a ", "Expected <class ")) and types:
+        text = types
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem
 
@@ -60,7 +66,14 @@ def _choices(text: str) -> list[str]:
     text = text.rpartition("Given value type:")[0].partition("Errors:\n")[2]
     parts = re.split(r"(?m)^\s*- ", text)
     lines = [part.strip().splitlines()[-1].strip() for part in parts if part.strip()]
-    return [line for line in lines if not line.startswith("Expected a ")]
+    return [line for line in lines if not line.startswith(_EXPECTED)]
+
+
+def _types(text: str) -> str:
+    """Expected types and the value given, of a union of plain types."""
+    kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", text.partition("Subtypes: ")[2].partition("\n")[0])
+    kinds = ["null" if kind == "NoneType" else kind for kind in kinds]
+    return f"Expected {' or '.join(kinds)}, got {text.rpartition('Given value: ')[2].strip()}" if kinds else ""
 
 
 def _message(error: BaseException) -> str:
