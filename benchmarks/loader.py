@@ -6,8 +6,8 @@ Writes the same latents (32 x 16 x 16 float16, 16 KiB, as DC-AE gives them at 51
 precompute`, as webdataset tars and as MDS shards, into a folder that is removed again; JPEG images are the photographs
 inside scikit-learn and matplotlib. One process; the cases take turns, so that other load on the machine falls on all
 alike. Two rates are given: by the wall clock, and by CPU seconds of the process, which is what an idle core would give.
-Files are in the page cache unless a row says otherwise. Memory is read while 100,000 samples pass: what the process owns,
-apart from the pages of mapped files, which the system takes back when it needs them.
+Files are in the page cache unless a row says otherwise. Memory is read while 100,000 samples pass: what the process
+owns, apart from the pages of mapped files, which the system takes back when it needs them.
 """
 
 from __future__ import annotations

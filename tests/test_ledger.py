@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -90,10 +91,10 @@ def test_a_writer_that_dies_leaves_the_old_ledger(path: Path, monkeypatch: pytes
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger.os, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         ledger.append(path, row(seed=1))
-    assert path.read_text() == before and not list(path.parent.glob(".shapes.json.[0-9]*"))
+    assert path.read_text() == before and not list(path.parent.glob(".shapes-*"))
 
 
 @pytest.mark.parametrize(

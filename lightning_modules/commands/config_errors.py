@@ -32,7 +32,8 @@ def sentence(error: BaseException) -> str:
     if _BASE_CLASS.search(text) or _NOTHING_NAMED.match(text):
         return (
             "The files name no class for the model or the data, or only after one that changes it: give the "
-            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml)."
+            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml), or name "
+            "it in the file as its `base`."
         )
     path: list[str] = []
     choices: list[str] = []
