@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -91,10 +90,10 @@ def test_a_writer_that_dies_leaves_the_old_ledger(path: Path, monkeypatch: pytes
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", die)
+    monkeypatch.setattr(ledger.os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         ledger.append(path, row(seed=1))
-    assert path.read_text() == before and not list(path.parent.glob(".shapes-*"))
+    assert path.read_text() == before and not list(path.parent.glob(".shapes.json.[0-9]*"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ledger of results: a JSON list with one row a line, so that a new row is one line of a diff.
+"""The ledger of results: a JSON list with one row a line, so that a new row is one line of a diff.
 
 `benchmarks/results/shapes.json` is written by `emmdit evaluate --ledger`, never by hand; `benchmarks/tables.py` renders
 the tables of the docs from it.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-
-from emmdit.files import atomic_path
 
 Row = dict[str, Any]
 
@@ -44,8 +43,12 @@ def append(path: str | Path, row: Mapping[str, Any]) -> Row:
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = [other for other in read(path) if key(other) != key(row)] + [row]
         text = "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False) for r in _ordered(rows)) + "\n]\n"
-        with atomic_path(path) as part:
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
             part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     return row
 
 

@@ -32,8 +32,7 @@ def sentence(error: BaseException) -> str:
     if _BASE_CLASS.search(text) or _NOTHING_NAMED.match(text):
         return (
             "The files name no class for the model or the data, or only after one that changes it: give the "
-            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml), or name "
-            "it in the file as its `base`."
+            "experiment first, then what is laid over it (-c experiments/shapes/emmdit.yaml -c CHANGE.yaml)."
         )
     path: list[str] = []
     choices: list[str] = []

@@ -128,13 +128,13 @@ class SuiteCLI(LightningCLI):
 
 
 def quiet() -> None:
-    """Silence the libraries' messages that appear at every start and that no user can act on."""
+    """Leave out what the libraries say at every start and no user can act on."""
     for message in (
         ".*does not have many workers.*",
         ".*args parameter is intended to run from within Python.*",
         ".*You are using `torch.load` with.*",
         ".*exists and is not empty.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # the EMA copy, on purpose
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the average, on purpose
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",
     ):
