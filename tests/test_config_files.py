@@ -102,6 +102,8 @@ def test_prompts_may_be_a_file(tmp_path: Path) -> None:
     run = cli("-c", "yaml/grid.yaml", *ON_CPU)  # the path is relative to the YAML
     saved = yaml.safe_load(run.parser.dump(run.config))
     assert saved["samples"]["prompts"] == ["a photo of a star", "two squares"]
+    listed = cli(*files(SHAPES), *ON_CPU, "--samples.prompts=[a photo of a circle, two squares]")
+    assert listed.config.samples.prompts == ["a photo of a circle", "two squares"]
     assert ImageGrid("yaml/prompts.txt").prompts == ImageGrid(["a photo of a star", "two squares"]).prompts
     with pytest.raises(ValueError, match="nowhere.txt"):
         ImageGrid("nowhere.txt")

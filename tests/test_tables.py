@@ -274,8 +274,8 @@ def test_reference_holds_all_that_is_no_ablation():
     found = cells(text)
     assert [line["model"] for line in found] == ["shapes/distill_4step", "shapes/emmdit"]
     assert found[1]["overall"] == "0.810 ± 0.010" and found[1]["seeds of training x evaluation"] == "1 x 3"
-    assert "commits 0000000000" in text and "sha256 abababababab;" in text and "sampling steps 20" in text
-    assert "of the weights" not in text and "differ" not in text
+    assert "0000000000" in text and "abababababab" in text and "sampling steps 20" in text
+    assert "of the weights" not in text and "**" not in text
 
 
 def test_students_stand_below_their_teacher_and_differ_from_it_at_the_same_noise():
@@ -286,7 +286,7 @@ def test_students_stand_below_their_teacher_and_differ_from_it_at_the_same_noise
     assert [line["experiment"] for line in found] == ["`shapes/mmdit_teacher`", "`shapes/mm_edit`"]
     assert [line["to its teacher"] for line in found] == ["", "-0.040 ± 0.010"]
     assert found[0]["GenEval"].startswith("0.700")
-    assert both(tables.students, [entry("emmdit", 0, 0.9)]).strip() == "No rows yet."
+    assert "|" not in both(tables.students, [entry("emmdit", 0, 0.9)])
 
 
 def test_ablations_of_students_differ_from_them_seed_by_seed():
@@ -299,9 +299,9 @@ def test_ablations_of_students_differ_from_them_seed_by_seed():
 def test_rows_that_do_not_compare_are_said_to():
     rows = ablation_rows()
     rows[1] = rows[1] | {"train": {"steps": 500}}
-    assert "**Rows differ in optimizer steps (2,000, 500)" in both(tables.ablation, rows)
+    assert "optimizer steps (2,000, 500)" in both(tables.ablation, rows)
     rows[1] = rows[2] | {"settings": SETTINGS | {"sampling": {"steps": 4}}}
-    assert "differ in sampling steps (20, 4)" in both(tables.ablation, rows)
+    assert "sampling steps (20, 4)" in both(tables.ablation, rows)
 
 
 def test_pages_are_filled_between_the_markers_alone(tmp_path: Path, capsys):
@@ -314,11 +314,11 @@ def test_pages_are_filled_between_the_markers_alone(tmp_path: Path, capsys):
     )
     options = [str(page), "--ledger", str(ledger_file), "--step-time", str(tmp_path / "none.json")]
     assert tables.main([*options, "--check"]) == 1 and "old" in page.read_text()
-    assert "out of date" in capsys.readouterr().err
+    assert f"{page} " in capsys.readouterr().err
     assert tables.main(options) == 0
     text = page.read_text()
     assert text.startswith(before) and after in text and "old" not in text and "0.540 ± 0.040" in text
-    assert "No rows yet." in text and "commits" not in text  # bare: without notes
+    assert "0000000000" not in text  # bare: without notes
     assert tables.main([*options, "--check"]) == 0
     ledger.append(ledger_file, entry("one_path", 0, 0.1))
     assert tables.main([*options, "--check"]) == 1
@@ -327,9 +327,9 @@ def test_pages_are_filled_between_the_markers_alone(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<!-- table:nothing -->\n<!-- end -->", "no table 'nothing'"),
-        ("<!-- table:ablation -->\n", "lacks its"),
-        ("<!-- table:ablation -->\n<!-- table:reference -->\n<!-- end -->", "lacks its"),
+        ("<!-- table:nothing -->\n<!-- end -->", "'nothing'"),
+        ("<!-- table:ablation -->\n", "<!-- end -->"),
+        ("<!-- table:ablation -->\n<!-- table:reference -->\n<!-- end -->", "<!-- end -->"),
     ],
 )
 def test_broken_markers_name_the_page(tmp_path: Path, capsys, text: str, words: str):

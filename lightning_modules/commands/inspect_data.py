@@ -103,7 +103,7 @@ def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, 
 
 def _has_model(file: str) -> bool:
     try:
-        return "model" in (yaml.safe_load(Path(file).read_text()) or {})
+        return not {"model", "base"}.isdisjoint(yaml.safe_load(Path(file).read_text()) or {})
     except (OSError, yaml.YAMLError):
         return False  # the parser says what is wrong with it
 
