@@ -257,7 +257,7 @@ def step_seconds(task: Task, steps: int, device: torch.device) -> tuple[float, i
         run.trainer.callbacks = [c for c in run.trainer.callbacks if isinstance(c, EMA | NonFinite)] + [timer]
         run.trainer.fit(run.model, run.datamodule)
     names = [(name, p.numel()) for name, p in run.model.denoiser.named_parameters()]
-    return statistics.median(timer.seconds[steps // 3 :]), sum(n for name, n in names if "repa_projector" not in name)
+    return statistics.median(timer.seconds[steps // 3 :]), sum(n for _, n in names)
 
 
 def time_steps(sweep: Sweep, names: list[str], device: torch.device, rounds: int, steps: int) -> list[dict[str, Any]]:
