@@ -61,11 +61,7 @@ def emmdit(**config) -> EMMDiTTransformer2DModel:
 
 
 TEACHERS = {"pixart": pixart, "sd3": sd3, "emmdit": emmdit}
-STUDENTS = {
-    "pixart": EDiTTransformer2DModel,
-    "sd3": MMEDiTTransformer2DModel,
-    "emmdit": HybridEMMDiTTransformer2DModel,
-}
+STUDENTS = {"pixart": EDiTTransformer2DModel, "sd3": MMEDiTTransformer2DModel, "emmdit": HybridEMMDiTTransformer2DModel}
 each = pytest.mark.parametrize("name", TEACHERS)
 
 

@@ -1,4 +1,4 @@
-"""The parts of E-MMDiT, each against a naive computation written from its definition (papers.md B2-B6)."""
+"""The parts of E-MMDiT, each against a naive computation written from its definition (docs/papers.md, B2-B6)."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_feed_forward_width_survives_a_ratio_read_off_a_file():
 
 
 def group_of(index: int, regions: Subregions) -> int:
-    """Which group a token belongs to, by the definition (papers.md B5)."""
+    """Which group a token belongs to, by the definition (docs/papers.md, B5)."""
     if regions.kind == "full":
         return 0
     return (index if regions.kind == "strided" else index // regions.run) % regions.groups

@@ -241,7 +241,7 @@ def test_faithful_init_is_not_zero():
     assert run(network, **inputs()).abs().mean() > 0.01
     for part in ("scale", "bias"):
         drawn = torch.cat([getattr(block.modulation, part).flatten() for block in network.blocks])
-        assert abs(drawn.std().item() * 32**0.5 - 1) < 0.1  # N(0, 1) / sqrt(D): papers.md B6
+        assert abs(drawn.std().item() * 32**0.5 - 1) < 0.1  # N(0, 1) / sqrt(D): docs/papers.md, B6
 
 
 def test_gradient_checkpointing_changes_no_gradient():

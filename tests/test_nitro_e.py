@@ -346,8 +346,7 @@ def test_files_that_are_no_nitro_e_are_refused(golden_512: Golden, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"compression_ratios": (2,)}, {"modulation": "single"}, {"modulation": "zero"}, {"patch_size": 2}],
+    "change", [{"compression_ratios": (2,)}, {"modulation": "single"}, {"modulation": "zero"}, {"patch_size": 2}]
 )
 def test_other_networks_are_not_written(tmp_path: Path, change: dict):
     network = EMMDiTTransformer2DModel(

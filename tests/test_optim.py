@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emmdit.networks import EMMDiTTransformer2DModel
-from emmdit.optim import MuonAdamW, WarmupDecay, orthogonalise, parameter_groups
+from emmdit.optim import MuonAdamW, WarmupDecay, orthogonalize, parameter_groups
 
 
 def network() -> nn.Module:
@@ -103,9 +103,9 @@ def test_impossible_settings_are_refused(settings: dict):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (3, 24, 12)])
-def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, ...]):
+def test_orthogonalize_keeps_directions_and_levels_sizes(shape: tuple[int, ...]):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(matrices)
+    found = orthogonalize(matrices)
     assert found.shape == matrices.shape and found.dtype == matrices.dtype
     sizes = torch.linalg.svdvals(found)
     if shape[-1] != shape[-2]:  # a square random matrix has a singular value near 0, which five steps can not lift
@@ -115,11 +115,11 @@ def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, ...])
     assert torch.nn.functional.cosine_similarity(found.double().flatten(), (u @ vh).flatten(), 0) > 0.95
 
 
-def test_orthogonalise_is_the_same_for_the_transpose_and_any_scale():
+def test_orthogonalize_is_the_same_for_the_transpose_and_any_scale():
     matrix = torch.randn(6, 10)
-    torch.testing.assert_close(orthogonalise(matrix.T), orthogonalise(matrix).T)
-    torch.testing.assert_close(orthogonalise(matrix * 1e-4), orthogonalise(matrix), rtol=1e-3, atol=1e-4)
-    assert torch.equal(orthogonalise(torch.zeros(4, 5)), torch.zeros(4, 5))
+    torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T)
+    torch.testing.assert_close(orthogonalize(matrix * 1e-4), orthogonalize(matrix), rtol=1e-3, atol=1e-4)
+    assert torch.equal(orthogonalize(torch.zeros(4, 5)), torch.zeros(4, 5))
 
 
 def slow_newton_schulz(matrix: Tensor) -> Tensor:
@@ -255,12 +255,9 @@ def test_matrices_of_the_blocks_and_all_the_rest():
     }
     assert all(name.startswith("blocks.") for name in found[True])
     # matrices by their shape, but not by what they are
-    assert {
-        "blocks.0.modulation.bias",
-        "blocks.0.modulation.scale",
-        "proj_out.weight",
-        "patch_embed.weight",
-    } <= found[False]
+    assert {"blocks.0.modulation.bias", "blocks.0.modulation.scale", "proj_out.weight", "patch_embed.weight"} <= found[
+        False
+    ]
 
 
 def test_frozen_parameters_are_left_out():

@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 from emmdit.flow import EpsilonDDPM, MinSNR, RectifiedFlow, flow_loss
 
-PATHS = [
-    RectifiedFlow(),
-    EpsilonDDPM(),
-    EpsilonDDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-]
+PATHS = [RectifiedFlow(), EpsilonDDPM(), EpsilonDDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")]
 
 
 def triple(seed, t, dtype=torch.float64):
@@ -116,10 +112,7 @@ def test_t_must_fit_the_batch():
 
 
 def test_flow_loss():
-    prediction, target = (
-        torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]),
-        torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]]),
-    )
+    prediction, target = (torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]]))
     torch.testing.assert_close(flow_loss(prediction, target), torch.tensor([5.0, 2.0]))
     torch.testing.assert_close(flow_loss(prediction, target, torch.tensor([0.0, 3.0])), torch.tensor([0.0, 6.0]))
     assert flow_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32

@@ -64,12 +64,7 @@ def folder(pipeline: TextToImagePipeline, tmp_path_factory: pytest.TempPathFacto
 def standins(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
     """Codec and text of the real classes, named by their (stand-in) sources."""
     monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    text = {
-        "source": "standin:llama?caption_channels=64",
-        "caption_channels": 64,
-        "max_length": 8,
-        "dtype": "float32",
-    }
+    text = {"source": "standin:llama?caption_channels=64", "caption_channels": 64, "max_length": 8, "dtype": "float32"}
     return {
         "codec": {"class_path": "emmdit.encoders.DCAE", "init_args": {"source": "standin:dc_ae"}},
         "text": {"class_path": "emmdit.encoders.TextEncoder", "init_args": text},
@@ -100,15 +95,7 @@ def test_a_fresh_process_loads_the_folder_and_makes_the_same_image(
         "pipeline = TextToImagePipeline.from_pretrained(sys.argv[1])\n"
         f"torch.save(pipeline({RED!r}, seed=5, output_type='pt').images, sys.argv[2])\n"
     )
-    command = [
-        sys.executable,
-        "-W",
-        "error::UserWarning",
-        "-c",
-        script,
-        str(folder),
-        str(tmp_path / "image.pt"),
-    ]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script, str(folder), str(tmp_path / "image.pt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     noise = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
@@ -374,12 +361,7 @@ def test_generate_in_half_precision_decodes_in_the_codecs_own():
 
 def test_a_png_carries_its_settings(tmp_path: Path):
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    settings = {
-        "prompt": 'a "red" circle ○',
-        "seed": 3,
-        "guidance_interval": [0.0, 1000.0],
-        "checkpoint": None,
-    }
+    settings = {"prompt": 'a "red" circle ○', "seed": 3, "guidance_interval": [0.0, 1000.0], "checkpoint": None}
     path = save_png(image, tmp_path / "new" / "folder" / "a.png", settings)
     assert read_settings(path) == settings
     with Image.open(path) as found:

@@ -13,12 +13,7 @@ def draw(*arguments):
 def test_pure_function_and_every_argument_counts():
     base = draw(1, "noise", 4096)
     assert torch.equal(base, draw(1, "noise", 4096))
-    others = [
-        draw(2, "noise", 4096),
-        draw(1, "timesteps", 4096),
-        draw(1, "noise", 4097),
-        draw(1, "noise", 409),
-    ]
+    others = [draw(2, "noise", 4096), draw(1, "timesteps", 4096), draw(1, "noise", 4097), draw(1, "noise", 409)]
     assert all(not torch.equal(base, other) for other in others)
     assert not torch.equal(draw(1, "a", 23), draw(12, "a", 3))
 

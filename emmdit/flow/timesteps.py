@@ -92,7 +92,7 @@ class LogitNormal(TimestepSampler):
         return 1000 * torch.sigmoid(self.mean + self.std * self._normal(n, generator))
 
 
-class LogitNormalGrid(TimestepSampler):
+class LogitNormalGrid(LogitNormal):
     """The draw of Nitro-E's training: a logit-normal floored to the ``num`` timesteps 1000, 999, ..., 1.
 
     u = sigmoid(normal), index = floor(u num), t = 1000 (num - index) / num: pure noise is drawn, clean data
@@ -101,18 +101,10 @@ class LogitNormalGrid(TimestepSampler):
     """
 
     def __init__(
-        self,
-        mean: float = 0.0,
-        std: float = 1.0,
-        shift: float = 1.0,
-        num: int = 1000,
-        stratified: bool = False,
+        self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0, num: int = 1000, stratified: bool = False
     ) -> None:
-        super().__init__(shift, stratified)
-        _check_positive("std", std)
+        super().__init__(mean, std, shift, stratified)
         _check_positive("num", num)
-        self.mean = mean
-        self.std = std
         self.num = num
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
