@@ -151,17 +151,6 @@ def test_subregions_are_lifted():
     run(linearize(teacher), **inputs("emmdit", 8, 12))  # five text tokens: nothing is cut, nothing must be divisible
 
 
-def test_text_mask_of_emmdit():
-    student, given = awake(linearize(emmdit())), inputs("emmdit")
-    mask = torch.tensor([[True, True, False, False, True], [True] * 5])
-    changed = torch.where(mask[..., None], given["encoder_hidden_states"], torch.randn(2, 5, 12))
-    y = run(student, encoder_attention_mask=mask, **given)
-    torch.testing.assert_close(
-        y, run(student, encoder_attention_mask=mask, **given | {"encoder_hidden_states": changed})
-    )
-    assert not torch.allclose(y, run(student, **given), atol=1e-5)
-
-
 # -------------------------------------------------------------------------------- grids
 
 

@@ -26,23 +26,17 @@ def test_saved_and_loaded_it_is_the_same(switch: str, tmp_path: Path):
     torch.testing.assert_close(run(loaded, **inputs(8, 16)), run(network, **inputs(8, 16)))
 
 
-def test_loaded_in_bfloat16(tmp_path: Path):
-    network = tiny().eval()
-    network.save_pretrained(tmp_path)
-    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
-    narrow = {k: v if k == "timestep" else v.bfloat16() for k, v in inputs().items()}
-    found, expected = run(loaded, **narrow), run(network, **inputs())
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).norm() / expected.norm() < 0.03
-
-
-def test_autocast_is_close_to_float32():
-    network, given = tiny(), inputs()
+def test_bfloat16_and_autocast_are_close_to_float32(tmp_path: Path):
+    network, given = tiny().eval(), inputs()
     expected = run(network, **given)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(network, **given)
-    assert (found.float() - expected).norm() / expected.norm() < 0.03
+        mixed = run(network, **given)
+    network.save_pretrained(tmp_path)
+    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    narrow = run(loaded, **{k: v if k == "timestep" else v.bfloat16() for k, v in given.items()})
+    assert loaded.dtype == narrow.dtype == torch.bfloat16
+    for found in (mixed, narrow):
+        assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 
 def test_lora_trains_nothing_but_itself(tmp_path: Path):

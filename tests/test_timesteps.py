@@ -128,18 +128,3 @@ def test_shift():
 def test_arguments_are_checked(make, name):
     with pytest.raises(ValueError, match=name):
         make()
-
-
-def test_yaml_builds_them():
-    from jsonargparse import ArgumentParser
-
-    from emmdit.flow import Path, TimestepSampler
-
-    parser = ArgumentParser()
-    parser.add_argument("--timesteps", type=TimestepSampler)
-    parser.add_argument("--path", type=Path)
-    grid = {"class_path": "emmdit.flow.LogitNormalGrid", "init_args": {"std": 1.2, "stratified": True}}
-    path = {"class_path": "emmdit.flow.EpsilonDDPM", "init_args": {"beta_schedule": "scaled_linear"}}
-    made = parser.instantiate(parser.parse_object({"timesteps": grid, "path": path}))
-    assert (made.timesteps.std, made.timesteps.stratified) == (1.2, True)
-    assert made.path.beta_schedule == "scaled_linear"
