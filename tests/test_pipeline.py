@@ -213,7 +213,7 @@ def component(class_path: str) -> dict:
     [
         ("codec", component("os.system"), r"os\.system.*emmdit"),
         ("text", component("emmditious.Text"), r"emmditious\.Text"),
-        ("codec", component("emmdit.encoders.import_module"), "import_module.*ImageCodec"),  # a function that imports
+        ("codec", component("emmdit.lazy.import_module"), "import_module.*ImageCodec"),  # a function that imports
         ("codec", component("emmdit.shapes.ShapesText"), "ShapesText.*ImageCodec"),
         ("text", component("emmdit.encoders.standin"), "standin.*TextConditioner"),
         ("path", component("emmdit.encoders.DCTCodec"), r"DCTCodec.*\bPath\b"),

@@ -21,7 +21,7 @@ Subregion = Literal["full", "strided", "chunked"]
 
 
 def sincos_2d(size: int, dim: int, spacing: float) -> Tensor:
-    """Fixed sine-cosine table `(size, size, dim)` for a square grid with `spacing` between neighbours.
+    """Fixed sine-cosine table `(size, size, dim)` for a square grid with `spacing` between neighbors.
 
     The first half of the channels codes the column, the second half the row; each half is [sin, cos] over
     `dim / 4` frequencies 10000^(-k / (dim/4)). Computed in float64, returned in float32.
@@ -66,7 +66,7 @@ class AdaLN(nn.Module):
 
     - `affine` (E-MMDiT): learned `bias + t * (1 + scale)`, `t (B, 6, D)` shared by all blocks.
     - `single` (PixArt): `bias + t`.
-    - `zero` (DiT): an own Linear on SiLU of the time embedding `(B, D)`, initialised to zero.
+    - `zero` (DiT): an own Linear on SiLU of the time embedding `(B, D)`, initialized to zero.
     """
 
     def __init__(self, dim: int, kind: Modulation) -> None:
