@@ -166,13 +166,6 @@ def test_pretrained_encoders_can_be_copied_into_the_folder(standins: dict[str, d
     assert image_of(loaded).isfinite().all() and loaded.codec.dtype == torch.bfloat16
 
 
-def test_a_missing_source_is_one_sentence(standins: dict[str, dict]):
-    standins["codec"]["init_args"]["source"] = "/nowhere/dc-ae"
-    made = TextToImagePipeline(network(sample_size=4), None, None, None, **standins, sampling={"steps": 1})
-    with pytest.raises(MissingModelError, match="/nowhere/dc-ae"):
-        made(RED)
-
-
 def test_a_hub_id_is_fetched_and_loaded(
     pipeline: TextToImagePipeline, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

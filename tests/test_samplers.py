@@ -73,22 +73,11 @@ def test_order_of_convergence(path, name, expected, timesteps):
     assert math.log(coarse / fine, 4) == pytest.approx(expected, abs=0.15)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize(
-    ("path", "kind"), [(FLOW, "flow_match_euler"), (FLOW, "uniform"), (DDPM, "ddpm"), (DDPM, "flow_match_euler")]
-)
-def test_final_mean_and_variance(path, kind, name):
-    noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
-    data = sample(gaussian(path), noise, path, schedule(100, kind), name)
-    tolerance = 0.03 if name == "euler" else 0.015
-    assert data.mean().item() == pytest.approx(MEAN, abs=tolerance)
-    assert data.std().item() == pytest.approx(STD, abs=tolerance)
-
-
 @pytest.mark.parametrize(("path", "kind"), [(FLOW, "flow_match_euler"), (FLOW, "uniform"), (DDPM, "ddpm")])
 def test_second_order_beats_euler_at_twenty_steps(path, kind):
     timesteps = schedule(20, kind)
     first = error(path, euler, timesteps)
+    assert first < 0.2  # of data around MEAN with a spread of STD
     assert error(path, heun, timesteps) < 0.6 * first
     assert error(path, dpm_solver, timesteps) < 0.6 * first
 
