@@ -37,7 +37,7 @@ from emmdit.provenance import machine
 
 CPU = torch.device("cpu")
 SHAPE = (32, 16, 16)
-CAPTION = "a photograph of a wooden hall behind trees, its roof of grey tiles, in the light of a late afternoon"
+CAPTION = "a photograph of a wooden hall behind trees, its roof of gray tiles, in the light of a late afternoon"
 ROWS = 10_000  # in a file
 JPEG_SIZES = ((1024, 768), (2048, 1536))
 COLUMNS = {"case": "from", "rate": "samples/s", "low": "slowest round", "high": "fastest", "ratio": "to the first"}

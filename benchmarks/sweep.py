@@ -57,7 +57,7 @@ class Row:
     experiment whose results it is compared with, and the one that it is distilled from."""
 
     label: str
-    seeds: tuple[int, ...]
+    seeds: list[int]
     compare: str | None = None
     teacher: str | None = None
 
@@ -79,9 +79,8 @@ class Sweep:
         self.over, self.compare = content.get("over", []), content.get("compare")
         self.rows: dict[str, Row] = {}
         for name, row in content["rows"].items():
-            given = {"seeds": content["seeds"], "compare": self.compare}
-            given |= row if isinstance(row, dict) else {"label": row}
-            self.rows[name] = Row(**given | {"seeds": tuple(given["seeds"])})
+            row = row if isinstance(row, dict) else {"label": row}
+            self.rows[name] = Row(**{"seeds": content["seeds"], "compare": self.compare} | row)
         for name in (*self.over, *self.rows):
             if not (ROOT / experiment_file(name)).is_file():
                 raise ValueError(f"{path}: there is no {experiment_file(name)}: restore it, or remove {name}.")
