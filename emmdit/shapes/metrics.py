@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.geneval.detectors import Detector, check_images
+from emmdit.evaluation.geneval.detectors import Detector
 from emmdit.evaluation.geneval.judge import Detection
-from emmdit.evaluation.metrics.base import ImageMetric, Sample
+from emmdit.evaluation.metrics.base import ImageMetric, Sample, check_images
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.shapes.reader import IOU_NONE, IOU_SURE, IOU_TEMPERATURE, MIN_AREA, main_color, read_scene
 from emmdit.shapes.render import render_scene
@@ -55,7 +55,7 @@ class ShapesDetector(Detector):
         self.classes, self.color_names = SHAPES, tuple(PALETTE)
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        check_images(images)
+        check_images(images, self.name)
         return [
             [ColoredDetection(f.shape, f.score, f.box, f.mask, f.color) for f in read_scene(image)]
             for image in images.permute(0, 2, 3, 1).cpu().numpy()
