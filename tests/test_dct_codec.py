@@ -1,4 +1,4 @@
-"""The block-DCT codec: what it keeps, what it refuses, and its normalisation."""
+"""The block-DCT codec: what it keeps, what it refuses, and its normalization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_codec_keeps_40_db_of_the_world(images):
     assert isinstance(codec, ImageCodec) and (codec.latent_channels, codec.downsample) == (32, 4)
     assert latents.shape == (400, 32, 8, 8) and latents.dtype == torch.float32 and latents.is_contiguous()
     assert psnr(codec.decode(latents), images) >= 40
-    assert codec.decode(latents).abs().max() <= 1
+    assert codec.decode(20 * latents).abs().max() == 1 < codec.model.decode(20 * latents).abs().max()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (12, 40)])
@@ -42,12 +42,6 @@ def test_latents_survive_decoding_and_encoding():
     model = BlockDCT()
     latents = torch.randn(2, 32, 8, 8)
     assert torch.allclose(model.encode(model.decode(latents)), latents, atol=1e-3)
-
-
-def test_decode_clamps_and_the_model_does_not():
-    latents = 20 * torch.randn(1, 32, 4, 4)
-    assert DCTCodec().decode(latents).abs().max() == 1
-    assert DCTCodec().model.decode(latents).abs().max() > 1
 
 
 def test_blocks_and_coefficients_lie_where_they_should():
@@ -100,12 +94,8 @@ def test_save_and_load(tmp_path, images):
     assert loaded.latent_channels == 20 and loaded.model.config.whitening == 0.3
     assert torch.equal(loaded.encode(images[:4]), model.encode(images[:4]))
     assert not any(p.requires_grad for p in loaded.model.parameters()) and not loaded.model.training
-
-
-def test_defaults_are_written_into_the_config(tmp_path):
     BlockDCT().save_pretrained(tmp_path)
-    config = BlockDCT.load_config(tmp_path)
-    assert len(config["latents_mean"]) == len(config["latents_std"]) == 32
+    assert len(BlockDCT.load_config(tmp_path)["latents_mean"]) == 32  # defaults are written down, too
 
 
 def test_type_and_autocast():

@@ -166,14 +166,6 @@ def test_who_stands_where_can_be_read_of_the_pretrained_model_alone(text, place)
     assert side_accuracy(random, place) <= 0.8
 
 
-def test_configs_of_earlier_versions_load_unless_they_ask_for_another_model(text):
-    old = ShapesText(world=None, hidden_size=64, layers=2, seed=0, pretrained=True)
-    assert torch.equal(old(PROMPTS)["encoder_hidden_states"], text(PROMPTS)["encoder_hidden_states"])
-    for other in (dict(pretrained=False), dict(hidden_size=128), dict(world=WORLD)):
-        with pytest.raises(ValueError, match="pretrained"):
-            ShapesText(**other)
-
-
 def test_the_recipe_learns_what_captions_ask_for():
     (_, first), (_, later) = train(steps=1, report=0), train(steps=40, report=0)
     assert later["color at the last word"] > first["color at the last word"] + 0.1
