@@ -15,13 +15,13 @@ from emmdit.shapes import (
     GROUND,
     PALETTE,
     SHAPES,
-    FoundObject,
     Scene,
     ShapesDataset,
     ShapesWorld,
     read_scene,
     render_scene,
 )
+from emmdit.shapes.reader import ColoredDetection
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 
 WORLD = ShapesWorld()
@@ -194,7 +194,7 @@ def test_workers_read_the_same_samples():
 # Reader
 
 
-def contents_match(scene: Scene, found: list[FoundObject], threshold: float = 0.3) -> bool:
+def contents_match(scene: Scene, found: list[ColoredDetection], threshold: float = 0.3) -> bool:
     """Whether the objects read (score above `threshold`) are exactly the scene's, within 1.5 px of theirs."""
     left = [f for f in found if f.score > threshold]
     if len(left) != len(scene.objects):
@@ -202,7 +202,7 @@ def contents_match(scene: Scene, found: list[FoundObject], threshold: float = 0.
     tolerance = 1.5 * scene.image_size / 32
     for o in scene.objects:
         for f in left:
-            (x1, y1, x2, y2), same = f.box, (f.shape, f.color) == (o.shape, o.color)
+            (x1, y1, x2, y2), same = f.box, (f.class_name, f.color) == (o.shape, o.color)
             if same and abs((x1 + x2) / 2 - o.cx) <= tolerance and abs((y1 + y2) / 2 - o.cy) <= tolerance:
                 left.remove(f)
                 break

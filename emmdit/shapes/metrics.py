@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,13 +38,6 @@ class ShapesPrompts(PromptSet):
         return ShapesWorld().prompts(self.per_task)
 
 
-@dataclass(frozen=True)
-class ColoredDetection(Detection):
-    """A detection with the color that was read with it."""
-
-    color: str = ""
-
-
 class ShapesDetector(Detector):
     """GenEval detector that reads images of the shapes world by rules (`read_scene`), colors included: no weights."""
 
@@ -56,10 +48,7 @@ class ShapesDetector(Detector):
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
         check_images(images, self.name)
-        return [
-            [ColoredDetection(f.shape, f.score, f.box, f.mask, f.color) for f in read_scene(image)]
-            for image in images.permute(0, 2, 3, 1).cpu().numpy()
-        ]
+        return [read_scene(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
     def colors(self, image: Tensor, detections: Sequence[Detection], class_name: str) -> list[str]:
         return [detection.color for detection in detections]
