@@ -59,12 +59,6 @@ def test_blocks_and_coefficients_lie_where_they_should():
     assert torch.allclose(analysis @ synthesis, torch.eye(48, dtype=torch.float64), atol=1e-12)
 
 
-def test_luma_dct_is_orthonormal():
-    gray = torch.randn(5, 1, 4, 4, dtype=torch.float64).expand(5, 3, 4, 4)
-    coefficients = (fold_blocks(gray, 4).flatten(1) @ block_matrices(4)[0])[:, :16]
-    assert torch.allclose(coefficients.norm(dim=1), gray[:, 0].flatten(1).norm(dim=1))
-
-
 @pytest.mark.parametrize("whitening", [1.0, 0.5, 0.0])
 def test_whitening_sets_the_spectrum_and_keeps_variance_one(images, whitening):
     codec = DCTCodec(whitening=whitening)

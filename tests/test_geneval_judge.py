@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 from pathlib import Path
 
@@ -46,15 +45,6 @@ def test_all_official_verdicts_and_reasons():
         color = {id(d): raw["color"] for d, raw in zip(detections, case["detections"], strict=True)}
         verdict = judge(case["metadata"], detections, lambda objects, _, color=color: [color[id(d)] for d in objects])
         assert verdict == (case["correct"], case["reason"]), case
-
-
-def test_the_cases_reach_every_rule():
-    tasks = collections.Counter(case["metadata"]["tag"] for case in CASES)
-    assert len(tasks) == 6 and min(tasks.values()) > 50
-    reasons = "\n".join(case["reason"] for case in CASES)
-    for part in ("no target for", "; and 1 ", "<3, found", ">=4, found", " and above target", "found  target"):
-        assert part in reasons
-    assert {True, False} == {case["correct"] for case in CASES}
 
 
 # -------------------------------------------------------------------------------- which detections count

@@ -138,11 +138,6 @@ def test_fits_of_pictures_and_captions_fall(curves: dict[str, dict[str, list[flo
     assert values[-1] < 0.75 * values[0], values
 
 
-@pytest.mark.parametrize("metric", DISTANCES)
-def test_captions_do_not_touch_distances(curves: dict[str, dict[str, list[float]]], metric: str) -> None:
-    assert len(set(curves["shuffle"][metric])) == 1
-
-
 def test_collapse_leaves_each_picture_with_its_caption(curves: dict[str, dict[str, list[float]]]) -> None:
     """Fewer different pictures are seen by the distances alone."""
     for value in curves["collapse"]["clip_score"][:3]:

@@ -11,16 +11,7 @@ import torch
 from scipy import ndimage
 
 from emmdit.evaluation.geneval import TASKS
-from emmdit.shapes import (
-    GROUND,
-    PALETTE,
-    SHAPES,
-    Scene,
-    ShapesDataset,
-    ShapesWorld,
-    read_scene,
-    render_scene,
-)
+from emmdit.shapes import GROUND, PALETTE, SHAPES, Scene, ShapesDataset, ShapesWorld, read_scene, render_scene
 from emmdit.shapes.reader import ColoredDetection
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 
