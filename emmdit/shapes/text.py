@@ -6,7 +6,6 @@ The model is pretrained as a language model is, before any image is seen and at 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -86,7 +85,7 @@ class ShapesText(TextConditioner):
     Args:
         with_mask: give the denoiser `encoder_attention_mask` (B, T) bool, True for a word or `<bos>`.
         pooled: give the denoiser `pooled_projections` (B, 64), the features of the last word, as CLIP's for SD3.
-        cache_size: number of captions to keep, least recently used dropped first.
+        cache_size: number of captions to keep; the oldest is dropped first.
         model, tokenizer: ready-made ones (both or neither) in place of the pretrained ones.
     """
 
@@ -105,7 +104,7 @@ class ShapesText(TextConditioner):
             tokenizer = shapes_tokenizer(max_length)
             model = pretrained_text_model(tokenizer)
         self.with_mask, self.max_length, self.pooled, self.cache_size = with_mask, max_length, pooled, cache_size
-        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._cache: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.adopt(model, tokenizer)
 
     def components(self) -> dict[str, object]:
@@ -150,7 +149,6 @@ class ShapesText(TextConditioner):
     def _encode(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (T, D) and mask (T,) of one caption, through the cache."""
         if caption in self._cache:
-            self._cache.move_to_end(caption)
             return self._cache[caption]
         self._check(caption)
         options = dict(padding="max_length", max_length=self.max_length, return_tensors="pt")
@@ -165,7 +163,7 @@ class ShapesText(TextConditioner):
             hidden = self.model(**tokens).last_hidden_state[0]
         row = self._cache[caption] = (hidden, tokens["attention_mask"][0].bool())
         if len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+            del self._cache[next(iter(self._cache))]
         return row
 
     def _check(self, caption: str) -> None:

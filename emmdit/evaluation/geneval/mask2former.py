@@ -86,14 +86,12 @@ class Mask2Former(FrozenModel, Detector):
         """
         device = torch.device(device)
         self.color_classifier.prepare(device)
-        if self._checked == device:
-            self.to(device)
-            return
-        self.to("cpu").load()
-        expected = self._self_check_outputs()
+        if self._checked != device:
+            expected = self.to("cpu").load()._self_check_outputs()
+            found = expected if device.type == "cpu" else self.to(device)._self_check_outputs()
+            same_outputs(found, expected, device)
+            self._checked = device
         self.to(device)
-        same_outputs(self._self_check_outputs() if device.type != "cpu" else expected, expected, device)
-        self._checked = device
 
     def _self_check_outputs(self) -> list[Tensor]:
         """Outputs for a test image: features after the deformable attention, classes and masks."""
