@@ -80,7 +80,7 @@ def test_300_images_of_2048_features_take_a_second() -> None:
     statistics.add(x)
     found = frechet_distance(*statistics.moments(), y_mu, y_sigma)
     assert time.process_time() - started < 2
-    # The nuclear norm of the product of the centred factors is the same trace, with no square root of a matrix.
+    # The nuclear norm of the product of the centered factors is the same trace, with no square root of a matrix.
     a, b = ((v - v.mean(0)) / len(v[1:]) ** 0.5 for v in (x, y))
     expected = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
     expected -= 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
@@ -262,7 +262,7 @@ def test_inception_that_is_missing_or_damaged_is_one_sentence(
             CleanInception(str(inception.parent)).prepare()
 
 
-def test_clip_features_name_the_metric_and_are_not_normalised(tmp_path: Path) -> None:
+def test_clip_features_name_the_metric_and_are_not_normalized(tmp_path: Path) -> None:
     images, features = pictures(12, seed=1), CLIPFeatures(CLIP("standin:clip_model", name="tiny"))
     vectors = features.extract(images)
     assert vectors.norm(dim=1).std() > 1e-3

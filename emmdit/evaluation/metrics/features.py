@@ -165,6 +165,7 @@ class CLIPFeatures(FeatureExtractor):
     @property
     def resize(self) -> str:
         pixels = self.clip.settings()["preprocessing"]
+        # "centre": stored references hold these words and are compared with them
         crop = f", centre crop {pixels['crop']}" if pixels["crop"] else ""
         return f"{pixels['resize']}, {pixels['resample']} to {pixels['size']}{crop}"
 
