@@ -18,6 +18,10 @@ CLASSES = {
 }
 KEYS = {"grid": "schedule", "licence": "license"}
 VALUES = {("schedule", "nitro"): "flow_match_euler"}  # (key, old value)
+# Arguments that a class no longer has, with the only values it took.
+GONE = {
+    "emmdit.shapes.ShapesText": {"world": None, "hidden_size": 64, "layers": 2, "seed": 0, "pretrained": True},
+}
 # Options of a student's attention that are constants now, and those by which its baselines differed.
 ATTENTION: dict[str, Any] = {
     **dict(kernel="relu", eps=1e-4, float32=True, qk_norm=True, negative_slope=0.01, zero_init=True),
@@ -45,6 +49,9 @@ def modernize(config: Any) -> Any:
     """
     if isinstance(config, dict):
         renamed = {KEYS.get(key, key): modernize(value) for key, value in config.items()}
+        if gone := GONE.get(str(renamed.get("class_path"))):
+            arguments = (renamed.get("init_args") or {}).items()
+            renamed["init_args"] = {key: value for key, value in arguments if (key, value) not in gone.items()}
         return {key: VALUES.get((key, str(value)), value) for key, value in renamed.items()}
     if isinstance(config, list | tuple):
         return type(config)(modernize(value) for value in config)

@@ -1,4 +1,4 @@
-"""The block-DCT codec: what it keeps, what it refuses, and its normalisation."""
+"""The block-DCT codec: what it keeps, what it refuses, and its normalization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_codec_keeps_40_db_of_the_world(images):
     assert isinstance(codec, ImageCodec) and (codec.latent_channels, codec.downsample) == (32, 4)
     assert latents.shape == (400, 32, 8, 8) and latents.dtype == torch.float32 and latents.is_contiguous()
     assert psnr(codec.decode(latents), images) >= 40
-    assert codec.decode(latents).abs().max() <= 1
+    assert codec.decode(20 * latents).abs().max() == 1 < codec.model.decode(20 * latents).abs().max()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (12, 40)])
@@ -44,12 +44,6 @@ def test_latents_survive_decoding_and_encoding():
     assert torch.allclose(model.encode(model.decode(latents)), latents, atol=1e-3)
 
 
-def test_decode_clamps_and_the_model_does_not():
-    latents = 20 * torch.randn(1, 32, 4, 4)
-    assert DCTCodec().decode(latents).abs().max() == 1
-    assert DCTCodec().model.decode(latents).abs().max() > 1
-
-
 def test_blocks_and_coefficients_lie_where_they_should():
     """A bright block shows at its own place; horizontal and vertical frequencies differ."""
     image = -torch.ones(1, 3, 16, 16)
@@ -63,12 +57,6 @@ def test_blocks_and_coefficients_lie_where_they_should():
     assert coefficients.abs()[0, 0].argmax() == 2 and coefficients[0, 1:].abs().max() < 1e-12
     assert coefficients[1:].abs().max() < 1e-5  # gray has no chroma
     assert torch.allclose(analysis @ synthesis, torch.eye(48, dtype=torch.float64), atol=1e-12)
-
-
-def test_luma_dct_is_orthonormal():
-    gray = torch.randn(5, 1, 4, 4, dtype=torch.float64).expand(5, 3, 4, 4)
-    coefficients = (fold_blocks(gray, 4).flatten(1) @ block_matrices(4)[0])[:, :16]
-    assert torch.allclose(coefficients.norm(dim=1), gray[:, 0].flatten(1).norm(dim=1))
 
 
 @pytest.mark.parametrize("whitening", [1.0, 0.5, 0.0])
@@ -100,12 +88,8 @@ def test_save_and_load(tmp_path, images):
     assert loaded.latent_channels == 20 and loaded.model.config.whitening == 0.3
     assert torch.equal(loaded.encode(images[:4]), model.encode(images[:4]))
     assert not any(p.requires_grad for p in loaded.model.parameters()) and not loaded.model.training
-
-
-def test_defaults_are_written_into_the_config(tmp_path):
     BlockDCT().save_pretrained(tmp_path)
-    config = BlockDCT.load_config(tmp_path)
-    assert len(config["latents_mean"]) == len(config["latents_std"]) == 32
+    assert len(BlockDCT.load_config(tmp_path)["latents_mean"]) == 32  # defaults are written down, too
 
 
 def test_type_and_autocast():

@@ -1,4 +1,4 @@
-"""FID, KID and CMMD on two processes with unequal shares, against one process."""
+"""Metrics on two processes with unequal shares of the images, against one process."""
 
 from __future__ import annotations
 
@@ -14,24 +14,20 @@ from emmdit.evaluation.metrics.cmmd import CMMD
 from emmdit.evaluation.metrics.fid import FID
 from emmdit.evaluation.metrics.kid import KID
 from tests.test_fid import reference_of, scored
+from tests.test_geneval_results import SAMPLES, judged
 from tests.tiny_features import TinyFeatures, pictures
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch.distributed as dist
-from emmdit.evaluation.metrics.cmmd import CMMD
-from emmdit.evaluation.metrics.fid import FID
-from emmdit.evaluation.metrics.kid import KID
-from tests.tiny_features import TinyFeatures, pictures, samples
+from tests.test_fid_distributed import metrics
+from tests.test_geneval_results import SAMPLES, judged
+from tests.tiny_features import pictures, samples
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 images, all_samples, values = pictures(21, seed=2), samples(21), {}
-reference = str(folder / "reference.npz")
-metrics = FID(TinyFeatures(), reference), KID(TinyFeatures(), reference, 5, 9), CMMD(TinyFeatures(), reference)
-for metric in metrics:
-    metric.prepare()
 shares = {
     "every second": (slice(0, None, 2), slice(1, None, 2)),
     "17 and 4": (slice(0, 17), slice(17, None)),
@@ -39,25 +35,34 @@ shares = {
 }
 for name, both in shares.items():
     share = both[rank]
-    for metric in metrics:
-        metric.reset()
+    for metric in metrics(folder):
+        metric.prepare()
         mine = all_samples[share]
         for first in range(0, len(mine), 6):
             metric.update(images[share][first : first + 6], mine[first : first + 6])
         values[f"{name}: {metric.name}"] = metric.compute()[""]
+    values[f"{name}: geneval"] = judged(SAMPLES[share]).compute()
+try:
+    judged(SAMPLES[5 * rank : 5 * rank + 1]).compute()
+except ValueError as error:
+    values["incomplete"] = str(error)
 (folder / f"values_{rank}.json").write_text(json.dumps(values))
 dist.barrier()
 dist.destroy_process_group()  # or gloo's thread may still be alive at exit, which aborts
 """
 
 
+def metrics(folder: Path) -> tuple[FID, KID, CMMD]:
+    features, reference = TinyFeatures(), str(folder / "reference.npz")
+    return FID(features, reference), KID(features, reference, 5, 9), CMMD(features, reference)
+
+
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    reference, images = reference_of(pictures(30, seed=1), tmp_path / "reference.npz"), pictures(21, seed=2)
+    reference_of(pictures(30, seed=1), tmp_path / "reference.npz")
     root = str(Path(__file__).resolve().parents[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path)],
+            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,12 +70,16 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    metrics = FID(TinyFeatures(), reference), KID(TinyFeatures(), reference, 5, 9), CMMD(TinyFeatures(), reference)
-    expected = {metric.name: scored(metric, images) for metric in metrics}
+    expected = {metric.name: scored(metric, pictures(21, seed=2)) for metric in metrics(tmp_path)}
     for process in ranks:
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed
     first, second = (json.loads((tmp_path / f"values_{rank}.json").read_text()) for rank in range(2))
-    assert first == second and len(first) == 9
+    assert first == second and len(first) == 13
+    incomplete = first.pop("incomplete")
+    assert all(f" {number} " in incomplete for number in (6, 8, 4))
     for name, value in first.items():
-        assert value == pytest.approx(expected[name.partition(": ")[2]], rel=1e-9), name
+        if name.endswith(": geneval"):
+            assert value == judged(SAMPLES).compute(), name
+        else:
+            assert value == pytest.approx(expected[name.partition(": ")[2]], rel=1e-9), name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emmdit.encoders.loading import MissingModelError
 from emmdit.evaluation.geneval import CLASSES, COLORS, TASKS, CLIPColors, Detection, Mask2Former, judge
-from emmdit.evaluation.geneval.mask2former import fit, probe_image, same_outputs
+from emmdit.evaluation.geneval.mask2former import probe_image, same_outputs
 from emmdit.shapes import PALETTE, SHAPES, Scene, ShapesDetector, ShapesWorld, render_scene
 
 # -------------------------------------------------------------------------------- the shapes world
@@ -40,25 +40,6 @@ def test_ground_truth_is_judged_right(scenes: list[Scene]):
     assert np.mean(right) >= 0.99
 
 
-def asked_otherwise(scene: Scene, rng: np.random.Generator) -> dict:
-    """The scene's metadata with one thing changed, so that the scene is wrong."""
-    metadata = scene.metadata
-    clauses, task = metadata["include"], metadata["tag"]
-    if task == "counting":
-        count = int(rng.choice([n for n in (2, 3, 4) if n != len(scene.objects)]))
-        clauses[0]["count"], metadata["exclude"][0]["count"] = count, count + 1
-    elif task == "position":
-        sides = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-        clauses[1]["position"][0] = sides[clauses[1]["position"][0]]
-    else:
-        clause = clauses[rng.integers(len(clauses))]
-        if task in ("colors", "color_attr"):
-            clause["color"] = str(rng.choice([c for c in PALETTE if c != clause["color"]]))
-        else:
-            clause["class"] = str(rng.choice([s for s in SHAPES if s not in {o.shape for o in scene.objects}]))
-    return metadata
-
-
 def rendered_otherwise(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The scene's image with one thing changed, so that its prompt is not met."""
     objects, which = list(scene.objects), int(rng.integers(len(scene.objects)))
@@ -78,12 +59,9 @@ def rendered_otherwise(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def test_near_misses_are_judged_wrong(scenes: list[Scene]):
     rng = np.random.default_rng(0)
-    asked = [correct(asked_otherwise(scene, rng), render_scene(scene)) for scene in scenes]
-    rendered = [correct(scene.metadata, rendered_otherwise(scene, rng)) for scene in scenes]
+    wrong = [correct(scene.metadata, rendered_otherwise(scene, rng)) for scene in scenes]
     for task in TASKS:  # wrong color, count and side each by itself
-        of_task = [i for i, scene in enumerate(scenes) if scene.task == task]
-        assert np.mean([asked[i] for i in of_task]) <= 0.01, task
-        assert np.mean([rendered[i] for i in of_task]) <= 0.01, task
+        assert np.mean([w for w, scene in zip(wrong, scenes, strict=True) if scene.task == task]) <= 0.01, task
 
 
 def test_images_of_another_dtype_are_refused():
@@ -107,25 +85,11 @@ class NoColors:
 def tiny_mask2former(folder: Path, num_labels: int = 80) -> Path:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    swin = SwinConfig(
-        embed_dim=16,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 2, 2, 4],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(
-        backbone_config=swin,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        dim_feedforward=32,
-        num_queries=20,
-        num_labels=num_labels,
-    )
+    stages = [f"stage{i}" for i in range(1, 5)]
+    swin = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], out_features=stages)
+    widths = "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"
+    counts = dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=20, num_labels=num_labels)
+    config = Mask2FormerConfig(backbone_config=swin, **dict.fromkeys(widths, 32), **counts)
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
@@ -232,14 +196,6 @@ def test_batches_and_threshold(folder: Path):
     threshold = sorted(d.score for d in alone[0])[50]
     kept = small(folder, batch_size=1, score_threshold=threshold)(images)[0]
     assert [d.score for d in kept] == [d.score for d in alone[0] if d.score > threshold] and len(kept) == 49
-
-
-@pytest.mark.parametrize(
-    ("size", "fitted"),
-    [((512, 512), (800, 800)), ((1024, 1024), (800, 800)), ((480, 640), (800, 1067)), ((300, 900), (444, 1333))],
-)
-def test_images_are_fitted_into_1333_by_800(size: tuple[int, int], fitted: tuple[int, int]):
-    assert fit(*size, (1333, 800)) == fitted
 
 
 def test_settings_name_the_weights(folder: Path):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +47,6 @@ def test_all_official_verdicts_and_reasons():
         assert verdict == (case["correct"], case["reason"]), case
 
 
-def test_the_cases_reach_every_rule():
-    tasks = collections.Counter(case["metadata"]["tag"] for case in CASES)
-    assert len(tasks) == 6 and min(tasks.values()) > 50
-    reasons = "\n".join(case["reason"] for case in CASES)
-    for part in ("no target for", "; and 1 ", "<3, found", ">=4, found", " and above target", "found  target"):
-        assert part in reasons
-    assert {True, False} == {case["correct"] for case in CASES}
-
-
 # -------------------------------------------------------------------------------- which detections count
 
 
@@ -75,12 +63,6 @@ def test_sixteen_of_a_class_count():
     assert judge(asks(clause(17)), cats(*[0.5] * 30), never).reason == "expected cat>=17, found 16"
     both = cats(*[0.5] * 20) + cats(0.4, name="dog")
     assert judge(asks(clause(), clause(name="dog")), both, never).correct
-
-
-def test_more_than_asked_is_fine_unless_excluded():
-    assert judge(asks(clause(2)), cats(0.5, 0.6, 0.7), never).correct
-    verdict = judge(asks(clause(2), exclude=(clause(3),)), cats(0.5, 0.6, 0.7, 0.8), never)
-    assert verdict == (False, "expected cat<3, found 4")
 
 
 # -------------------------------------------------------------------------------- colors
@@ -160,9 +142,3 @@ def test_detections_compare_and_hash_whatever_their_box_and_mask_are():
     masked = Detection("cat", 0.5, np.array([0, 1, 2, 3]), np.ones((4, 4), dtype=bool))
     assert masked == Detection("cat", 0.5, [0, 1, 2, 3]) and len({masked, Detection("cat", 0.5, (0, 1, 2, 3))}) == 1
     assert masked.box == (0.0, 1.0, 2.0, 3.0) and "mask" not in repr(masked)
-
-
-def test_judging_loads_nothing_heavy():
-    script = "import sys, emmdit.evaluation.geneval; print([m for m in ('lightning', 'scipy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.stdout.strip() == "[]", done.stderr

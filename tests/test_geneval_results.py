@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.geneval import (
-    Detection,
-    Detector,
-    GenEval,
-    official_prompts,
-    summary,
-    write_results,
-)
+from emmdit.evaluation.geneval import Detection, Detector, GenEval, official_prompts, summary, write_results
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.shapes import ShapesDetector
-
-ROOT = Path(__file__).parents[1]
 
 
 class Pixels(Detector):
@@ -127,40 +116,6 @@ def test_prompts_that_cannot_be_judged_are_named_before_any_image():
         metric.begin([Sample(7, 0, {"prompt": "a cat"}, 0)])
 
 
-# The images each of two processes judges, and whether these are all.
-SHARES = [([0, 1, 2, 3, 4, 5, 6, 7], [], True), ([0, 2, 4, 6, 7], [1, 3, 5], True), ([0], [5], False)]
-SCRIPT = """
-import json, sys
-import torch
-from tests.test_geneval_results import SAMPLES, SHARES, judged
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-results = []
-for *shares, complete in SHARES:
-    try:
-        results.append(judged([SAMPLES[i] for i in shares[rank]]).compute())
-    except ValueError as error:
-        results.append(str(error))
-open(f"{folder}/{rank}.json", "w").write(json.dumps(results))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes(tmp_path: Path):
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], cwd=ROOT) for rank in range(2)
-    ]
-    assert [process.wait(timeout=250) for process in processes] == [0, 0]
-    for rank in range(2):
-        results = json.loads((tmp_path / f"{rank}.json").read_text())
-        for result, (*_, complete) in zip(results, SHARES, strict=True):
-            if complete:
-                assert result == judged(SAMPLES).compute()
-            else:
-                assert all(f" {number} " in result for number in (6, 8, 4))
-
-
 # -------------------------------------------------------------------------------- the results file
 
 
@@ -182,13 +137,8 @@ def test_rows_have_the_official_columns(tmp_path: Path):
 
 
 def test_summary():
-    found = summary(judged(SAMPLES).rows)
-    assert (found.images, found.prompts, found.correct_images, found.correct_prompts) == (8, 4, 4, 3)
-    assert found.overall == judged(SAMPLES).compute()[""]
-    assert str(found) == (
+    assert summary(judged(SAMPLES).rows) == (
         "Summary\n=======\nTotal images: 8\nTotal prompts: 4\n% correct images: 50.00%\n% correct prompts: 75.00%\n\n"
         "Task breakdown\n==============\nsingle_object    = 25.00% (1 / 4)\ntwo_object       = 50.00% (1 / 2)\n"
         "colors           = 100.00% (2 / 2)\n\nOverall score (avg. over tasks): 0.58333"
     )
-    with pytest.raises(ValueError, match=r"GenEval(?!.*\d)"):
-        summary([])

@@ -1,4 +1,4 @@
-"""A seeded convolution as feature extractor, and pictures for it."""
+"""A seeded convolution as feature extractor, and images for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TinyFeatures(FeatureExtractor):
 
 
 def pictures(count: int, seed: int, height: int = 24, width: int = 20) -> Tensor:
-    """uint8 (count, 3, H, W): noise over a random plain colour, other noise with another seed."""
+    """uint8 (count, 3, H, W): noise over a random plain color, other noise with another seed."""
     generator = torch.Generator().manual_seed(seed)
     plain = torch.rand(count, 3, 1, 1, generator=generator)
     noise = torch.rand(count, 3, height, width, generator=generator)

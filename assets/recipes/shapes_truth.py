@@ -85,23 +85,18 @@ def near_misses(spec: Spec, world: ShapesWorld) -> dict[str, list[str]]:
         misses["count"] = [Spec("counting", (objects[0],) * n) for n in (2, 3, 4) if n != len(objects)]
         misses["shape"] = [Spec("counting", ((s, None),) * len(objects)) for s in world.shapes if s != objects[0][0]]
     else:
-        present = {shape for shape, _ in objects}
+        others = [shape for shape in world.shapes if shape not in {present for present, _ in objects}]
         for i, (_, color) in enumerate(objects):
-            for other in (s for s in world.shapes if s not in present):
-                named = (*objects[:i], (other, color), *objects[i + 1 :])
-                misses["shape"].append(Spec(spec.task, named, spec.relation))
+            named = [(*objects[:i], (other, color), *objects[i + 1 :]) for other in others]
+            misses["shape"] += [Spec(spec.task, pair, spec.relation) for pair in named]
     if spec.relation:
         misses["opposite relation"] = [Spec("position", spec.objects, OPPOSITE[spec.relation])]
         same_axis = (spec.relation, OPPOSITE[spec.relation])
         misses["other axis"] = [Spec("position", spec.objects, r) for r in RELATIONS if r not in same_axis]
     if spec.task in ("colors", "color_attr"):
-        taken = {color for _, color in objects}
-        misses["color"] = [
-            Spec(spec.task, (*objects[:i], (shape, other), *objects[i + 1 :]))
-            for i, (shape, _) in enumerate(objects)
-            for other in world.colors
-            if other not in taken
-        ]
+        others = [color for color in world.colors if color not in {taken for _, taken in objects}]
+        pairs = [(i, (shape, other)) for i, (shape, _) in enumerate(objects) for other in others]
+        misses["color"] = [Spec(spec.task, (*objects[:i], pair, *objects[i + 1 :])) for i, pair in pairs]
     if spec.task == "color_attr":
         (a, c), (b, d) = objects
         misses["colors swapped"] = [Spec("color_attr", ((a, d), (b, c)))]

@@ -15,7 +15,6 @@ accuracy against the opposite relation stayed at 50% for 600 steps.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from assets.recipes.shapes_truth import Captions, near_misses, patch_targets, sides, stated_sides
 from emmdit.evaluation.geneval.prompts import RELATIONS, TASKS
@@ -47,28 +46,18 @@ TASK_WEIGHTS = (0.5, 1.0, 1.5, 0.5, 2.0, 1.0)  # relations and counts are learne
 
 def make_model(tokenizer: Any) -> nn.Module:
     """A `CLIPModel` with the weights transformers draws for it from torch's generator."""
-    from transformers import CLIPConfig, CLIPModel
-
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     text = dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH, projection_dim=DIM, **ids, **TEXT)
     vision = dict(image_size=IMAGE, patch_size=PATCH, projection_dim=DIM, **VISION)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
 
 
-def make_processor():
-    from transformers import CLIPImageProcessor
-
-    half, side = [0.5] * 3, dict(height=IMAGE, width=IMAGE)
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size=side, image_mean=half, image_std=half)
-
-
 def parameter_groups(model: nn.Module, *heads: nn.Module) -> list[dict[str, Any]]:
     """Muon for the matrices of both towers' layers, AdamW for the rest."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
-    known = {id(p) for p in matrices}
-    others = [p for _, p in named if id(p) not in known] + [p for head in heads for p in head.parameters()]
-    return [{"params": matrices, "matrix": True}, {"params": others, "matrix": False}]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in [*model.named_parameters(), *(pair for head in heads for pair in head.named_parameters())]:
+        groups[".layers." in name and p.ndim == 2].append(p)
+    return [{"params": params, "matrix": matrix} for matrix, params in groups.items()]
 
 
 def contrast(logits: Tensor, truth: Tensor) -> Tensor:
@@ -184,13 +173,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def card(rows: list[dict], args: argparse.Namespace, curve: list[dict]) -> str:
+def card(clip: CLIP, rows: list[dict], args: argparse.Namespace, curve: list[dict]) -> str:
     """The README of the folder."""
     found, out = machine("cpu"), args.out.name if args.out.is_absolute() else args.out
-    weights = args.out / "model.safetensors"
-    with safe_open(weights, "pt") as file:
-        parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    megabytes = weights.stat().st_size / 1e6
+    parameters = sum(p.numel() for p in clip.model.parameters())
+    megabytes = (args.out / "model.safetensors").stat().st_size / 1e6
     command = f"OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out {out}"
     command += f" --steps {args.steps} --batch-size {args.batch_size} --seed {args.seed}"
     return f"""# A CLIP of the shapes world
@@ -237,11 +224,13 @@ def main(argv: list[str] | None = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
         model, tokenizer, curve = train(world, args.steps, args.batch_size, args.lr, args.seed)
-    model.half().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    make_processor().save_pretrained(args.out)
-    rows = scores(CLIP(str(args.out)), world, args.scenes, args.seed)
-    (args.out / "README.md").write_text(card(rows, args, curve), encoding="utf-8")
+    half, side = [0.5] * 3, dict(height=IMAGE, width=IMAGE)
+    processor = CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size=side, image_mean=half, image_std=half)
+    for part in (model.half(), tokenizer, processor):
+        part.save_pretrained(args.out)
+    clip = CLIP(str(args.out))
+    rows = scores(clip, world, args.scenes, args.seed)
+    (args.out / "README.md").write_text(card(clip, rows, args, curve), encoding="utf-8")
     print(table(rows))
 
 

@@ -45,11 +45,7 @@ def answers(spec: Spec, world: ShapesWorld) -> list[int]:
         side = None
         if spec.relation and places:
             side = spec.relation if places[0] == 0 else OPPOSITE[spec.relation]
-        found += [
-            len(places),
-            0 if color is None else 1 + world.colors.index(color),
-            0 if side is None else 1 + RELATIONS.index(side),
-        ]
+        found += [len(places), (None, *world.colors).index(color), (None, *RELATIONS).index(side)]
     return found
 
 
@@ -136,8 +132,7 @@ def train(steps: int = 800, lr: float = 3e-3, seed: int = 0, report: int = 100) 
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
-        hidden = model(**tokens).last_hidden_state
-        hidden = F.rms_norm(hidden, (width,))
+        hidden = F.rms_norm(model(**tokens).last_hidden_state, (width,))
         share = complete / complete.sum(1, keepdim=True)
         loss = torch.zeros(())
         for logits, answer in zip(read(hidden), wanted.T, strict=True):
@@ -145,8 +140,8 @@ def train(steps: int = 800, lr: float = 3e-3, seed: int = 0, report: int = 100) 
             loss = loss + ((each.view_as(share) * share).sum(1) * weight).sum()
         own, before = words(hidden[:, 1:]).chunk(2, dim=-1)
         inside = mask[:, 1:]
-        loss = loss + F.cross_entropy(own[inside], ids[:, 1:][inside])
-        loss = loss + F.cross_entropy(before[inside], ids[:, :-1][inside])
+        for logits, word in ((own, ids[:, 1:]), (before, ids[:, :-1])):
+            loss = loss + F.cross_entropy(logits[inside], word[inside])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

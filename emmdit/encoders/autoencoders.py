@@ -14,9 +14,12 @@ from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, frozen
 
 
 class AutoencoderCodec(FrozenModel, ImageCodec):
-    """Base class of codecs on a diffusers autoencoder. A subclass declares its numbers with `_expect`.
+    """Base class of codecs on a diffusers autoencoder.
 
     Args:
+        latent_channels, downsample: channels of the latents, pixels per latent side.
+        scaling_factor, shift_factor: latents = (raw - shift_factor) * scaling_factor; scaling_factor None takes both
+            numbers of the model.
         source, dtype, subfolder, revision: see `FrozenModel`.
         slicing: encode and decode the batch one image at a time (less memory).
         tiling: split large images into overlapping tiles, blended (less memory; not the same numbers as in one piece).
@@ -27,22 +30,20 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
     def __init__(
         self,
         source: str,
-        dtype: str | torch.dtype,
-        slicing: bool,
-        tiling: bool,
-        subfolder: str | None,
-        revision: str | None,
+        latent_channels: int,
+        downsample: int,
+        scaling_factor: float | None,
+        shift_factor: float = 0.0,
+        dtype: str | torch.dtype = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__(source, dtype, subfolder, revision)
-        self.slicing, self.tiling = slicing, tiling
-
-    def _expect(
-        self, latent_channels: int, downsample: int, scaling_factor: float | None, shift_factor: float = 0.0
-    ) -> None:
-        """Set the channels of the latents, the pixels per latent side, and the scale; `scaling_factor` None takes scale
-        and shift from the model."""
         self.latent_channels, self.downsample = latent_channels, downsample
         self._scaling_factor, self._shift_factor = scaling_factor, shift_factor
+        self.slicing, self.tiling = slicing, tiling
 
     @property
     def scaling_factor(self) -> float:
@@ -102,9 +103,6 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
         """Images -> the latents of the autoencoder."""
         raise NotImplementedError
 
-    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
-        raise NotImplementedError
-
     def _build(self) -> nn.Module:
         import diffusers
 
@@ -112,12 +110,14 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
 
     def _checked(self, model: nn.Module) -> nn.Module:
         """A loaded module, compared with the arguments of the constructor and set up."""
-        downsample, shift_factor = self._downsample_and_shift(model)
-        self._check_argument("latent_channels", self.latent_channels, model.config.latent_channels)
+        config = model.config
+        shift_factor = config.get("shift_factor") or 0.0
+        downsample = getattr(model, "spatial_compression_ratio", None) or 2 ** (len(config["block_out_channels"]) - 1)
+        self._check_argument("latent_channels", self.latent_channels, config["latent_channels"])
         self._check_argument("downsample", self.downsample, downsample)
         if self._scaling_factor is None:
-            self._scaling_factor, self._shift_factor = model.config.scaling_factor, shift_factor
-        self._check_argument("scaling_factor", self._scaling_factor, model.config.scaling_factor)
+            self._scaling_factor, self._shift_factor = config["scaling_factor"], shift_factor
+        self._check_argument("scaling_factor", self._scaling_factor, config["scaling_factor"])
         self._check_argument("shift_factor", self._shift_factor, shift_factor)
         if self.slicing:
             model.enable_slicing()
@@ -131,8 +131,7 @@ class DCAE(AutoencoderCodec):
 
     Args:
         scaling_factor: latents = raw * scaling_factor; None takes the number of the model.
-        latent_channels, downsample: channels of the latents, pixels per latent side.
-        source, dtype, slicing, tiling, subfolder, revision: see `AutoencoderCodec`.
+        latent_channels, downsample: see `AutoencoderCodec`, as all other arguments.
     """
 
     kind = "AutoencoderDC"
@@ -143,17 +142,9 @@ class DCAE(AutoencoderCodec):
         scaling_factor: float | None = 0.41407,
         latent_channels: int = 32,
         downsample: int = 32,
-        dtype: str | torch.dtype = "float32",
-        slicing: bool = False,
-        tiling: bool = False,
-        subfolder: str | None = None,
-        revision: str | None = None,
+        **options,
     ) -> None:
-        super().__init__(source, dtype, slicing, tiling, subfolder, revision)
-        self._expect(latent_channels, downsample, scaling_factor)
-
-    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
-        return model.spatial_compression_ratio, 0.0
+        super().__init__(source, latent_channels, downsample, scaling_factor, shift_factor=0.0, **options)
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         return self.model.encode(images, return_dict=False)[0]
@@ -163,11 +154,8 @@ class AutoencoderKLCodec(AutoencoderCodec):
     """Any AutoencoderKL of diffusers.
 
     Args:
-        latent_channels, downsample: channels of the latents, pixels per latent side.
-        scaling_factor, shift_factor: latents = (raw - shift_factor) * scaling_factor; scaling_factor None takes both
-            numbers of the model.
         sample: encode to a sample of the posterior instead of its mode.
-        source, dtype, slicing, tiling, subfolder, revision: see `AutoencoderCodec`.
+        latent_channels, downsample, scaling_factor, shift_factor: see `AutoencoderCodec`, as all other arguments.
     """
 
     kind = "AutoencoderKL"
@@ -180,18 +168,10 @@ class AutoencoderKLCodec(AutoencoderCodec):
         scaling_factor: float | None = None,
         shift_factor: float = 0.0,
         sample: bool = False,
-        dtype: str | torch.dtype = "float32",
-        slicing: bool = False,
-        tiling: bool = False,
-        subfolder: str | None = None,
-        revision: str | None = None,
+        **options,
     ) -> None:
-        super().__init__(source, dtype, slicing, tiling, subfolder, revision)
-        self._expect(latent_channels, downsample, scaling_factor, shift_factor)
+        super().__init__(source, latent_channels, downsample, scaling_factor, shift_factor, **options)
         self.sample = sample
-
-    def _downsample_and_shift(self, model: nn.Module) -> tuple[int, float]:
-        return 2 ** (len(model.config.block_out_channels) - 1), model.config.shift_factor or 0.0
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         posterior = self.model.encode(images, return_dict=False)[0]
@@ -206,13 +186,9 @@ class SD3VAE(AutoencoderKLCodec):
         source: str = "stabilityai/stable-diffusion-3.5-medium",
         subfolder: str | None = "vae",
         sample: bool = False,
-        dtype: str | torch.dtype = "float32",
-        slicing: bool = False,
-        tiling: bool = False,
-        revision: str | None = None,
+        **options,
     ) -> None:
-        options = dict(dtype=dtype, slicing=slicing, tiling=tiling, subfolder=subfolder, revision=revision)
-        super().__init__(source, 16, 8, 1.5305, 0.0609, sample=sample, **options)
+        super().__init__(source, 16, 8, 1.5305, 0.0609, sample, subfolder=subfolder, **options)
 
 
 class SDXLVAE(AutoencoderKLCodec):
@@ -223,17 +199,9 @@ class SDXLVAE(AutoencoderKLCodec):
     """
 
     def __init__(
-        self,
-        source: str = "stabilityai/sdxl-vae",
-        subfolder: str | None = None,
-        sample: bool = False,
-        dtype: str | torch.dtype = "float32",
-        slicing: bool = False,
-        tiling: bool = False,
-        revision: str | None = None,
+        self, source: str = "stabilityai/sdxl-vae", subfolder: str | None = None, sample: bool = False, **options
     ) -> None:
-        options = dict(dtype=dtype, slicing=slicing, tiling=tiling, subfolder=subfolder, revision=revision)
-        super().__init__(source, 4, 8, 0.13025, 0.0, sample=sample, **options)
+        super().__init__(source, 4, 8, 0.13025, 0.0, sample, subfolder=subfolder, **options)
 
     def _checked(self, model: nn.Module) -> nn.Module:
         self._refuse_float16(model, model.dtype)

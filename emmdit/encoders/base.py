@@ -13,16 +13,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Self
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from emmdit.encoders.loading import load_model
+from emmdit.encoders.loading import load_model, locate
 from emmdit.types import Condition
 
 
-class ImageCodec(ABC):
+class Movable(ABC):
+    """Base class of the interfaces."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
+
+
+class ImageCodec(Movable):
     """Images to latents and back. `latent_channels` and `downsample` are known before weights are loaded."""
 
     latent_channels: int
@@ -36,11 +45,8 @@ class ImageCodec(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents -> images (B,3,H,W) clamped to [-1,1], float32."""
 
-    @abstractmethod
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
-
-class TextConditioner(ABC):
+class TextConditioner(Movable):
     """Captions to the condition of a denoiser."""
 
     caption_channels: int
@@ -53,11 +59,8 @@ class TextConditioner(ABC):
     def null(self, batch_size: int) -> Condition:
         """The condition of the empty caption, encoded once; the tensors are views, so do not write into them."""
 
-    @abstractmethod
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
-
-class VisionFeatures(ABC):
+class VisionFeatures(Movable):
     """Images to the patch features of a pretrained vision encoder (the target of REPA)."""
 
     feature_dim: int
@@ -69,9 +72,6 @@ class VisionFeatures(ABC):
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the features of an image of this height and width in pixels."""
-
-    @abstractmethod
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self: ...
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -116,6 +116,17 @@ class FrozenModel:
         return load_model(
             cls, self.source, subfolder=self.subfolder, revision=self.revision, dtype=self.dtype, kinds=kinds
         )
+
+    @cached_property
+    def weights_identity(self) -> dict[str, Any]:
+        """The sha256 of each file of a local folder, or the commit of a hub repository (loads the model)."""
+        from emmdit.weights import sha256_of  # which needs this package
+
+        place, _ = locate(self.source)
+        files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+        if files:
+            return {"sha256": {file.name: sha256_of([file]) for file in files}}
+        return {"revision": self.model.config._commit_hash or self.revision}
 
     @property
     def loaded(self) -> bool:

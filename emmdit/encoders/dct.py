@@ -122,10 +122,6 @@ class BlockDCT(ModelMixin, ConfigMixin):
         blocks = torch.addmm(self.synthesis_bias, rows, self.synthesis).view(b, h, w, 3, n, n)
         return blocks.permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * n, w * n)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The images after encoding and decoding."""
-        return self.decode(self.encode(images))
-
 
 class DCTCodec(ImageCodec):
     """The `ImageCodec` of a `BlockDCT` (see there for the arguments): frozen, no grad, clamped.

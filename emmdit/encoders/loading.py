@@ -82,7 +82,7 @@ def load_model(
     are an error here for the same reason. Raises MissingModelError.
     """
     config = read_config(source, subfolder, revision)
-    # of diffusers' ConfigMixin; the networks of this package have it, too
+    # `load_config` is of diffusers' ConfigMixin; the networks of this package have it, too
     library = "diffusers" if hasattr(cls, "load_config") else "transformers"
     kind = config.get("_class_name" if library == "diffusers" else "model_type")
     if kind is None:
@@ -98,7 +98,9 @@ def load_model(
     else:
         options |= dict(dtype=dtype, subfolder=subfolder or "", revision=revision or "main")
         options |= dict(trust_remote_code=False, weights_only=True)
-    with one_sentence(place), _no_conversion_on_the_hub():
+    # transformers would ask a hub service to convert a repository that has only pickled weights
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    with one_sentence(place):
         model, info = cls.from_pretrained(place, **options)
     if missing := sorted(info["missing_keys"]):
         raise MissingModelError(
@@ -108,15 +110,20 @@ def load_model(
     return model.eval()
 
 
+def load_processor(
+    cls: type, source: str, subfolder: str | None = None, revision: str | None = None, **options: Any
+) -> Any:
+    """`cls.from_pretrained(...)` of a tokenizer or an image processor. Raises MissingModelError."""
+    source, subfolder = locate(source, subfolder)
+    with one_sentence(source):
+        return cls.from_pretrained(source, subfolder=subfolder or "", revision=revision or "main", **options)
+
+
 def load_tokenizer(source: str, subfolder: str | None = None, revision: str | None = None) -> Any:
     """`AutoTokenizer.from_pretrained(...)`. Raises MissingModelError."""
     from transformers import AutoTokenizer
 
-    source, subfolder = locate(source, subfolder)
-    with one_sentence(source):
-        return AutoTokenizer.from_pretrained(
-            source, subfolder=subfolder or "", revision=revision or "main", trust_remote_code=False
-        )
+    return load_processor(AutoTokenizer, source, subfolder, revision, trust_remote_code=False)
 
 
 @contextmanager
@@ -144,87 +151,50 @@ def _explain(error: BaseException, source: str) -> str:
         chain.append(link)
         link = link.__cause__ or link.__context__
     text = " ".join(str(e) for e in chain).lower()
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
     def raised(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
-    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
     local = Path(source).is_dir()
-    if raised(errors.GatedRepoError) or "gated repo" in text or (status & {401, 403} and not local):
-        if raised(errors.RepositoryNotFoundError) and not raised(errors.GatedRepoError):
-            return _no_repository(source)  # the hub also answers 401 for names that do not exist
+    denied = not local and any(getattr(getattr(e, "response", None), "status_code", None) in (401, 403) for e in chain)
+    unknown = raised(errors.RepositoryNotFoundError, errors.HFValidationError)  # the hub also answers 401 for these
+    if raised(errors.GatedRepoError) or "gated repo" in text or (denied and not unknown):
         return (
             f"'{source}' is gated: accept its license at https://huggingface.co/{source} and run `hf auth "
             f"login`, or set source to a local folder or an ungated mirror."
         )
-    if raised(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return _no_repository(source)
+    if unknown:
+        return (
+            f"'{source}' is neither a local folder nor a repository of the Hugging Face hub: check the spelling, or "
+            f"run `hf auth login` if it is private."
+        )
     if raised(errors.RevisionNotFoundError):
         return f"'{source}' has no such revision: choose one of https://huggingface.co/{source}/commits."
-    if (
-        not local
-        and constants.is_offline_mode()
-        and raised(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-    ):
-        return (
-            f"'{source}' is not in the local cache and HF_HUB_OFFLINE forbids a download: run "
-            f"`hf download {source}` with HF_HUB_OFFLINE unset, or set source to a local folder."
-        )
+    not_there = raised(errors.RemoteEntryNotFoundError)
     unreachable = raised(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_http, chain))
-    if not local and unreachable and not raised(errors.RemoteEntryNotFoundError):
-        return (
-            f"'{source}' is not in the local cache and the hub cannot be reached: check the network, or set "
-            f"source to a local folder."
-        )
-    if "config.json" in text and raised(errors.RemoteEntryNotFoundError):
+    if unreachable and not local and not not_there:
+        way_out = "the hub cannot be reached: check the network"
+        if constants.is_offline_mode():
+            way_out = f"HF_HUB_OFFLINE forbids a download: run `hf download {source}` with HF_HUB_OFFLINE unset"
+        return f"'{source}' is not in the local cache and {way_out}, or set source to a local folder."
+    if not_there and "config.json" in text:
         return f"'{source}' has no config.json there: check subfolder or source."
     if "backend tokenizer" in text:
         return f"'{source}' has no readable tokenizer: check tokenizer_subfolder or source."
-    if raised(ImportError):
-        return f"'{source}' needs a package that is not installed: {_first_line(error)}."
     if "trust_remote_code" in text:
         return f"'{source}' needs remote code, which is never executed here: name another source."
-    if raised(SafetensorError):
-        return f"The weights in '{source}' are damaged: download them again ({_first_line(error)})."
-    if raised(json.JSONDecodeError, UnicodeDecodeError):
-        return f"A JSON file in '{source}' is damaged: download it again ({_first_line(error)})."
+    if raised(SafetensorError, json.JSONDecodeError, UnicodeDecodeError):
+        what = "The weights" if raised(SafetensorError) else "A JSON file"
+        return f"{what} in '{source}' cannot be read, download again what is damaged ({reason})."
     if ".safetensors" in text or "no file named" in text:
         pickled = local and any(any(Path(source).rglob(pattern)) for pattern in _PICKLES)
         only = ", only pickled ones, which are not loaded" if pickled else ""
-        return (
-            f"'{source}' has no safetensors weights{only}: save the model again with save_pretrained, or "
-            f"name another source."
-        )
-    return f"'{source}' could not be loaded: {_first_line(error)}."
-
-
-def _no_repository(source: str) -> str:
-    return (
-        f"'{source}' is neither a local folder nor a repository of the Hugging Face hub: check the spelling, or run "
-        f"`hf auth login` if it is private."
-    )
+        return f"'{source}' has no safetensors weights{only}: save the model again, or name another source."
+    return f"'{source}' could not be loaded: {reason}."
 
 
 def _of_http(error: BaseException) -> bool:
     """Whether an HTTP library raised it; which one depends on the version of huggingface_hub."""
     library = type(error).__module__.partition(".")[0]
     return library in ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-
-
-@contextmanager
-def _no_conversion_on_the_hub() -> Iterator[None]:
-    """Stop transformers from asking a hub service to convert a repository that has only pickled weights."""
-    name = "DISABLE_SAFETENSORS_CONVERSION"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

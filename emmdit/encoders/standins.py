@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -32,54 +32,49 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _save(folder: str | Path, *parts) -> Path:
+    for part in parts:
+        part.save_pretrained(folder)
+    return Path(folder)
+
+
 def tiny_dc_ae(folder: str | Path, latent_channels: int = 32, downsample: int = 32, seed: int = 0) -> Path:
     """AutoencoderDC for `DCAE`; `downsample` is a power of two."""
     from diffusers import AutoencoderDC
 
     stages = downsample.bit_length()
-    channels = (8,) * (stages - 2) + (latent_channels,) * 2
+    sizes = dict(
+        block_out_channels=(8,) * (stages - 2) + (latent_channels,) * 2,
+        layers_per_block=(1,) * stages,
+        qkv_multiscales=((),) * stages,
+    )
+    both = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()}
     with _seeded(seed):
-        model = AutoencoderDC(
-            latent_channels=latent_channels,
-            encoder_block_out_channels=channels,
-            decoder_block_out_channels=channels,
-            encoder_layers_per_block=(1,) * stages,
-            decoder_layers_per_block=(1,) * stages,
-            encoder_qkv_multiscales=((),) * stages,
-            decoder_qkv_multiscales=((),) * stages,
-            scaling_factor=0.41407,
-        )
-    model.save_pretrained(folder)
-    return Path(folder)
+        return _save(folder, AutoencoderDC(latent_channels=latent_channels, scaling_factor=0.41407, **both))
 
 
-def _tiny_kl(folder: str | Path, latent_channels: int, downsample: int, sample_size: int, seed: int, **config) -> Path:
+def _tiny_kl(folder: str | Path, latent_channels: int, sample_size: int, seed: int, **config) -> Path:
     from diffusers import AutoencoderKL
 
-    stages = downsample.bit_length()
+    config |= dict(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+    )
     with _seeded(seed):
-        model = AutoencoderKL(
-            latent_channels=latent_channels,
-            block_out_channels=(8,) * stages,
-            down_block_types=("DownEncoderBlock2D",) * stages,
-            up_block_types=("UpDecoderBlock2D",) * stages,
-            norm_num_groups=4,
-            sample_size=sample_size,
-            **config,
-        )
-    model.save_pretrained(folder)
-    return Path(folder)
+        return _save(folder, AutoencoderKL(latent_channels=latent_channels, sample_size=sample_size, **config))
 
 
 def tiny_sd3_vae(folder: str | Path, sample_size: int = 1024, seed: int = 0) -> Path:
     """AutoencoderKL for `SD3VAE`; `sample_size` is the tile side when tiling."""
     config = dict(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-    return _tiny_kl(folder, 16, 8, sample_size, seed, **config)
+    return _tiny_kl(folder, 16, sample_size, seed, **config)
 
 
 def tiny_sdxl_vae(folder: str | Path, sample_size: int = 1024, seed: int = 0) -> Path:
     """AutoencoderKL for `SDXLVAE`."""
-    return _tiny_kl(folder, 4, 8, sample_size, seed, scaling_factor=0.13025, force_upcast=True)
+    return _tiny_kl(folder, 4, sample_size, seed, scaling_factor=0.13025, force_upcast=True)
 
 
 def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: int = 1, seed: int = 0) -> Path:
@@ -91,11 +86,8 @@ def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: in
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=[bos, eos], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([_TEXT] * 2, trainer)
+    options = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator([_TEXT] * 2, trainers.BpeTrainer(vocab_size=512, special_tokens=[bos, eos], **options))
     bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos)
     config = LlamaConfig(
@@ -111,14 +103,12 @@ def tiny_llama_text(folder: str | Path, caption_channels: int = 2048, layers: in
         eos_token_id=tokenizer.eos_token_id,
     )
     with _seeded(seed):
-        model = LlamaModel(config)
-    return _save(folder, model, tokenizer)
+        return _save(folder, LlamaModel(config), tokenizer)
 
 
 def tiny_t5(folder: str | Path, caption_channels: int = 4096, layers: int = 1, seed: int = 0) -> Path:
     """T5EncoderModel and a unigram tokenizer for `TextEncoder`."""
-    model, tokenizer = _t5_parts(caption_channels, layers, seed)
-    return _save(folder, model, tokenizer)
+    return _save(folder, *_t5_parts(caption_channels, layers, seed))
 
 
 def _t5_parts(caption_channels: int, layers: int, seed: int):
@@ -127,29 +117,14 @@ def _t5_parts(caption_channels: int, layers: int, seed: int):
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -4.0) for word in dict.fromkeys(_WORDS)] + [(chr(i), -9.0) for i in range(33, 127)]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=caption_channels,
-        d_kv=8,
-        d_ff=16,
-        num_layers=layers,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
+    sizes = dict(vocab_size=len(tokenizer), d_model=caption_channels, d_kv=8, d_ff=16, num_layers=layers, num_heads=2)
     with _seeded(seed):
-        return T5EncoderModel(config), tokenizer
+        return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes)), tokenizer
 
 
-def tiny_clip_text(
-    folder: str | Path,
-    hidden_size: int = 768,
-    layers: int = 2,
-    pad_token: str = "<|endoftext|>",
-    seed: int = 0,
-) -> Path:
+def tiny_clip_text(folder: str | Path, hidden_size: int = 768, layers: int = 2, seed: int = 0) -> Path:
     """CLIPTextModelWithProjection (projection of the hidden size) and its tokenizer for `TextEncoder`."""
-    model, tokenizer = _clip_parts(hidden_size, layers, pad_token, seed)
-    return _save(folder, model, tokenizer)
+    return _save(folder, *_clip_parts(hidden_size, layers, "<|endoftext|>", seed))
 
 
 def _clip_parts(hidden_size: int, layers: int, pad_token: str, seed: int):
@@ -158,12 +133,8 @@ def _clip_parts(hidden_size: int, layers: int, pad_token: str, seed: int):
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=[],
-        pad_token=pad_token,
-        model_max_length=77,
-    )
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -187,50 +158,34 @@ def tiny_clip(folder: str | Path, dim: int = 32, image_size: int = 32, patch_siz
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     vision |= dict(image_size=image_size, patch_size=patch_size)
     config = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=dim)
-    with _seeded(seed):
-        model = CLIPModel(config)
     crop = dict(height=image_size, width=image_size)
-    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop).save_pretrained(folder)
-    return _save(folder, model, tokenizer)
+    processor = CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop)
+    with _seeded(seed):
+        return _save(folder, processor, CLIPModel(config), tokenizer)
 
 
 def tiny_sd3_text(
     folder: str | Path, clip_l: int = 768, clip_g: int = 1280, caption_channels: int = 4096, seed: int = 0
 ) -> Path:
     """The three text encoders and tokenizers of a Stable Diffusion 3 folder for `SD3TextEncoders`."""
-    folder = Path(folder)
     parts = (
         _clip_parts(clip_l, 2, "<|endoftext|>", seed),
         _clip_parts(clip_g, 2, "!", seed + 1),
         _t5_parts(caption_channels, 1, seed + 2),
     )
     for (model, tokenizer), suffix in zip(parts, ("", "_2", "_3"), strict=True):
-        model.save_pretrained(folder / f"text_encoder{suffix}")
-        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    return folder
+        model.save_pretrained(Path(folder, f"text_encoder{suffix}"))
+        tokenizer.save_pretrained(Path(folder, f"tokenizer{suffix}"))
+    return Path(folder)
 
 
 def tiny_dinov2(folder: str | Path, feature_dim: int = 768, image_size: int = 224, seed: int = 0) -> Path:
     """Dinov2Model with 14px patches for `DINOv2`."""
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(
-        hidden_size=feature_dim,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        mlp_ratio=1,
-        image_size=image_size,
-    )
+    sizes = dict(hidden_size=feature_dim, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=1)
     with _seeded(seed):
-        model = Dinov2Model(config)
-    model.save_pretrained(folder)
-    return Path(folder)
-
-
-def _save(folder: str | Path, model, tokenizer) -> Path:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Path(folder)
+        return _save(folder, Dinov2Model(Dinov2Config(**sizes, image_size=image_size)))
 
 
 STANDINS: dict[str, Callable[..., Path]] = {
@@ -263,27 +218,16 @@ def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Pat
         raise ValueError(f"The sizes of the stand-in '{name}' are written '?key=1&key=2', not '?{query}'.") from None
 
     root = Path(cache_dir or Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "standins")).expanduser()
-    folder = root / f"{name}-{_fingerprint(name, sizes)}"
+    # A new folder whenever the sizes, this file or the libraries change.
+    made_by = f"{name} {sorted(sizes.items())} {[version(p) for p in ('torch', 'diffusers', 'transformers')]}"
+    folder = root / f"{name}-{hashlib.sha256(made_by.encode() + Path(__file__).read_bytes()).hexdigest()[:12]}"
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-        try:
-            STANDINS[name](scratch, **sizes)
-            scratch.chmod(0o755)
-            scratch.rename(folder)  # atomic; fails if another process was faster, and then its folder is used
-        except OSError:
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+            made = STANDINS[name](Path(scratch, "made"), **sizes)
+            try:
+                made.rename(folder)  # atomic; fails if another process was faster, and then its folder is used
+            except OSError:
+                if not folder.is_dir():
+                    raise
     return folder
-
-
-def _fingerprint(name: str, sizes: dict[str, int]) -> str:
-    """A new folder whenever the sizes, this file or the libraries change."""
-    import diffusers
-    import transformers
-
-    versions = (torch.__version__, diffusers.__version__, transformers.__version__)
-    text = f"{name} {sorted(sizes.items())} {versions}".encode() + Path(__file__).read_bytes()
-    return hashlib.sha256(text).hexdigest()[:12]

@@ -73,12 +73,7 @@ class TextEncoder(FrozenModel, TextConditioner):
         if self._tokenizer is None:
             tokenizer = load_tokenizer(self.source, self.tokenizer_subfolder, self.revision)
             tokenizer.padding_side, tokenizer.truncation_side = self.padding_side, "right"
-            if tokenizer.pad_token is None:
-                if tokenizer.eos_token is None:
-                    raise ValueError(
-                        f"The tokenizer in '{self.source}' has neither a pad nor an EOS token: name another source."
-                    )
-                tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -123,13 +118,8 @@ class TextEncoder(FrozenModel, TextConditioner):
             raise ValueError("captions must be a list of strings, not one string.")
         if self.clean_captions:
             captions = [" ".join(caption.lower().split()) for caption in captions]
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        options = dict(padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+        tokens = self.tokenizer(list(captions), **options)
         # A tokenizer without BOS turns "" into no token at all. A softmax over an empty set is undefined, so the text
         # model then gets one pad token.
         mask = tokens["attention_mask"].clone()
@@ -187,24 +177,17 @@ class SD3TextEncoders(TextConditioner):
         clean_captions: bool = False,
         revision: str | None = None,
     ) -> None:
-        common = dict(source=source, dtype=dtype, clean_captions=clean_captions, revision=revision, mask_encoder=False)
-        self.encoders = [
-            TextEncoder(
-                max_length=clip_length,
-                caption_channels=channels,
-                pooled=True,
-                hidden_layer=-2,
-                subfolder=f"text_encoder{suffix}",
-                tokenizer_subfolder=f"tokenizer{suffix}",
-                **common,
-            )
-            for suffix, channels in zip(("", "_2"), clip_channels, strict=True)
-        ]
+        common = dict(dtype=dtype, clean_captions=clean_captions, revision=revision, mask_encoder=False)
+
+        def encoder(suffix: str, length: int, channels: int, **options) -> TextEncoder:
+            folders = dict(subfolder=f"text_encoder{suffix}", tokenizer_subfolder=f"tokenizer{suffix}")
+            return TextEncoder(source, length, channels, **folders, **common, **options)
+
+        clip = dict(pooled=True, hidden_layer=-2)
+        pairs = zip(("", "_2"), clip_channels, strict=True)
+        self.encoders = [encoder(suffix, clip_length, channels, **clip) for suffix, channels in pairs]
         if use_t5:
-            names = dict(subfolder="text_encoder_3", tokenizer_subfolder="tokenizer_3")
-            self.encoders.append(
-                TextEncoder(max_length=t5_length, caption_channels=caption_channels, **names, **common)
-            )
+            self.encoders.append(encoder("_3", t5_length, caption_channels))
         self.source, self.use_t5, self.t5_length = source, use_t5, t5_length
         self.caption_channels, self.max_length = caption_channels, clip_length + t5_length
         self.pooled_channels = sum(clip_channels)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from emmdit.encoders.base import FrozenModel, VisionFeatures, frozen
-from emmdit.encoders.loading import locate, one_sentence, read_config
+from emmdit.encoders.loading import load_processor, read_config
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of images in [0,1]
 
@@ -20,10 +20,10 @@ class PatchFeatures(FrozenModel, VisionFeatures):
     The short side is resized to `image_size` and the long one to the multiple of the patch nearest to the aspect ratio.
 
     Args:
-        source: local folder or hub id.
         image_size: short side of the encoder's input in pixels, a multiple of `patch_size`.
         feature_dim, patch_size: known before loading, checked afterwards.
         antialias: low-pass filter when the bicubic resize shrinks.
+        source, dtype, subfolder, revision: see `FrozenModel`.
     """
 
     mean_std: tuple[tuple[float, ...], tuple[float, ...]] = _IMAGENET
@@ -31,13 +31,13 @@ class PatchFeatures(FrozenModel, VisionFeatures):
     def __init__(
         self,
         source: str,
-        image_size: int,
         feature_dim: int,
-        patch_size: int,
-        antialias: bool,
-        dtype: str | torch.dtype,
-        subfolder: str | None,
-        revision: str | None,
+        image_size: int = 224,
+        patch_size: int = 14,
+        antialias: bool = True,
+        dtype: str | torch.dtype = "float32",
+        subfolder: str | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__(source, dtype, subfolder, revision)
         if image_size % patch_size:
@@ -84,22 +84,11 @@ class DINOv2(PatchFeatures):
     A square 512px image gives 16x16 features at 224: one per DC-AE latent, as in Nitro-E.
 
     Args:
-        source: local folder or hub id of a DINOv2 model, with or without registers.
-        image_size, feature_dim, patch_size, antialias: see `PatchFeatures`.
+        source: local folder or hub id of a DINOv2 model, with or without registers; else see `PatchFeatures`.
     """
 
-    def __init__(
-        self,
-        source: str = "facebook/dinov2-base",
-        image_size: int = 224,
-        feature_dim: int = 768,
-        patch_size: int = 14,
-        antialias: bool = True,
-        dtype: str | torch.dtype = "float32",
-        subfolder: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(source, image_size, feature_dim, patch_size, antialias, dtype, subfolder, revision)
+    def __init__(self, source: str = "facebook/dinov2-base", feature_dim: int = 768, **options) -> None:
+        super().__init__(source, feature_dim, **options)
 
     def _build(self) -> nn.Module:
         from transformers import AutoModel
@@ -119,22 +108,11 @@ class CLIPVision(PatchFeatures):
     8 x 8 grid: `source: assets/shapes_clip, image_size: 32, feature_dim: 128, patch_size: 4`.
 
     Args:
-        source: local folder or hub id of a CLIP with both towers, or of its image tower alone.
-        image_size, feature_dim, patch_size, antialias: see `PatchFeatures`.
+        source: local folder or hub id of a whole CLIP or of its image tower alone; else see `PatchFeatures`.
     """
 
-    def __init__(
-        self,
-        source: str = "openai/clip-vit-large-patch14",
-        image_size: int = 224,
-        feature_dim: int = 1024,
-        patch_size: int = 14,
-        antialias: bool = True,
-        dtype: str | torch.dtype = "float32",
-        subfolder: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(source, image_size, feature_dim, patch_size, antialias, dtype, subfolder, revision)
+    def __init__(self, source: str = "openai/clip-vit-large-patch14", feature_dim: int = 1024, **options) -> None:
+        super().__init__(source, feature_dim, **options)
 
     def _build(self) -> nn.Module:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
@@ -142,11 +120,7 @@ class CLIPVision(PatchFeatures):
         both = read_config(self.source, self.subfolder, self.revision).get("model_type") == "clip"
         # The text tower of a whole CLIP is loaded and dropped: CLIPVisionModel would log its weights as unexpected.
         model = self._load(CLIPModel).vision_model if both else self._load(CLIPVisionModel, ("clip_vision_model",))
-        place, subfolder = locate(self.source, self.subfolder)
-        with one_sentence(place):
-            processor = CLIPImageProcessor.from_pretrained(
-                place, subfolder=subfolder or "", revision=self.revision or "main"
-            )
+        processor = load_processor(CLIPImageProcessor, self.source, self.subfolder, self.revision)
         self.mean_std = tuple(processor.image_mean), tuple(processor.image_std)
         return self._check_sizes(model)
 

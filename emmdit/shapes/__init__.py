@@ -10,7 +10,7 @@ __getattr__, __all__ = attach(
     {
         "dataset": ("ShapesDataset",),
         "metrics": ("AskedColor", "ShapesDetector", "ShapesPrompts"),
-        "reader": ("FoundObject", "read_scene"),
+        "reader": ("read_scene",),
         "render": ("render_scene",),
         "scene": ("GROUND", "PALETTE", "SHAPES", "Scene", "ShapeObject", "Spec"),
         "text": ("ShapesText",),

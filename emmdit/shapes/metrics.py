@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emmdit.evaluation.geneval.detectors import Detector, check_images
+from emmdit.evaluation.geneval.detectors import Detector
 from emmdit.evaluation.geneval.judge import Detection
-from emmdit.evaluation.metrics.base import ImageMetric, Sample
+from emmdit.evaluation.metrics.base import ImageMetric, Sample, check_images
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.shapes.reader import IOU_NONE, IOU_SURE, IOU_TEMPERATURE, MIN_AREA, main_color, read_scene
 from emmdit.shapes.render import render_scene
@@ -39,13 +38,6 @@ class ShapesPrompts(PromptSet):
         return ShapesWorld().prompts(self.per_task)
 
 
-@dataclass(frozen=True)
-class ColoredDetection(Detection):
-    """A detection with the color that was read with it."""
-
-    color: str = ""
-
-
 class ShapesDetector(Detector):
     """GenEval detector that reads images of the shapes world by rules (`read_scene`), colors included: no weights."""
 
@@ -55,11 +47,8 @@ class ShapesDetector(Detector):
         self.classes, self.color_names = SHAPES, tuple(PALETTE)
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
-        check_images(images)
-        return [
-            [ColoredDetection(f.shape, f.score, f.box, f.mask, f.color) for f in read_scene(image)]
-            for image in images.permute(0, 2, 3, 1).cpu().numpy()
-        ]
+        check_images(images, self.name)
+        return [read_scene(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
     def colors(self, image: Tensor, detections: Sequence[Detection], class_name: str) -> list[str]:
         return [detection.color for detection in detections]

@@ -6,11 +6,12 @@ than half is an object. Its soft mask is compared with a render of each shape at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
+from emmdit.evaluation.geneval.judge import Detection
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 from emmdit.shapes.scene import GROUND, PALETTE, SHAPES
 
@@ -22,20 +23,15 @@ IOU_TEMPERATURE = 0.01
 IOU_SURE, IOU_NONE = 0.70, 0.45
 
 
-@dataclass(frozen=True, eq=False)
-class FoundObject:
-    """One detected object. `box` is (x1, y1, x2, y2) in pixels, x2 and y2 exclusive; `score` in [0, 1]."""
+@dataclass(frozen=True)
+class ColoredDetection(Detection):
+    """A detection with the color that was read with it."""
 
-    shape: str
-    color: str
-    box: tuple[float, float, float, float]
-    score: float
-    mask: np.ndarray = field(repr=False)  # (H, W) bool
-    iou: float  # with the best template
+    color: str = ""
 
 
-def read_scene(image: np.ndarray) -> list[FoundObject]:
-    """Objects in a uint8 (H, W, 3) image, best score first.
+def read_scene(image: np.ndarray) -> list[ColoredDetection]:
+    """Objects in a uint8 (H, W, 3) image, best score first; boxes in pixels, x2 and y2 exclusive; masks (H, W) bool.
 
     The score is the certainty of the best shape against the others times its fit. Raises ValueError for other arrays.
     """
@@ -60,10 +56,10 @@ def read_scene(image: np.ndarray) -> list[FoundObject]:
         rim = ndimage.binary_dilation(core, structure=np.ones((3, 3), dtype=bool)) & ~taken
         strength = np.clip(np.quantile(alphas[number][core], 0.75), 0.5, 1.0)
         soft = np.where(core | rim, np.clip(alphas[number] / strength, 0.0, 1.0), 0.0)
-        shape, iou, score = _match(soft)
+        shape, score = _match(soft)
         ys, xs = np.nonzero(core)
-        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        found.append(FoundObject(shape, color, box, score, core, iou))
+        box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+        found.append(ColoredDetection(shape, score, box, core, color))
     return sorted(found, key=lambda f: -f.score)
 
 
@@ -85,8 +81,8 @@ def _explain(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return alphas, residual.argmin(axis=0)
 
 
-def _match(soft: np.ndarray) -> tuple[str, float, float]:
-    """Best shape for a soft mask (H, W), its IoU, and a score in [0, 1]."""
+def _match(soft: np.ndarray) -> tuple[str, float]:
+    """Best shape for a soft mask (H, W), and a score in [0, 1]."""
     area = soft.sum()
     ys, xs = np.arange(soft.shape[0]) + 0.5, np.arange(soft.shape[1]) + 0.5
     x, y = (soft.sum(axis=0) @ xs) / area, (soft.sum(axis=1) @ ys) / area
@@ -99,4 +95,4 @@ def _match(soft: np.ndarray) -> tuple[str, float, float]:
     best = max(ious, key=ious.get)
     certainty = 1.0 / sum(np.exp((iou - ious[best]) / IOU_TEMPERATURE) for iou in ious.values())
     fit = np.clip((ious[best] - IOU_NONE) / (IOU_SURE - IOU_NONE), 0.0, 1.0)
-    return best, ious[best], float(certainty * fit)
+    return best, float(certainty * fit)

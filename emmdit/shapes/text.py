@@ -6,7 +6,6 @@ The model is pretrained as a language model is, before any image is seen and at 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -86,9 +85,8 @@ class ShapesText(TextConditioner):
     Args:
         with_mask: give the denoiser `encoder_attention_mask` (B, T) bool, True for a word or `<bos>`.
         pooled: give the denoiser `pooled_projections` (B, 64), the features of the last word, as CLIP's for SD3.
-        cache_size: number of captions to keep, least recently used dropped first.
+        cache_size: number of captions to keep; the oldest is dropped first.
         model, tokenizer: ready-made ones (both or neither) in place of the pretrained ones.
-        world, hidden_size, layers, seed, pretrained: not used; configs of earlier versions name them.
     """
 
     def __init__(
@@ -99,26 +97,15 @@ class ShapesText(TextConditioner):
         model: LlamaModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         pooled: bool = False,
-        world: ShapesWorld | None = None,
-        hidden_size: int = 64,
-        layers: int = 2,
-        seed: int = 0,
-        pretrained: bool = True,
     ) -> None:
-        if (world, hidden_size, layers, seed, pretrained) != (None, 64, 2, 0, True):
-            raise ValueError(
-                "ShapesText has one pretrained model: leave out world, hidden_size, layers, seed and pretrained, or "
-                "pass another model and its tokenizer."
-            )
         if (model is None) != (tokenizer is None):
             raise ValueError("ShapesText needs both a model and its tokenizer, or neither.")
         if model is None:
             tokenizer = shapes_tokenizer(max_length)
             model = pretrained_text_model(tokenizer)
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.caption_channels, self.max_length = model.config.hidden_size, max_length
-        self.with_mask, self.pooled, self.cache_size = with_mask, pooled, cache_size
-        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.with_mask, self.max_length, self.pooled, self.cache_size = with_mask, max_length, pooled, cache_size
+        self._cache: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.adopt(model, tokenizer)
 
     def components(self) -> dict[str, object]:
         """The components that a diffusers pipeline saves, by their names there."""
@@ -162,11 +149,10 @@ class ShapesText(TextConditioner):
     def _encode(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (T, D) and mask (T,) of one caption, through the cache."""
         if caption in self._cache:
-            self._cache.move_to_end(caption)
             return self._cache[caption]
         self._check(caption)
-        tokens = self.tokenizer(caption, padding="max_length", max_length=self.max_length, return_tensors="pt")
-        tokens = tokens.to(self.device)
+        options = dict(padding="max_length", max_length=self.max_length, return_tensors="pt")
+        tokens = self.tokenizer(caption, **options).to(self.device)
         length = tokens["input_ids"].shape[1]
         if length > self.max_length:
             raise ValueError(
@@ -177,15 +163,14 @@ class ShapesText(TextConditioner):
             hidden = self.model(**tokens).last_hidden_state[0]
         row = self._cache[caption] = (hidden, tokens["attention_mask"][0].bool())
         if len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+            del self._cache[next(iter(self._cache))]
         return row
 
     def _check(self, caption: str) -> None:
-        special = {PAD, BOS, UNKNOWN}
-        words = [word for word in self.tokenizer.get_vocab() if word not in special]
-        unknown = list(dict.fromkeys(w for w in caption.lower().split() if w not in words))
-        if unknown:
+        vocabulary = self.tokenizer.get_vocab()
+        words = sorted(vocabulary.keys() - {PAD, BOS, UNKNOWN}, key=vocabulary.get)
+        if unknown := [word for word in dict.fromkeys(caption.lower().split()) if word not in words]:
             raise ValueError(
                 f"The shapes world does not know {', '.join(map(repr, unknown))} (in {caption!r}); "
-                f"its words are: {', '.join(sorted(words, key=self.tokenizer.get_vocab().get))}."
+                f"its words are: {', '.join(words)}."
             )

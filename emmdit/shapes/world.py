@@ -39,8 +39,7 @@ class ShapesWorld:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, known in (("shapes", SHAPES), ("colors", tuple(PALETTE))):
             given = getattr(self, name)
-            wrong = [x for x in given if x not in known]
-            if wrong or len(given) < 2 or len(set(given)) != len(given):
+            if not set(given) <= set(known) or len(set(given)) != len(given) or len(given) < 2:
                 raise ValueError(f"ShapesWorld needs at least two different {name} of {known}, got {given}.")
         if self.image_size < REFERENCE_SIZE:
             raise ValueError(
@@ -74,26 +73,19 @@ class ShapesWorld:
     def _scene(self, spec: Spec, draw: list[float]) -> Scene:
         n = len(spec.objects)
         scale = self.image_size / REFERENCE_SIZE
-        low, high = SIZES[n]
-        sizes = [scale * (low + (high - low) * u) for u in draw[2 : 2 + n]]
-        colors = [
-            color if color is not None else _pick(self.colors, u)
-            for (_, color), u in zip(spec.objects, draw[6 : 6 + n], strict=True)
-        ]
+        sizes = [scale * _uniform(*SIZES[n], u) for u in draw[2 : 2 + n]]
         if spec.relation:
             centers = _place_relation(sizes, spec.relation, self.image_size, scale, draw[10:])
         else:
             centers = _place(sizes, self.image_size, scale, draw[10:])
         objects = tuple(
-            ShapeObject(shape, color, x, y, size)
-            for (shape, _), color, (x, y), size in zip(spec.objects, colors, centers, sizes, strict=True)
+            ShapeObject(shape, color or _pick(self.colors, u), x, y, size)
+            for (shape, color), u, (x, y), size in zip(spec.objects, draw[6 : 6 + n], centers, sizes, strict=True)
         )
         return Scene(spec, objects, self.image_size)
 
     def specs(self, task: str) -> tuple[Spec, ...]:
         """Every distinct request of a caption of this task."""
-        if task not in TASKS:
-            raise ValueError(f"{task!r} is not a task of the shapes world; the tasks are {', '.join(TASKS)}.")
         return _tables(self)[0][TASKS.index(task)]
 
     def prompts(self, n_per_task: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -175,12 +167,9 @@ def _place(sizes: list[float], length: int, scale: float, u: list[float]) -> lis
             a = _uniform(starts[number], end - sizes[i], next(draws))
             centers[i] = (a + sizes[i] / 2, b + sizes[i] / 2)
     flip_a, flip_b, swap = u[11] < 0.5, u[12] < 0.5, u[13] < 0.5
-    out = []
-    for i in range(len(sizes)):
-        a, b = centers[i]
-        a, b = (length - a if flip_a else a), (length - b if flip_b else b)
-        out.append((b, a) if swap else (a, b))
-    return out
+    pairs = [centers[i] for i in range(len(sizes))]
+    pairs = [(length - a if flip_a else a, length - b if flip_b else b) for a, b in pairs]
+    return [(b, a) for a, b in pairs] if swap else pairs
 
 
 def _place_relation(

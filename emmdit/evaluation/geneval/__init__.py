@@ -12,18 +12,13 @@ from emmdit.evaluation.geneval.prompts import (
     prompts_jsonl,
     training_prompts,
 )
-from emmdit.evaluation.geneval.results import ResultRow, Summary, summary, write_results
+from emmdit.evaluation.geneval.results import summary, write_results
 from emmdit.lazy import attach
 
 # Judging and prompts load neither torchmetrics nor transformers, which take seconds to import.
 __getattr__, _lazy = attach(
     __name__,
-    {
-        "colors": ("CLIPColors",),
-        "detectors": ("Detector",),
-        "mask2former": ("Mask2Former",),
-        "metric": ("GenEval",),
-    },
+    {"colors": ("CLIPColors",), "detectors": ("Detector",), "mask2former": ("Mask2Former",), "metric": ("GenEval",)},
 )
 
 __all__ = [
@@ -31,8 +26,6 @@ __all__ = [
     "COLORS",
     "TASKS",
     "Detection",
-    "ResultRow",
-    "Summary",
     "Verdict",
     "generate_prompts",
     "judge",

@@ -36,9 +36,3 @@ class Detector(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that affects the detections, as JSON types."""
-
-
-def check_images(images: Tensor) -> None:
-    """Raise ValueError unless `images` are uint8 (N, 3, H, W)."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f"A detector needs uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")

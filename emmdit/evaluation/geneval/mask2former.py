@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emmdit.encoders.base import FrozenModel, frozen
-from emmdit.encoders.loading import locate
 from emmdit.evaluation.geneval.colors import CLIPColors
-from emmdit.evaluation.geneval.detectors import Detector, check_images
+from emmdit.evaluation.geneval.detectors import Detector
 from emmdit.evaluation.geneval.judge import SCORE_THRESHOLD, Detection
 from emmdit.evaluation.geneval.prompts import CLASSES
-from emmdit.weights import sha256_of
+from emmdit.evaluation.metrics.base import check_images
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB in 0..255
 PAD_TO = 32  # pixels; zeros at the right and the bottom, after normalization
@@ -88,14 +86,12 @@ class Mask2Former(FrozenModel, Detector):
         """
         device = torch.device(device)
         self.color_classifier.prepare(device)
-        if self._checked == device:
-            self.to(device)
-            return
-        self.to("cpu").load()
-        expected = self._self_check_outputs()
+        if self._checked != device:
+            expected = self.to("cpu").load()._self_check_outputs()
+            found = expected if device.type == "cpu" else self.to(device)._self_check_outputs()
+            same_outputs(found, expected, device)
+            self._checked = device
         self.to(device)
-        same_outputs(self._self_check_outputs() if device.type != "cpu" else expected, expected, device)
-        self._checked = device
 
     def _self_check_outputs(self) -> list[Tensor]:
         """Outputs for a test image: features after the deformable attention, classes and masks."""
@@ -114,7 +110,7 @@ class Mask2Former(FrozenModel, Detector):
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
         """uint8 (N,3,H,W) -> detections with boxes in pixels of the image and bool masks (H,W) on the CPU."""
-        check_images(images)
+        check_images(images, self.name)
         found = []
         for chunk in images.split(self.batch_size):
             with frozen(self.device):
@@ -126,25 +122,19 @@ class Mask2Former(FrozenModel, Detector):
         return found
 
     def _detections(self, *args: Any) -> list[Detection]:
-        scores, classes, boxes, queries, masks = instances(*args)
-        chosen = (scores > self.score_threshold).nonzero().flatten().cpu()
-        masks = masks.cpu()
-        scores, classes, boxes, queries = scores.tolist(), classes.tolist(), boxes.tolist(), queries.tolist()
-        return [Detection(CLASSES[classes[i]], scores[i], boxes[i], masks[queries[i]]) for i in chosen.tolist()]
+        *found, masks = instances(*args)
+        chosen, masks = found[0] > self.score_threshold, masks.cpu()
+        rows = zip(*(x[chosen].tolist() for x in found), strict=True)
+        return [Detection(CLASSES[label], score, box, masks[query]) for score, label, box, query in rows]
 
     def colors(self, image: Tensor, detections: Sequence[Detection], class_name: str) -> list[str]:
         return self.color_classifier(image, detections, class_name)
 
     def settings(self) -> dict[str, Any]:
-        """Loads the model."""
-        commit = getattr(self.load().model.config, "_commit_hash", None)
-        place, _ = locate(self.source)
-        files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
-        hashes = {file.name: sha256_of([file]) for file in files}
-        weights = {"sha256": hashes} if hashes else {"revision": commit or self.revision}
+        self.load()
         return {
             "detector": self.source,
-            **weights,
+            **self.weights_identity,
             "dtype": str(self.dtype).removeprefix("torch."),
             "img_scale": list(self.img_scale),
             "resize": "bilinear, no antialias, rounded to whole levels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from emmdit.evaluation.geneval.judge import (
     judge,
 )
 from emmdit.evaluation.geneval.prompt_file import check_metadata
-from emmdit.evaluation.geneval.results import ResultRow, overall_score, result_row, score_tasks
+from emmdit.evaluation.geneval.results import Row, by_task, result_row
 from emmdit.evaluation.metrics.base import ImageMetric, Sample
 
 _MISSING, _WRONG, _CORRECT = 0, 1, 2
@@ -37,7 +38,7 @@ class GenEval(ImageMetric):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
-        self.rows: list[ResultRow] = []
+        self.rows: list[Row] = []
         self._samples: list[Sample] = []
         self._places: dict[tuple[int, int], int] = {}
         self.begin([])
@@ -96,13 +97,19 @@ class GenEval(ImageMetric):
             ValueError: images of the set are missing, with their count and the first few.
         """
         verdicts = self.verdicts.tolist()
-        missing = [s for s, verdict in zip(self._samples, verdicts, strict=True) if verdict == _MISSING]
-        if missing or not verdicts:
-            raise ValueError(_incomplete(missing, len(verdicts)))
-        tasks = score_tasks(
-            (sample.line["tag"], verdict == _CORRECT) for sample, verdict in zip(self._samples, verdicts, strict=True)
-        )
-        return {"": overall_score(tasks), **{tag: task.score for tag, task in tasks.items()}}
+        if not verdicts:
+            raise ValueError("GenEval has no images to score: call begin with the samples of the set.")
+        judged = list(zip(self._samples, verdicts, strict=True))
+        if missing := [sample for sample, verdict in judged if verdict == _MISSING]:
+            prompts = len({sample.index for sample in missing})
+            first = ", ".join(f"{sample.path} ({sample.line['prompt']!r})" for sample in missing[:3])
+            raise ValueError(
+                f"GenEval lacks {len(missing)} of {len(judged)} images, of {prompts} prompts: {first}"
+                f"{', ...' if len(missing) > 3 else ''}; generate them first."
+            )
+        tasks = by_task((sample.line["tag"], verdict == _CORRECT) for sample, verdict in judged)
+        scores = {tag: fmean(correct) for tag, correct in tasks.items()}
+        return {"": fmean(scores.values()), **scores}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -112,12 +119,3 @@ class GenEval(ImageMetric):
             "max_objects": MAX_PER_CLASS,
             "position_threshold": POSITION_SLACK,
         }
-
-
-def _incomplete(missing: Sequence[Sample], n: int) -> str:
-    if not n:
-        return "GenEval has no images to score: call begin with the samples of the set."
-    prompts = {sample.index: sample for sample in missing}
-    first = ", ".join(f"{sample.path} ({sample.line['prompt']!r})" for sample in missing[:3])
-    more = ", ..." if len(missing) > 3 else ""
-    return f"GenEval lacks {len(missing)} of {n} images, of {len(prompts)} prompts: {first}{more}; generate them first."

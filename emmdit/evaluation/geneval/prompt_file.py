@@ -14,7 +14,7 @@ def read_prompts(path: str | Path) -> list[Line]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is invalid (with its number), the file is empty, or it has another suffix.
+        ValueError: a line is empty or invalid (with its number), or the file has another suffix.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".jsonl", ".txt"):
@@ -23,28 +23,20 @@ def read_prompts(path: str | Path) -> list[Line]:
         raise FileNotFoundError(f"There is no prompt file {path}.")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte order mark
     lines = []
-    for number, raw in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
+    for number, raw in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
             text = raw.decode("utf-8").strip()
-            if not text:
-                raise ValueError("it is empty")
+            _require(text, "it is empty")
             lines.append(_checked(json.loads(text)) if path.suffix == ".jsonl" else {"prompt": text})
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number}: it is not UTF-8.") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: it is not JSON ({error}).") from None
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}.") from None
-    if not lines:
-        raise ValueError(f"The prompt file {path} is empty.")
+            kinds = {UnicodeDecodeError: "it is not UTF-8", json.JSONDecodeError: f"it is not JSON ({error})"}
+            raise ValueError(f"{path}, line {number}: {kinds.get(type(error), error)}.") from None
     return lines
 
 
 def _checked(line: Any) -> Line:
-    if not isinstance(line, dict):
-        raise ValueError('it is not a JSON object: write {"prompt": "..."}')
-    if not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
-        raise ValueError('it has no "prompt" with text')
+    _require(isinstance(line, dict), 'it is not a JSON object: write {"prompt": "..."}')
+    _require(isinstance(line.get("prompt"), str) and line["prompt"].strip(), 'it has no "prompt" with text')
     if "tag" in line or "include" in line or "exclude" in line:
         check_metadata(line)
     return line
@@ -52,40 +44,30 @@ def _checked(line: Any) -> Line:
 
 def check_metadata(line: dict[str, Any]) -> None:
     """Raise ValueError (a sentence without its period) unless GenEval can judge an image by `line`."""
-    if not isinstance(line.get("tag"), str) or not line["tag"]:
-        raise ValueError('it has no "tag", the name of its task')
-    if not isinstance(line.get("include"), list) or not line["include"]:
-        raise ValueError('it has no "include", a list of the objects asked for')
-    exclude = line.get("exclude", [])
-    if not isinstance(exclude, list):
-        raise ValueError('its "exclude" is not a list')
-    for where, clauses in (("include", line["include"]), ("exclude", exclude)):
+    include, exclude = line.get("include"), line.get("exclude", [])
+    _require(isinstance(line.get("tag"), str) and line["tag"], 'it has no "tag", the name of its task')
+    _require(isinstance(include, list) and include, 'it has no "include", a list of the objects asked for')
+    _require(isinstance(exclude, list), 'its "exclude" is not a list')
+    for name, clauses in (("include", include), ("exclude", exclude)):
         for place, clause in enumerate(clauses):
-            _check_clause(clause, f'"{where}"[{place}]', place if where == "include" else None)
+            _check_clause(clause, f'"{name}"[{place}]', place)
 
 
-def _check_clause(clause: Any, where: str, place: int | None) -> None:
-    if not isinstance(clause, dict) or not isinstance(clause.get("class"), str) or not clause["class"]:
-        raise ValueError(f'{where} has no "class"')
-    if not _is_int(clause.get("count")) or clause["count"] < 1:
-        raise ValueError(f'{where} has no "count" of at least 1')
-    if place is None:
-        return
-    if "color" in clause and not isinstance(clause["color"], str):
-        raise ValueError(f'the "color" of {where} is not a string')
+def _check_clause(clause: Any, where: str, place: int) -> None:
+    _require(
+        isinstance(clause, dict) and isinstance(clause.get("class"), str) and clause["class"], f'{where} has no "class"'
+    )
+    # bool is a subclass of int
+    _require(type(clause.get("count")) is int and clause["count"] > 0, f'{where} has no "count" of at least 1')
+    _require(isinstance(clause.get("color", ""), str), f'the "color" of {where} is not a string')
     if "position" in clause:
-        position = clause["position"]
-        if (
-            not isinstance(position, list)
-            or len(position) != 2
-            or position[0] not in RELATIONS
-            or not _is_int(position[1])
-            or not 0 <= position[1] < place
-        ):
-            raise ValueError(
-                f'the "position" of {where} is not [{" or ".join(RELATIONS)}, index of an earlier object in "include"]'
-            )
+        match clause["position"]:
+            case [relation, target] if relation in RELATIONS and type(target) is int and 0 <= target < place:
+                return
+        ways = " or ".join(RELATIONS)
+        raise ValueError(f'the "position" of {where} is not [{ways}, index of an earlier object in "include"]')
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _require(holds: Any, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

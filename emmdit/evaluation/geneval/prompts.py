@@ -78,16 +78,13 @@ def generate_prompts(
         raise ValueError(f"{wrong[0]!r} is not a task of GenEval; the tasks are {', '.join(TASKS)}.")
     # One stream for all tasks: the order and kind of every draw decide which prompts are made.
     rng = np.random.default_rng(seed)
-    lines: dict[str, Line] = {}
+    lines = []
     if n.get("single_object"):
-        for i in rng.choice(len(classes), size=len(classes), replace=False)[: n["single_object"]]:
-            line = prompt_line("single_object", [(classes[i], None)])
-            lines.setdefault(line["prompt"], line)
+        chosen = rng.choice(len(classes), size=len(classes), replace=False)[: n["single_object"]]
+        lines = [prompt_line("single_object", [(classes[i], None)]) for i in chosen]
     for task in TASKS[1:]:
-        for _ in range(n.get(task, 0)):
-            line = _draw(task, rng, classes, colors, uncolored)
-            lines.setdefault(line["prompt"], line)
-    return list(lines.values())
+        lines += [_draw(task, rng, classes, colors, uncolored) for _ in range(n.get(task, 0))]
+    return list({line["prompt"]: line for line in lines}.values())
 
 
 def training_prompts(
@@ -160,8 +157,9 @@ def _draw(
     task: str, rng: np.random.Generator, classes: Sequence[str], colors: Sequence[str], uncolored: str | None
 ) -> Line:
     """A random prompt of `task`; the calls of `rng` are those of the official script."""
-    if task in ("colors", "color_attr"):
-        classes = _colored(classes, uncolored)
+    if task in ("colors", "color_attr") and uncolored in classes:
+        at = list(classes).index(uncolored)
+        classes = [*classes[at + 1 :], *classes[:at]]  # the order of the official draws
     if task in ("two_object", "position", "color_attr"):
         names = [classes[i] for i in rng.choice(len(classes), size=2, replace=False)]
     else:
@@ -178,14 +176,6 @@ def _draw(
     elif task == "position":
         relation = RELATIONS[rng.choice(len(RELATIONS))]
     return prompt_line(task, list(zip(names, shades, strict=True)), relation)
-
-
-def _colored(classes: Sequence[str], uncolored: str | None) -> list[str]:
-    """The classes after `uncolored`, then those before it: the order of the official draws."""
-    if uncolored not in classes:
-        return list(classes)
-    at = list(classes).index(uncolored)
-    return [*classes[at + 1 :], *classes[:at]]
 
 
 def _content(line: Mapping[str, Any]) -> tuple:

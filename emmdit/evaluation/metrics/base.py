@@ -31,6 +31,15 @@ class Sample:
         return f"{self.index:05d}/samples/{self.number:05d}.png"
 
 
+def check_images(images: Tensor, reader: str) -> None:
+    """Raise ValueError unless `images` are uint8 (N, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(
+            f"{reader} reads uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: scale others to "
+            f"0..255 first."
+        )
+
+
 class ImageMetric(Metric, ABC):
     """A torchmetrics metric of images and the prompts they were made from.
 

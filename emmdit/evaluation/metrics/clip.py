@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from emmdit.encoders.base import FrozenModel, frozen
-from emmdit.encoders.loading import load_tokenizer, locate, one_sentence
-from emmdit.weights import sha256_of
+from emmdit.encoders.loading import load_processor, load_tokenizer
+from emmdit.evaluation.metrics.base import check_images
 
 _SIZES = {"base": "b", "large": "l", "huge": "h", "giant": "g"}
 
@@ -45,19 +44,14 @@ class CLIP(FrozenModel):
         self.name = name or short_name(self.source)
         self._tokenizer: Any = None
         self._pixels: dict[str, Any] = {}
-        self._sha256: dict[str, str] = {}
 
     def _build(self) -> nn.Module:
         from transformers import CLIPImageProcessor, CLIPModel
 
         model = self._load(CLIPModel, ("clip",))
         self._tokenizer = load_tokenizer(self.source, revision=self.revision)
-        place, _ = locate(self.source)
-        with one_sentence(place):
-            processor = CLIPImageProcessor.from_pretrained(place, revision=self.revision or "main")
+        processor = load_processor(CLIPImageProcessor, self.source, revision=self.revision)
         self._pixels = _pixels(processor, self.source)
-        if Path(place).is_dir():
-            self._sha256 = {file.name: sha256_of([file]) for file in sorted(Path(place).glob("*.safetensors"))}
         return model
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
@@ -76,11 +70,7 @@ class CLIP(FrozenModel):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 (N,3,H,W) -> float32 pixels (N,3,h,w) as the image tower takes them, on the model's device."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise ValueError(
-                f"CLIP reads uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: scale "
-                f"others to 0..255 first (`(x * 255).round().to(torch.uint8)` for x in 0..1)."
-            )
+        check_images(images, "CLIP")
         self.load()
         height, width = _resized(*images.shape[-2:], self._pixels["size"])
         if (height, width) != tuple(images.shape[-2:]):
@@ -100,7 +90,7 @@ class CLIP(FrozenModel):
         """uint8 (N,3,H,W) -> (N,dim) float32 of length 1."""
         pixels = self.preprocess(images).to(self.dtype)
         with frozen(self.device):
-            return F.normalize(_embedding(self.model.get_image_features(pixel_values=pixels)).float(), dim=-1)
+            return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     def texts(self, texts: list[str]) -> Tensor:
         """-> (N,dim) float32 of length 1.
@@ -113,27 +103,20 @@ class CLIP(FrozenModel):
         self.load()
         known = self._tokenizer
         tokens = known(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        ids = tokens["input_ids"]
-        if (
-            known.unk_token_id not in (None, known.eos_token_id)
-            and (unknown := (ids == known.unk_token_id).any(1)).any()
-        ):
-            raise ValueError(
-                f"The CLIP in '{self.source}' has no word for all of {texts[int(unknown.int().argmax())]!r}."
-            )
-        if not (ids == known.eos_token_id).any(1).all():
-            raise ValueError(f"The tokenizer in '{self.source}' does not end texts with its end token: use another.")
+        if known.unk_token_id not in (None, known.eos_token_id):
+            for text, row in zip(texts, tokens["input_ids"], strict=True):
+                if known.unk_token_id in row:
+                    raise ValueError(f"The CLIP in '{self.source}' has no word for all of {text!r}.")
         tokens = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
         with frozen(self.device):
-            return F.normalize(_embedding(self.model.get_text_features(**tokens)).float(), dim=-1)
+            return F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
     def settings(self) -> dict[str, Any]:
         """The weights (sha256 of a folder's files, commit of a hub's), type and preprocessing; loads the model."""
-        config = self.load().model.config
-        weights = {"sha256": self._sha256} if self._sha256 else {"revision": config._commit_hash or self.revision}
+        self.load()
         return {
             "clip": self.source,
-            **weights,
+            **self.weights_identity,
             "dtype": str(self.dtype).removeprefix("torch."),
             "preprocessing": {"resize": "pillow", **self._pixels},
             "max_length": self.max_length,
@@ -148,25 +131,16 @@ def short_name(source: str) -> str:
     return re.sub(r"vit_(base|large|huge|giant)_patch(\d+)", lambda m: f"vit{_SIZES[m[1]]}{m[2]}", last)
 
 
-def _embedding(output: Any) -> Tensor:
-    # transformers 5 gives an output object whose pooler_output is the projected embedding.
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
 def _pixels(processor: Any, source: str) -> dict[str, Any]:
     """What of a CLIPImageProcessor matters, JSON-able: size (short side or [height, width]), crop, mean, std."""
-
-    def pair(size: Any) -> list[int]:
-        return [int(size["height"]), int(size["width"])]
-
-    size = processor.size
+    size, crop = processor.size, processor.crop_size
     if not (processor.do_resize and processor.do_rescale and processor.do_normalize):
         raise ValueError(f"The CLIP in '{source}' does not resize, rescale and normalize its images: name another.")
     return {
-        "size": int(size["shortest_edge"]) if size.get("shortest_edge") else pair(size),
+        "size": int(size["shortest_edge"]) if size.get("shortest_edge") else [int(size["height"]), int(size["width"])],
         "resample": Image.Resampling(int(processor.resample)).name.lower(),
         "antialias": True,
-        "crop": pair(processor.crop_size) if processor.do_center_crop else None,
+        "crop": [int(crop["height"]), int(crop["width"])] if processor.do_center_crop else None,
         "mean": [float(x) for x in processor.image_mean],
         "std": [float(x) for x in processor.image_std],
     }

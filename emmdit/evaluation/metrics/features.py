@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import warnings
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 
 from emmdit.encoders.base import frozen
 from emmdit.encoders.loading import MissingModelError
+from emmdit.evaluation.metrics.base import check_images
 from emmdit.evaluation.metrics.clip import CLIP
+from emmdit.weights import sha256_of
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
@@ -53,11 +54,7 @@ class FeatureExtractor(ABC):
 
     def extract(self, images: Tensor) -> Tensor:
         """`self(images)` with both ends checked: ValueError for images or features that would spoil a sum silently."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"Features are made of uint8 images (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: scale "
-                f"others to 0..255 first."
-            )
+        check_images(images, self.name)
         vectors = self(images)
         if vectors.shape != (len(images), self.dim):
             raise ValueError(
@@ -110,8 +107,7 @@ class CleanInception(FeatureExtractor):
             from cleanfid.resize import build_resizer
 
             file = self.file()
-            with file.open("rb") as stream:
-                self._sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            self._sha256 = sha256_of([file])
             try:
                 # clean-fid takes a folder and expects this name. It reads by torch.jit.load, which is deprecated.
                 with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -169,6 +165,7 @@ class CLIPFeatures(FeatureExtractor):
     @property
     def resize(self) -> str:
         pixels = self.clip.settings()["preprocessing"]
+        # "centre": stored references hold these words and are compared with them
         crop = f", centre crop {pixels['crop']}" if pixels["crop"] else ""
         return f"{pixels['resize']}, {pixels['resample']} to {pixels['size']}{crop}"
 

@@ -50,12 +50,7 @@ class KID(VectorMetric):
     family = "kid"
 
     def __init__(
-        self,
-        features: FeatureExtractor,
-        reference: str,
-        subsets: int = 100,
-        subset_size: int = 1000,
-        seed: int = 0,
+        self, features: FeatureExtractor, reference: str, subsets: int = 100, subset_size: int = 1000, seed: int = 0
     ) -> None:
         if subsets < 1 or subset_size < 2:
             raise ValueError(f"KID needs subsets >= 1 and subset_size >= 2, got {subsets} and {subset_size}.")

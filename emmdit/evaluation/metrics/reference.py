@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from emmdit.evaluation.metrics.base import ImageMetric, Sample
 from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
 from emmdit.files import atomic_path
+from emmdit.weights import sha256_of
 
 MADE_WITH = "made_with"  # a JSON array beside clean-fid's, which clean-fid ignores
 
@@ -91,9 +92,13 @@ class ReferenceMetric(ImageMetric):
         self.to(device)
         self.reset()
 
+    @abstractmethod
     def _states(self) -> None:
         """`add_state`, once the dimension is known."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _take(self, vectors: Tensor, samples: list[Sample]) -> None:
+        """Add the features of a batch."""
 
     def _compare(self, arrays: dict[str, np.ndarray]) -> None:
         again = "compute it again with `emmdit reference-stats`, or name another"
@@ -123,18 +128,13 @@ class ReferenceMetric(ImageMetric):
             raise RuntimeError(f"{self.name} must be prepared before its first image: call prepare(device).")
         self._take(self.features.extract(images), samples)
 
-    def _take(self, vectors: Tensor, samples: list[Sample]) -> None:
-        raise NotImplementedError
-
     def _enough(self, n: int) -> None:
         if n < 2:
             raise ValueError(f"{self.name} needs at least 2 images, got {n}: generate more.")
 
     def settings(self) -> dict[str, Any]:
         path = Path(self.reference).expanduser()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        reference = {"file": path.name, "sha256": digest, "made_with": self._made_with}
+        reference = {"file": path.name, "sha256": sha256_of([path]), "made_with": self._made_with}
         return {"features": self.features.settings(), "reference": reference}
 
 
