@@ -20,9 +20,9 @@ from emmdit.data.stream_report import report
 
 
 class TextImageDataModule(LightningDataModule):
-    """Base class; a subclass makes its data sets in `setup` and says where they come from.
+    """Base class; a subclass makes its datasets in `setup` and says where they come from.
 
-    Data sets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
+    Datasets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
     whose images have several sizes have a method `buckets()`, see `emmdit.data.buckets`. A batch is an
     `emmdit.data.Batch`.
 
@@ -44,7 +44,7 @@ class TextImageDataModule(LightningDataModule):
     def __init__(
         self,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int = 4,
         seed: int = 0,
         validation_samples: int = 256,
         shuffle_block: int | None = None,
@@ -57,6 +57,18 @@ class TextImageDataModule(LightningDataModule):
         self.validation_samples = validation_samples
         self.shuffle_block, self.bucket_batch = shuffle_block, bucket_batch
         self._loader: ResumableLoader | None = None
+
+    def module_part(self, name: str) -> Any:
+        """`codec` or `text` of the module in training; None where there is none."""
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer else None
+
+    def check_held_out(self, count: int) -> None:
+        """ValueError where validation would take all of the source's rows."""
+        if count <= self.validation_samples:
+            raise ValueError(
+                f"'{self.source}' has {count} rows, and {self.validation_samples} of them are held out for validation: "
+                "lower validation_samples."
+            )
 
     @abstractmethod
     def train_dataset(self) -> Any: ...
@@ -87,7 +99,7 @@ class TextImageDataModule(LightningDataModule):
         return Inspected(SampleItems(self.train_dataset()), {"kind": type(self).__name__}, resolution)
 
     def order(self, dataset: Any) -> Order:
-        """Which of the data set's samples stands where in the stream. ValueError: sizes without `bucket_batch`."""
+        """Which of the dataset's samples stands where in the stream. ValueError: sizes without `bucket_batch`."""
         return Order(
             len(dataset),
             self.seed,
@@ -99,10 +111,8 @@ class TextImageDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        trainer = self.trainer
-        samples_seen = self._loader.samples_seen if self._loader is not None else 0
-        samples_seen = max(samples_seen, getattr(trainer.lightning_module, "samples_seen", 0))
-        dataset = self.train_dataset()
+        trainer, dataset = self.trainer, self.train_dataset()
+        samples_seen = max(getattr(found, "samples_seen", 0) for found in (self._loader, trainer.lightning_module))
         order = self.order(dataset)
         if self._loader is None and trainer.is_global_zero:
             self._report(dataset, order)

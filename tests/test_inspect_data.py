@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from emmdit.data.inspect import (
     bucket_table,
     caption_table,
     chosen_rows,
-    default_buckets,
 )
 from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.data.readers.open import open_source
@@ -57,8 +55,8 @@ def test_rows_are_drawn_by_the_seed() -> None:
 
 def test_captions_by_hand() -> None:
     letters = ("letters", lambda captions: [len(caption) for caption in captions], 3)
-    table = caption_table(["a", "abc", "abcd", "abcd"], Counter({1: 4}), [letters])
-    assert table["captions"] == 4 and table["repeated"] == 1 and table["an_image"] == {"1": 4}
+    table = caption_table(["a", "abc", "abcd", "abcd"], [letters])
+    assert table["captions"] == 4 and table["repeated"] == 1
     row = table["in"][0]
     assert (row["cut"], row["max_length"], row["lengths"]["max"], row["lengths"]["median"]) == (2, 3, 4, 3.5)
 
@@ -74,7 +72,6 @@ def test_buckets_by_hand() -> None:
     assert table["cropped_square"] == pytest.approx((0 + 0 + 1 / 2 + 2 / 3) / 4)
     assert table["cropped"] == pytest.approx((1 / 6 + 4 / 9) / 4)
     assert sum(row["share"] for row in table["rows"]) == 1
-    assert default_buckets(1024) == Buckets(128) and default_buckets(10) is None
     made = bucket_table(sizes, *one_bucket((512, 512), 4), 512)
     assert made["rows"] == [{"height": 512, "width": 512, "images": 4, "share": 1.0, "cropped": pytest.approx(7 / 24)}]
 

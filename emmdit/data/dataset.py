@@ -1,4 +1,4 @@
-"""Captioned data set: rows of a table as training samples, with images or precomputed latents."""
+"""Captioned dataset: rows of a table as training samples, with images or precomputed latents."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class CaptionedDataset(Dataset):
 
     def _number(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is outside this data set of {len(self)} rows.")
+            raise IndexError(f"sample {index} is outside this dataset of {len(self)} rows.")
         return self.first + int(index)
 
     def _sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:

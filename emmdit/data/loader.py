@@ -35,7 +35,7 @@ class _Positioned(Dataset):
 
 
 class ResumableLoader:
-    """Endless, resumable stream of training batches over a map-style data set of dicts.
+    """Endless, resumable stream of training batches over a map-style dataset of dicts.
 
     Iterating gives `len(self)` batches from the current position; the next iteration continues from there, so passes
     follow each other without repeating or dropping a sample (see `emmdit.data.stream`). Samples are counted here, in
@@ -47,7 +47,7 @@ class ResumableLoader:
     Use it for training only: validation wants the same samples every time. With Lightning set
     `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a
     loader's state only when it resumes in mid epoch or trains by `max_steps`. Its `overfit_batches` has no effect on
-    the samples drawn; use a smaller data set.
+    the samples drawn; use a smaller dataset.
 
     Args:
         dataset: map-style, `dataset[i] -> dict`.

@@ -1,4 +1,4 @@
-"""The training stream: which sample of the data set stands at which position, as a pure function of (seed, position).
+"""The training stream: which sample of the dataset stands at which position, as a pure function of (seed, position).
 
 The training data are one endless stream. *Position* p is the number of samples that all ranks together drew before it;
 data epoch e covers the positions [e * length, (e + 1) * length). A global batch is the next `global_batch` positions
@@ -15,7 +15,7 @@ for any number of ranks.
 - **Which sample?** Where sources are mixed by weights, a bucket's epoch holds as many draws of each source as its
   weight asks for; a source gives its samples evenly, each as often as any other, or once more.
 
-With one bucket and no weights this is a permutation of the data set for each epoch.
+With one bucket and no weights this is a permutation of the dataset for each epoch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Group:
     bucket: int
     counts: list[int]
     draws: list[int]
-    members: np.ndarray | None  # indices in the data set; None: all of it
+    members: np.ndarray | None  # indices in the dataset; None: all of it
 
     @property
     def length(self) -> int:
@@ -104,7 +104,7 @@ class Order:
         length: number of samples.
         seed: of the order.
         block: see `epoch_order`.
-        counts: samples of each source, where the data set is several sources in a row.
+        counts: samples of each source, where the dataset is several sources in a row.
         weights: share of the draws that each source gets, in any unit; None: each sample once an epoch.
         buckets: (length,) the number of each sample's bucket; None: all images have one size.
         chunk: consecutive samples of one bucket; the global batch divides it.
@@ -124,12 +124,12 @@ class Order:
         chunk: int | None = None,
     ) -> None:
         if length < 1:
-            raise ValueError("The data set is empty: check its path and filters.")
+            raise ValueError("The dataset is empty: check its path and filters.")
         if block is not None and block < 1:
             raise ValueError(f"shuffle_block must be at least 1 sample, got {block}.")
         counts = [length] if counts is None else [int(count) for count in counts]
         if sum(counts) != length or min(counts) < 1:
-            raise ValueError(f"The sources have {counts} samples, the data set {length}: every source needs some.")
+            raise ValueError(f"The sources have {counts} samples, the dataset {length}: every source needs some.")
         if weights is not None and (len(weights) != len(counts) or not all(0 < w < float("inf") for w in weights)):
             raise ValueError(f"weights {list(weights)} must be {len(counts)} positive numbers, one for each source.")
         self.seed, self.block, self.counts = seed, block, counts

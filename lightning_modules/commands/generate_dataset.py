@@ -1,4 +1,4 @@
-"""Command `emmdit generate-dataset`: prompts to a data set of images, by any text-to-image pipeline, on all ranks."""
+"""Command `emmdit generate-dataset`: prompts to a dataset of images, by any text-to-image pipeline, on all ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def generate_parser() -> ArgumentParser:
 
 
 def generate_dataset(argv: list[str]) -> None:
-    """Generate an image for each prompt, as webdataset tars or parquet: a data set to train on."""
+    """Generate an image for each prompt, as webdataset tars or parquet: a dataset to train on."""
     parser = generate_parser()
     args = parser.parse_args(argv)
     prompts = instantiate(parser, args).prompts

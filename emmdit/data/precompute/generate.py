@@ -1,4 +1,4 @@
-"""Generated data set: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
+"""Generated dataset: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
 
 Unlike `emmdit.evaluation.image_set.ImageSet`, which keeps one folder a prompt in GenEval's layout, this writes shards:
 ten million images are ten thousand files.
@@ -47,7 +47,7 @@ class Prompts:
     ) -> None:
         rows = open_source(source, split, data_files, revision)
         self.column = "prompt" if rows.column_names == ["prompt"] else column
-        self.rows = select_columns(rows, {"prompt": self.column}, source)
+        self.rows = select_columns(rows, {"prompt": self.column}, source, "prompts.column")
         last = len(self.rows) if count is None else min(first + count, len(self.rows))
         if first < 0 or first >= last:
             raise ValueError(f"'{source}' has {len(self.rows)} prompts: there are none from number {first} on.")

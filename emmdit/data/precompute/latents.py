@@ -1,4 +1,4 @@
-"""Latents data set: a folder made by `emmdit precompute` as training samples."""
+"""Latents dataset: a folder made by `emmdit precompute` as training samples."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LatentsDataset(Dataset):
         """Reads and decodes a batch at once: a call for each row costs more than its bytes."""
         for index in indices:
             if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
+                raise IndexError(f"sample {index} is outside this dataset of {len(self)} samples.")
         numbers = [self.first + int(index) for index in indices]
         stored = self.rows[numbers]
         codec, columns = self.manifest["codec"], self.manifest["columns"]

@@ -173,8 +173,7 @@ def precompute(
             f"Images of resolution {settings.resolution} do not fit {type(codec).__name__}, whose sides divide by "
             f"{codec.downsample}: change the resolution."
         )
-    columns = {"image": settings.image_column}
-    columns |= {f"caption {i}" if i else "caption": name for i, name in enumerate(settings.caption_columns)}
+    columns = {"image": settings.image_column, "caption": settings.caption_columns}
     rows = select_columns(rows, columns, str(source.get("source", "the source")))
     encoders = {"codec": codec, "text": text, "vision": vision}
     encoders = {name: encoder.to(device) for name, encoder in encoders.items() if encoder is not None}

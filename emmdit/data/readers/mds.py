@@ -55,11 +55,11 @@ class MDSDataset(Rows):
         if not indices[0].is_file():
             indices = sorted(self.root.rglob("index.json"))
         if not indices:
-            raise FileNotFoundError(f"There is no index.json in '{root}': name the folder of an MDS data set.")
+            raise FileNotFoundError(f"There is no index.json in '{root}': name the folder of an MDS dataset.")
         self.shards = [_Shard(index.parent, entry) for index in indices for entry in _entries(index)]
         self.shards = [shard for shard in self.shards if shard.samples]
         if not self.shards:
-            raise ValueError(f"The MDS data set '{root}' has no samples.")
+            raise ValueError(f"The MDS dataset '{root}' has no samples.")
         self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
         first = self.shards[0]
         for shard in self.shards:
@@ -125,7 +125,7 @@ class MDSDataset(Rows):
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside this data set of {len(self)} rows.")
+            raise IndexError(f"row {index} is outside this dataset of {len(self)} rows.")
         number = bisect_right(self._starts, index) - 1
         return self.shards[number], index - self._starts[number]
 
