@@ -17,7 +17,7 @@ from PIL import Image
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule
 from emmdit.data.dataset import CaptionedDataset
-from emmdit.data.images import InvalidSample, load_image, open_image
+from emmdit.data.images import load_image
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.manifest import read_manifest
 from emmdit.data.precompute.precompute import Settings, precompute
@@ -36,6 +36,14 @@ def megapixels() -> bytes:
     return buffer.getvalue()
 
 
+def petapixels() -> bytes:
+    """Pillow itself refuses this one."""
+    huge = bytearray(png(0))
+    huge[16:24] = (60_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    return bytes(huge)
+
+
 # name, image, caption, reason to reject the row; "" for a good one
 ROWS = [
     ("00_good", jpeg(picture(0)), b"picture 0", ""),
@@ -45,6 +53,7 @@ ROWS = [
     ("04_no_caption", jpeg(picture(4)), None, "empty caption"),
     ("05_blank_caption", jpeg(picture(5)), b" \n", "empty caption"),
     ("06_huge", megapixels(), b"a hundred megapixels", "decompression bomb"),
+    ("06_huger", petapixels(), b"more than that", "decompression bomb"),
     ("07_small", jpeg(picture(0, 20)), b"small", "too small"),
     ("08_not_utf8", jpeg(picture(8)), b"caf\xe9", "corrupt"),
     ("09_good", jpeg(picture(9)), b"picture 9", ""),
@@ -219,18 +228,6 @@ def test_non_finite_latents_are_rejected_and_a_source_of_rejects_alone_says_so()
         LatentsDataset("none")
 
 
-def test_a_hundred_megapixels_are_refused_before_they_are_decoded() -> None:
-    with pytest.raises(InvalidSample, match="10000 x 10001.*max_pixels") as caught:
-        open_image(megapixels())
-    assert caught.value.reason == "decompression bomb"
-    huge = bytearray(png(0))
-    huge[16:24] = (60_000).to_bytes(4, "big") * 2  # Pillow itself refuses this one
-    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
-    with pytest.raises(InvalidSample) as caught:
-        open_image(bytes(huge))
-    assert caught.value.reason == "decompression bomb"
-
-
 CODEC = "{codec: {class_path: emmdit.encoders.DCTCodec}, resolution: 32, trainer: {accelerator: cpu}}"
 
 
@@ -260,7 +257,7 @@ def test_a_source_that_cannot_be_opened_is_one_sentence(tmp_path: Path, capsys: 
         (str(tmp_path / "nothing"), {}, "nothing'"),
         ("someone/nothing", {}, "'someone/nothing'.*HF_HUB_OFFLINE"),
         ("rows.parquet", {"image_column": None}, "image_column, latents_column"),
-        ("rows.parquet", {"resolution": 0}, "resolution.*1.*0"),
+        ("rows.parquet", {"resolution": 0}, r"resolution.*\b0\b.*\b1\b"),
     ]
     for source, arguments, message in cases:
         with pytest.raises((ValueError, OSError), match=message) as caught:

@@ -23,17 +23,11 @@ from emmdit.data.readers.open import open_source
 from emmdit.data.stream import Order
 from emmdit.encoders import DCTCodec, TextEncoder
 from lightning_modules import TextToImage
+from tests.command_line import elsewhere as elsewhere
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (48, 32), (90, 30)]  # height, width; the last is taller than any bucket
 COUNT = 40
 BUCKETS = Buckets(step=8, max_ratio=2)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path / "emmdit"))
-    datasets.disable_progress_bars()
 
 
 def png(number: int, height: int, width: int, **options) -> bytes:
@@ -112,7 +106,7 @@ def test_captions_are_chosen_by_weight_seed_and_position(table: Path) -> None:
         ({"caption_weights": [1.0, 2.0]}, r"\b2\b.*caption_weights.*\b1\b"),
         ({"caption_weights": [0.0]}, r"caption_weights.*\[0\.0\]"),
         ({"caption_column": []}, "CaptionedImagesDataModule.*image_column.*caption_column"),
-        ({"caption_column": ["caption", "none"]}, "caption.*'none'"),
+        ({"caption_column": ["caption", "none"]}, "'none'.* caption_column "),
     ):
         with pytest.raises(ValueError, match=message):
             ready(hub(table, **arguments))
@@ -152,6 +146,7 @@ def test_bucket_sizes_and_what_they_crop() -> None:
 
 
 def test_sizes_are_told_by_columns_or_headers_and_kept(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMMDIT_CACHE", "emmdit")
     rows = open_source(str(table))
     expected = [SHAPES[i % 5] for i in range(COUNT)]
     assert image_sizes(rows, "image", ("height", "width")).tolist() == [list(shape) for shape in expected]
@@ -164,8 +159,7 @@ def test_sizes_are_told_by_columns_or_headers_and_kept(table: Path, monkeypatch:
     assert image_size(turned) == (30, 20) == open_image(turned).size[::-1]
 
 
-def test_images_come_in_batches_of_one_bucket_on_all_ranks(table: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_images_come_in_batches_of_one_bucket_on_all_ranks(table: Path, capsys) -> None:
     whole = {}
     for rank in range(2):
         data = ready(hub(table, buckets=BUCKETS, bucket_batch=8, shuffle_block=4), rank, 2)
@@ -209,8 +203,7 @@ def made(table: Path, out: Path, **changes) -> Path:
     return out
 
 
-def test_latents_are_precomputed_and_read_in_buckets(table: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_latents_are_precomputed_and_read_in_buckets(table: Path, tmp_path: Path) -> None:
     out = made(table, tmp_path / "latents", buckets=BUCKETS, keep_images=100)
     rows = LatentsDataset(out)
     assert [row["sample_id"] for row in rows.table] == list(range(COUNT))
@@ -242,8 +235,7 @@ def test_latents_are_precomputed_and_read_in_buckets(table: Path, tmp_path: Path
 # -- mixtures ----------------------------------------------------------------------------------------
 
 
-def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: Path, capsys) -> None:
     open_source(str(table)).table.select(range(12)).to_parquet(tmp_path / "few.parquet")
     sources = {"many": made(table, tmp_path / "many"), "few": made(tmp_path / "few.parquet", tmp_path / "few")}
 
@@ -296,8 +288,7 @@ def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: P
 # -- stored text -------------------------------------------------------------------------------------
 
 
-def test_stored_text_features_spare_the_encoder(table: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_stored_text_features_spare_the_encoder(table: Path, tmp_path: Path) -> None:
     made_with = dict(source="standin:llama?caption_channels=16", caption_channels=16, max_length=8, with_mask=True)
     text = TextEncoder(**made_with)
     columns = ("short", "caption")

@@ -18,15 +18,10 @@ from emmdit.data.images import load_image
 from emmdit.data.loader import ResumableLoader
 from emmdit.data.stream import Order
 from lightning_modules.commands.config_errors import sentence
+from tests.command_line import elsewhere as elsewhere
 
 COUNT = 10
 LATENTS = np.random.default_rng(0).standard_normal((COUNT, 4, 2, 2)).astype(np.float16)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def picture(number: int) -> Image.Image:

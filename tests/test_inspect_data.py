@@ -12,11 +12,7 @@ from PIL import Image
 
 from emmdit.data.buckets import Buckets, one_bucket
 from emmdit.data.images import fit, open_image
-from emmdit.data.inspect import (
-    bucket_table,
-    caption_table,
-    chosen_rows,
-)
+from emmdit.data.inspect import bucket_table, caption_table
 from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCTCodec
@@ -42,15 +38,6 @@ def report(out: str = "out") -> dict:
 
 
 # -- counting ----------------------------------------------------------------------------------------
-
-
-def test_rows_are_drawn_by_the_seed() -> None:
-    assert chosen_rows(5) == chosen_rows(5, sample=5) == [0, 1, 2, 3, 4]
-    assert chosen_rows(5, limit=3) == [0, 1, 2]
-    drawn = chosen_rows(25_000_000, sample=1000)
-    assert drawn == chosen_rows(25_000_000, sample=1000) == sorted(set(drawn)) and len(drawn) == 1000
-    assert drawn != chosen_rows(25_000_000, sample=1000, seed=1) and max(drawn) > 20_000_000
-    assert max(chosen_rows(25_000_000, limit=50_000, sample=1000)) < 50_000
 
 
 def test_captions_by_hand() -> None:

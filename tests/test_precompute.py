@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import signal
 from pathlib import Path
@@ -24,14 +23,9 @@ from emmdit.data.precompute.manifest import check, read_manifest
 from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE, SD3VAE, DCTCodec
+from tests.command_line import elsewhere as elsewhere
 
 COUNT = 23
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -103,6 +97,16 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     assert torch.equal(plain._part(0, None)[4]["latents"], samples[4]["latents"])  # read as any source, too
 
 
+class Vision:
+    feature_dim, dtype = 3, torch.float32
+
+    def to(self, device):
+        return self
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
+
+
 def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     columns = {
         "picture": [{"bytes": jpeg(picture(i)), "path": None} for i in range(3)],
@@ -110,15 +114,6 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
         "short": [["one", "two"], ["three", "four"], []],
     }
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
-
-    class Vision:
-        feature_dim, dtype = 5, torch.float32
-
-        def to(self, device):
-            return self
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return images.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 4, 5)
 
     class Text(Vision):
         def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -130,7 +125,7 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     assert rows["caption"][:] == ["a long one", "three", "long 2"]
     assert rows["captions"][:] == [["a long one", "one", "two"], ["", "three", "four"], []]
     sample = LatentsDataset(tmp_path / "out")[1]
-    assert sample["features"].shape == (4, 5) and sample["image"].shape == (3, 32, 32)
+    assert sample["features"].shape == (32, 3) and sample["image"].shape == (3, 32, 32)
     assert sample["latents"].dtype == torch.float32 and sample["latents"].shape == (32, 8, 8)
     spec = read_manifest(tmp_path / "out")["columns"]["text.encoder_hidden_states"]
     assert spec == {"dtype": "bfloat16", "shape": [1, 1]}
@@ -144,15 +139,6 @@ def test_reading_in_batches_is_reading_one_by_one(tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / f"source/{i}.jpg").write_bytes(jpeg(picture(0).resize((48 + 24 * (i % 3), 72))))
         (tmp_path / f"source/{i}.txt").write_text(f"picture {i}")
-
-    class Vision:
-        feature_dim, dtype = 3, torch.float32
-
-        def to(self, device):
-            return self
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
 
     run(tmp_path / "source", tmp_path / "out", vision=Vision(), buckets=Buckets(8), min_side=1)
     rows = LatentsDataset(tmp_path / "out")
@@ -227,23 +213,6 @@ def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
     assert not list(out.glob(".data-*"))
     again = run(source, out)  # nothing left to do
     assert again == read_manifest(out)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_union_over_ranks_is_the_data_set_and_no_row_is_in_two(
-    made: tuple[Path, Path], tmp_path: Path, world: int
-) -> None:
-    source, whole = made
-    for rank in range(world):
-        run(source, tmp_path / "out", rank=rank, world=world)
-    units = [
-        {json.loads(line)["unit"] for line in file.read_text().splitlines()}
-        for file in sorted((tmp_path / "out/journal").glob("*.jsonl"))
-    ]
-    assert sum(map(len, units)) == len(set().union(*units)) == 6
-    rows = datasets.load_from_disk(str(tmp_path / "out"))
-    assert rows["sample_id"][:] == list(range(COUNT))
-    assert read_manifest(tmp_path / "out")["sha256"] == read_manifest(whole)["sha256"]
 
 
 def test_a_shard_that_got_lost_is_made_again(made: tuple[Path, Path], tmp_path: Path) -> None:

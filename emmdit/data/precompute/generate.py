@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emmdit.data.images import InvalidSample, first_line
 from emmdit.data.precompute.job import ResumableJob
+from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source, select_columns, value
 from emmdit.files import to_uint8
 
@@ -112,7 +113,7 @@ def generate(
                 try:
                     good.append((row, prompts[row]))
                 except InvalidSample as error:
-                    rejects.append(_reject(row, error.reason, first_line(error)))
+                    rejects.append(Item(row, f"{row:09d}", error.reason, first_line(error)).reject())
             done += len(rejects)
             for first in range(0, len(good), batch_size):
                 chunk = good[first : first + batch_size]
@@ -122,7 +123,7 @@ def generate(
                 pixels = to_uint8(images.nan_to_num())
                 for (row, prompt), image, fine in zip(chunk, pixels, finite, strict=True):
                     if not fine or image.min() == image.max():  # overflow in float16, or a safety checker
-                        rejects.append(_reject(row, "blank image", prompt[:80]))
+                        rejects.append(Item(row, f"{row:09d}", "blank image", prompt[:80]).reject())
                     else:
                         made.append(_record(row, prompt, seed + row, image, quality))
                 done += len(chunk)
@@ -130,10 +131,6 @@ def generate(
                     progress(done, total)
             job.commit(unit, lambda path, made=made: WRITERS[kind](path, made), len(made), rejects)
         return job.manifest(about)
-
-
-def _reject(row: int, reason: str, detail: str) -> dict[str, Any]:
-    return {"row": row, "key": f"{row:09d}", "reason": reason, "detail": detail}
 
 
 def _record(row: int, prompt: str, seed: int, image: np.ndarray, quality: int) -> dict[str, Any]:

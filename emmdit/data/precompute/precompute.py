@@ -258,16 +258,9 @@ def _encode(
             item.reason, item.detail = "non-finite latents", f"in {settings.dtype}"
             continue
         height, width = item.pixels.shape[:2]
-        record = {
-            "sample_id": item.row,
-            "key": item.key,
-            "caption": caption,
-            "captions": item.captions if len(item.captions) > 1 else [],
-            "width": width,
-            "height": height,
-            "original_width": item.original[0],
-            "original_height": item.original[1],
-        }
+        record = {"sample_id": item.row, "key": item.key, "caption": caption}
+        record |= {"captions": item.captions if len(item.captions) > 1 else [], "width": width, "height": height}
+        record |= {"original_width": item.original[0], "original_height": item.original[1]}
         if settings.keep_images is not None:
             buffer = io.BytesIO()
             Image.fromarray(item.pixels).save(buffer, "JPEG", quality=settings.keep_images)
@@ -313,7 +306,6 @@ def features_of(record: dict[str, Any]) -> Any:
 def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
     import datasets
-    import pyarrow as pa
 
     records = job.records()
     if records is None:
@@ -322,10 +314,8 @@ def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
     tensors = shards[0]["tensors"] if shards else {}
     manifest = job.manifest({**about, "columns": tensors})
     if shards:
-        with pa.memory_map(str(job.folder / shards[0]["file"])) as source:
-            schema = pa.ipc.open_stream(source).schema
-        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
-        info.write_to_directory(str(job.folder))
+        features = datasets.Dataset.from_file(str(job.folder / shards[0]["file"])).features
+        datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
         state = {name: None for name in ("_format_columns", "_format_type", "_split")}
         state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
         state["_data_files"] = [{"filename": shard["file"]} for shard in shards]

@@ -106,9 +106,9 @@ class MDSDataset(Rows):
             try:
                 row[name] = shard.decoders[name](data)
             except Exception as error:
-                raise InvalidSample(
-                    f"{shard.path.name}, sample {sample}, column '{name}': {first_line(error)}"
-                ) from error
+                why = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else "corrupt"
+                where = f"{shard.path.name}, sample {sample}, column '{name}'"
+                raise InvalidSample(f"{where}: {first_line(error)}", why) from error
         return row
 
     def raw(self, index: int) -> dict[str, bytes]:
@@ -163,9 +163,7 @@ class _Shard:
             _unpack(self.packed, self.path)
         if self.path.stat().st_size < 4 * (self.samples + 2):
             raise InvalidSample(f"the shard {self.path} is truncated: not even its table of samples is whole")
-        data = np.asarray(
-            np.memmap(self.path, mode="r")
-        )  # a plain array: a slice of a memmap costs more than its bytes
+        data = np.asarray(np.memmap(self.path, mode="r"))  # a slice of a memmap costs more than its bytes
         count = int(data[:4].view("<u4")[0])
         if count != self.samples:
             raise InvalidSample(f"the shard {self.path} has {count} samples, index.json says {self.samples}")
