@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from emmdit.data.buckets import bucketing
 from emmdit.data.inspect import Inspected, SampleItems, to_yaml
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.stream import Order, StreamSampler
-from emmdit.data.stream_report import report
+from emmdit.data.stream import Order, StreamSampler, stream_report
 
 
 class TextImageDataModule(LightningDataModule):
@@ -130,7 +129,7 @@ class TextImageDataModule(LightningDataModule):
     def _report(self, dataset: Any, order: Order) -> None:
         """What is mixed and what the buckets lose: printed once, and `data_report.json` in the run folder."""
         sizes = None if order.chunk is None else getattr(dataset, "sizes", None)
-        found = report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
+        found = stream_report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
         if found["sources"] or found["buckets"]:
             print(to_yaml(found), flush=True)
             folder = Path(self.trainer.default_root_dir)

@@ -24,10 +24,7 @@ class MixtureDataModule(TextImageDataModule):
     """
 
     def __init__(
-        self,
-        sources: dict[str, TextImageDataModule],
-        weights: dict[str, float] | None = None,
-        **stream: Any,
+        self, sources: dict[str, TextImageDataModule], weights: dict[str, float] | None = None, **stream: Any
     ) -> None:
         super().__init__(**stream)
         if not sources:

@@ -22,11 +22,7 @@ class ShapesDataModule(TextImageDataModule):
     card = "docs/shapes_world.md"
 
     def __init__(
-        self,
-        world: ShapesWorld | None = None,
-        length: int = 1_000_000,
-        num_workers: int = 0,
-        **stream: Any,
+        self, world: ShapesWorld | None = None, length: int = 1_000_000, num_workers: int = 0, **stream: Any
     ) -> None:
         super().__init__(num_workers=num_workers, **stream)
         self.world = world or ShapesWorld()

@@ -112,19 +112,6 @@ def test_captions_are_chosen_by_weight_seed_and_position(table: Path) -> None:
             ready(hub(table, **arguments))
 
 
-def test_rows_are_read_in_batches_as_one_by_one_and_bad_ones_named(table: Path) -> None:
-    train = ready(hub(table)).train_dataset()
-    for one, many in zip([train[i] for i in (3, 0, 7)], train.__getitems__([3, 0, 7]), strict=True):
-        assert one["caption"] == many["caption"] and torch.equal(one["image"], many["image"])
-    rows = open_source(str(table)).table.map(lambda row: row | {"short": None} if row["height"] == 90 else row)
-    rows.save_to_disk(table.parent / "gap")
-    broken = ready(hub(table.parent / "gap", caption_column="short")).train_dataset()
-    with pytest.raises(ValueError, match=r"Row 9\b.*caption.*'short'"):
-        broken.__getitems__([3, 4])
-    with pytest.raises(IndexError):
-        broken.__getitems__([0, 35])
-
-
 # -- buckets -----------------------------------------------------------------------------------------
 
 

@@ -69,7 +69,7 @@ def test_the_first_rows_are_held_out_and_samples_do_not_depend_on_workers(parque
     assert {train[i]["caption"] for i in range(len(train))} == {f"picture {i}" for i in range(3, COUNT)}
     assert train[2]["sample_id"] == 2
     with pytest.raises(IndexError):
-        train[len(train)]
+        train.__getitems__([0, len(train)])
 
     alone, helped = (list(ResumableLoader(train, Order(len(train)), 4, num_workers=workers)) for workers in (0, 2))
     for a, b in zip(alone, helped, strict=True):

@@ -54,7 +54,7 @@ class ResumableLoader:
         order: of the samples; its seed also chooses among captions.
         global_batch: samples in one forward pass of all ranks together; a multiple of `world_size`.
         rank, world_size: this process among all processes.
-        num_workers, persistent_workers: as in torch's DataLoader.
+        num_workers: as in torch's DataLoader; the workers live as long as it.
         samples_seen: position to begin at.
     """
 
@@ -66,7 +66,6 @@ class ResumableLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        persistent_workers: bool = True,
         samples_seen: int = 0,
     ) -> None:
         if global_batch % world_size:
@@ -82,7 +81,7 @@ class ResumableLoader:
             _Positioned(dataset, order.seed),
             batch_sampler=self.sampler,
             num_workers=num_workers,
-            persistent_workers=persistent_workers and num_workers > 0,
+            persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

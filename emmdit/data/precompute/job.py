@@ -122,12 +122,7 @@ class ResumableJob:
         return [unit for unit in range(self.rank, self.units, self.world) if unit not in self.done]
 
     def commit(
-        self,
-        unit: int,
-        write: Callable[[Path], None],
-        samples: int,
-        rejects: list[dict[str, Any]],
-        **more: Any,
+        self, unit: int, write: Callable[[Path], None], samples: int, rejects: list[dict[str, Any]], **more: Any
     ) -> None:
         """Write the unit's file by `write(path)` (none where no sample is left), and record it in the journal."""
         rows = self.rows(unit)
