@@ -205,9 +205,9 @@ def test_each_bad_row_is_named_and_nothing_else_is_lost(make, capsys: pytest.Cap
     # the command: the same rejects
     main(["inspect-data", "--source", faulty.source, "--resolution", "32", "--out", "inspected"])
     assert json.loads(Path("inspected/report.json").read_text())["rejects"] == rejects
-    text = capsys.readouterr().out.replace("''", "'")  # YAML doubles quotes
+    lines = capsys.readouterr().out.replace("''", "'").splitlines()  # YAML doubles quotes
     for row, key, why in faulty.rejects:
-        assert f"row {row}{f' ({key})' * bool(key)}: {why}" in text
+        assert any(f"row: {row}," in line and key in line and why in line for line in lines)
     assert not list(Path.cwd().parent.rglob("evil*"))
 
 

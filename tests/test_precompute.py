@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule
-from emmdit.data.buckets import Buckets
 from emmdit.data.images import load_image
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.latents import LatentsDataset
@@ -131,28 +130,6 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     assert spec == {"dtype": "bfloat16", "shape": [1, 1]}
     length = torch.frombuffer(bytearray(rows[0]["text.encoder_hidden_states"]), dtype=torch.bfloat16)
     assert length.tolist() == [10.0]
-
-
-def test_reading_in_batches_is_reading_one_by_one(tmp_path: Path) -> None:
-    """Of latents of several sizes and features, in any order and more than once."""
-    (tmp_path / "source").mkdir()
-    for i in range(9):
-        (tmp_path / f"source/{i}.jpg").write_bytes(jpeg(picture(0).resize((48 + 24 * (i % 3), 72))))
-        (tmp_path / f"source/{i}.txt").write_text(f"picture {i}")
-
-    run(tmp_path / "source", tmp_path / "out", vision=Vision(), buckets=Buckets(8), min_side=1)
-    rows = LatentsDataset(tmp_path / "out")
-    order = [8, 0, 3, 3, 7, 1, 2, 6, 5, 4]
-    batch = rows.__getitems__(order)
-    assert len({tuple(sample["latents"].shape) for sample in batch}) == 3
-    for index, sample in zip(order, batch, strict=True):
-        alone = rows[index]
-        assert sample.keys() == alone.keys() and sample["sample_id"] == index
-        assert sample["caption"] == alone["caption"] == f"picture {index}"
-        for name in ("latents", "features"):
-            assert torch.equal(sample[name], alone[name]) and sample[name].dtype == torch.float32
-        stored = np.frombuffer(rows.table[index]["latents"], np.float16)
-        assert (sample["latents"].numpy().ravel() == stored).all()
 
 
 # -- kill and go on ----------------------------------------------------------------------------------

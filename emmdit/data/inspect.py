@@ -205,13 +205,8 @@ def bucket_table(
 def as_text(report: dict[str, Any], rejects: int = 20) -> str:
     """The report as YAML, with the first rejects alone."""
     short = {key: found for key, found in report.items() if found not in (None, "", {}, [])}
-    if lines := report["rejects"][:rejects]:
-        short["rejects"] = [
-            f"row {row['row']}{' (' + row['key'] + ')' if row['key'] else ''}: {row['reason']}: {row['detail']}"
-            for row in lines
-        ]
-        if len(report["rejects"]) > rejects:
-            short["rejects"].append(f"and {len(report['rejects']) - rejects:,} more")
+    if "rejects" in short:
+        short["rejects"] = short["rejects"][:rejects]
     return to_yaml(short)
 
 

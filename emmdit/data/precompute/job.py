@@ -147,23 +147,20 @@ class ResumableJob:
 
     # -- the result ----------------------------------------------------------------------------------
 
-    def records(self) -> list[dict[str, Any]] | None:
-        """Of all units in their order, by all ranks; None as long as some are not done."""
-        self.done = self._read_journals()
-        return [self.done[unit] for unit in range(self.units)] if len(self.done) == self.units else None
-
     def manifest(self, about: dict[str, Any]) -> dict[str, Any] | None:
-        """Write manifest.json and rejects.jsonl when all units are done, else None.
+        """Write manifest.json and rejects.jsonl when all ranks' units are done, else None.
 
         Several ranks may do it at once: they write the same.
         """
-        records = self.records()
-        if records is None:
+        self.done = self._read_journals()
+        if len(self.done) < self.units:
             return None
+        records = [self.done[unit] for unit in range(self.units)]
         rejects = [reject for record in records for reject in record["rejects"]]
         shards = [record for record in records if record["file"]]
         manifest = {
             **about,
+            "columns": shards[0].get("tensors", {}) if shards else {},
             "counts": {
                 "rows": self.total,
                 "samples": sum(record["samples"] for record in records),

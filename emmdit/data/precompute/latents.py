@@ -128,8 +128,6 @@ class LatentsDataset(Dataset):
         lengths = [len(data) // kept.itemsize for data in stored]
         values = torch.frombuffer(bytearray().join(stored), dtype=kept)
         values = values if name.startswith("text.") else values.float()
-        if len(set(shapes)) == len(set(lengths)) == 1:
-            return list(values.view(len(shapes), *shapes[0]).unbind())
         return [part.view(shape) for part, shape in zip(values.split(lengths), shapes, strict=True)]
 
     def _unreadable(self, number: int, why: str) -> str:

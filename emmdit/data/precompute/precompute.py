@@ -186,7 +186,27 @@ def precompute(
         "scaling": "as codec.encode gives them: (raw - shift_factor) * scaling_factor",
     }
     with ResumableJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
-        _work(job, Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
+        units = job.pending()
+        total, done = sum(len(job.rows(unit)) for unit in units), 0
+        numbers = (rows for *_, rows in _batches(job, units, settings.batch_size))
+        items = Items(rows, settings)
+        loader = DataLoader(items, batch_sampler=numbers, num_workers=num_workers, collate_fn=list)
+        kept: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        tensors: dict[str, Any] = {}
+        for (unit, last, part), batch in zip(_batches(job, units, settings.batch_size), loader, strict=True):
+            good = [item for item in batch if not item.reason]
+            for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
+                alike = [item for item in good if item.pixels.shape == shape]
+                tensors |= _encode(alike, settings, encoders, torch.device(device), kept, part[0])
+            rejects += [item.reject() for item in batch if item.reason]
+            done += len(batch)
+            if last:
+                made = sorted(kept, key=lambda record: record["sample_id"])
+                job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
+                kept, rejects = [], []
+            if progress is not None:
+                progress(done, total)
         return finish(job, about)
 
 
@@ -196,37 +216,6 @@ def _batches(job: ResumableJob, units: list[int], size: int) -> Iterator[tuple[i
         rows = job.rows(unit)
         for first in range(0, len(rows), size):
             yield unit, first + size >= len(rows), list(rows[first : first + size])
-
-
-def _work(
-    job: ResumableJob,
-    items: Items,
-    settings: Settings,
-    encoders: dict[str, Any],
-    device: torch.device,
-    num_workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    units = job.pending()
-    total, done = sum(len(job.rows(unit)) for unit in units), 0
-    numbers = (rows for *_, rows in _batches(job, units, settings.batch_size))
-    loader = DataLoader(items, batch_sampler=numbers, num_workers=num_workers, collate_fn=list)
-    kept: list[dict[str, Any]] = []
-    rejects: list[dict[str, Any]] = []
-    tensors: dict[str, Any] = {}
-    for (unit, last, rows), batch in zip(_batches(job, units, settings.batch_size), loader, strict=True):
-        good = [item for item in batch if not item.reason]
-        for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
-            alike = [item for item in good if item.pixels.shape == shape]
-            tensors |= _encode(alike, settings, encoders, device, kept, rows[0])
-        rejects += [item.reject() for item in batch if item.reason]
-        done += len(batch)
-        if last:
-            made = sorted(kept, key=lambda record: record["sample_id"])
-            job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
-            kept, rejects = [], []
-        if progress is not None:
-            progress(done, total)
 
 
 def _encode(
@@ -307,18 +296,15 @@ def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
     import datasets
 
-    records = job.records()
-    if records is None:
-        return None
-    shards = [record for record in records if record["file"]]
-    tensors = shards[0]["tensors"] if shards else {}
-    manifest = job.manifest({**about, "columns": tensors})
-    if shards:
-        features = datasets.Dataset.from_file(str(job.folder / shards[0]["file"])).features
-        datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
-        state = {name: None for name in ("_format_columns", "_format_type", "_split")}
-        state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
-        state["_data_files"] = [{"filename": shard["file"]} for shard in shards]
-        with atomic_path(job.folder / "state.json") as part:
-            part.write_text(json.dumps(state, indent=1) + "\n")
+    manifest = job.manifest(about)
+    if manifest is None or not manifest["shards"]:
+        return manifest
+    files = [shard["file"] for shard in manifest["shards"]]
+    features = datasets.Dataset.from_file(str(job.folder / files[0])).features
+    datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
+    state = {name: None for name in ("_format_columns", "_format_type", "_split")}
+    state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
+    state["_data_files"] = [{"filename": file} for file in files]
+    with atomic_path(job.folder / "state.json") as part:
+        part.write_text(json.dumps(state, indent=1) + "\n")
     return manifest

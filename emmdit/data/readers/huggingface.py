@@ -32,10 +32,6 @@ class HuggingFaceRows(Rows):
         self.column_names = table.column_names
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        return True
-
-    @classmethod
     def open(cls, source: Source) -> HuggingFaceRows:
         return cls(_open(source))
 

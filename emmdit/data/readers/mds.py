@@ -76,20 +76,16 @@ class MDSDataset(Rows):
             self.column_names = list(columns)
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        """A folder with an index, or with folders that have one and no files of another format."""
+    def open(cls, source: Source) -> MDSDataset | None:
+        """Of a folder with an index, or with folders that have one and no files of another format."""
         path = source.path
         if not path.is_dir() or source.data_files is not None:
-            return False
-        if any((folder / "index.json").is_file() for folder in (path / source.split, path)):
-            return True
+            return None
+        for folder in (path / source.split, path):
+            if (folder / "index.json").is_file():
+                return cls(folder)
         others = any(source.files(suffix) for suffix in (".parquet", ".tar", ".arrow"))
-        return not others and any(path.glob("*/index.json"))
-
-    @classmethod
-    def open(cls, source: Source) -> MDSDataset:
-        split = source.path / source.split
-        return cls(split if (split / "index.json").is_file() else source.path)
+        return cls(path) if not others and any(path.glob("*/index.json")) else None
 
     @property
     def fingerprint(self) -> str:

@@ -35,7 +35,7 @@ def open_source(
         FileNotFoundError, OSError, ValueError: one sentence that says what to do.
     """
     named = Source(source, split, data_files, revision)
-    return next(reader for reader in READERS if reader.matches(named)).open(named)
+    return next(rows for reader in READERS if (rows := reader.open(named)) is not None)
 
 
 def select_columns(

@@ -63,13 +63,12 @@ class Rows(Dataset, ABC):
 
     @classmethod
     @abstractmethod
-    def matches(cls, source: Source) -> bool:
-        """Whether this reader reads the source; asked in the order of `READERS`."""
+    def open(cls, source: Source) -> Rows | None:
+        """The rows; None where the source is not of this format. Readers are asked in the order of `READERS`.
 
-    @classmethod
-    @abstractmethod
-    def open(cls, source: Source) -> Rows:
-        """FileNotFoundError, OSError or ValueError: one sentence that says what to do."""
+        Raises:
+            FileNotFoundError, OSError, ValueError: one sentence that says what to do.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -56,12 +56,9 @@ class TarRows(Rows):
         return self.__dict__ | {"_handles": {}}
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        return bool(source.files(".tar")) and not source.files(".parquet")
-
-    @classmethod
-    def open(cls, source: Source) -> TarRows:
-        return cls(source.files(".tar"))
+    def open(cls, source: Source) -> TarRows | None:
+        files = source.files(".tar")
+        return cls(files) if files and not source.files(".parquet") else None
 
     @property
     def fingerprint(self) -> str:
