@@ -140,11 +140,9 @@ class CaptionedImagesDataModule(TextImageDataModule):
         return self._part(0, self.validation_samples)
 
     def _part(self, first: int, last: int | None, captions: dict[str, float] | None = None) -> CaptionedDataset:
-        rows, stored = (
-            (self.rows(), self.source, self.columns, self.resolution),
-            (self.latents_shape, self.latents_scale),
-        )
-        return CaptionedDataset(*rows, *stored, first, last, captions, self.sizes(), self.buckets)
+        stored = dict(latents_shape=self.latents_shape, latents_scale=self.latents_scale)
+        part = dict(first=first, last=last, captions=captions, sizes=self.sizes(), buckets=self.buckets)
+        return CaptionedDataset(self.rows(), self.source, self.columns, self.resolution, **stored, **part)
 
     def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
         rows, resolution = self.rows(), resolution or self.resolution

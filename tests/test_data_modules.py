@@ -260,10 +260,10 @@ def test_sources_are_mixed_by_weight_and_each_is_logged(table: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             MixtureDataModule(**arguments)
-    pictures = hub(table, resolution=32)
+    images = hub(table, resolution=32)
     with pytest.raises(ValueError, match="'few'.*caption, latents, sample_id.*caption, image, sample_id"):
         few = LatentsDataModule(str(sources["few"]))
-        ready(MixtureDataModule({"few": few, "pictures": pictures}, validation_samples=2))
+        ready(MixtureDataModule({"few": few, "images": images}, validation_samples=2))
     with pytest.raises(ValueError, match=r"'few'.*\b12\b.*\b30\b.*validation_samples"):
         ready(MixtureDataModule({"few": LatentsDataModule(str(sources["few"]))}, validation_samples=30))
 

@@ -33,17 +33,17 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def picture(number: int, side: int = 40) -> Image.Image:
+def noise(number: int, side: int = 40) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side + number, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def folder(root: Path, count: int = COUNT) -> Path:
-    """Pictures with a text file beside each."""
+    """Images with a text file beside each."""
     root.mkdir()
     for i in range(count):
-        (root / f"{i:03d}.jpg").write_bytes(jpeg(picture(i)))
-        (root / f"{i:03d}.txt").write_text(f"picture {i}\n")
+        (root / f"{i:03d}.jpg").write_bytes(jpeg(noise(i)))
+        (root / f"{i:03d}.txt").write_text(f"image {i}\n")
     return root
 
 
@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # -- what is written ---------------------------------------------------------------------------------
 
 
-def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, Path]) -> None:
+def test_latents_are_the_codecs_and_the_folder_is_a_dataset(made: tuple[Path, Path]) -> None:
     source, out = made
     manifest = read_manifest(out)
     assert_hashes(out)
@@ -85,7 +85,7 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     codec = DCTCodec()
     for i in (0, 7, 22):
         expected = codec.encode(load_image(str(source / f"{i:03d}.jpg"), 32)[None])[0]
-        assert samples[i]["caption"] == f"picture {i}"
+        assert samples[i]["caption"] == f"image {i}"
         assert torch.equal(samples[i]["latents"], expected.half().float())
     with pytest.raises(IndexError):
         LatentsDataset(out, 3)[COUNT - 3]
@@ -106,9 +106,9 @@ class Vision:
         return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
 
 
-def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
+def test_features_kept_images_and_several_captions(tmp_path: Path) -> None:
     columns = {
-        "picture": [{"bytes": jpeg(picture(i)), "path": None} for i in range(3)],
+        "photo": [{"bytes": jpeg(noise(i)), "path": None} for i in range(3)],
         "long": ["a long one", "", "long 2"],
         "short": [["one", "two"], ["three", "four"], []],
     }
@@ -118,7 +118,7 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
         def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
             return {"encoder_hidden_states": torch.tensor([[[len(c)]] for c in captions], dtype=torch.bfloat16)}
 
-    options = dict(image_column="picture", caption_columns=("long", "short"), keep_images=90, dtype="bfloat16")
+    options = dict(image_column="photo", caption_columns=("long", "short"), keep_images=90, dtype="bfloat16")
     run(tmp_path / "rows.parquet", tmp_path / "out", vision=Vision(), text=Text(), **options)
     rows = datasets.load_from_disk(str(tmp_path / "out"))
     assert rows["caption"][:] == ["a long one", "three", "long 2"]
@@ -132,7 +132,7 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     assert length.tolist() == [10.0]
 
 
-# -- kill and go on ----------------------------------------------------------------------------------
+# -- kill and resume ----------------------------------------------------------------------------------
 
 
 def killed(source: Path, out: Path, rank: int, world: int, after: int, where: str) -> None:
@@ -169,9 +169,7 @@ def killed(source: Path, out: Path, rank: int, world: int, after: int, where: st
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
-    made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_resume_after_kill_9_on_other_ranks_is_the_unbroken_run(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, whole = made
     out = tmp_path / "out"
     killed(source, out, 0, 2, 3, "encode")  # dies within its second unit

@@ -38,7 +38,7 @@ def stream(order: Order, positions: int, global_batch: int, world_size: int, sta
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), world_size=st.integers(1, 4), seed=st.integers(0, 99))
-def test_union_is_the_data_set_and_nothing_twice(data: st.DataObject, world_size: int, seed: int) -> None:
+def test_union_is_the_dataset_and_nothing_twice(data: st.DataObject, world_size: int, seed: int) -> None:
     """Any batch and number of ranks, with and without buckets and a block shuffle."""
     length = data.draw(st.integers(1, 60))
     buckets = data.draw(st.none() | st.lists(st.integers(1, 4), min_size=length, max_size=length))
@@ -118,7 +118,7 @@ def test_a_bucket_smaller_than_a_chunk_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("world_size,global_batch", [(1, 4), (3, 12), (4, 8), (2, 6)])
-def test_any_aligned_place_is_a_place_to_go_on(world_size: int, global_batch: int) -> None:
+def test_a_resume_may_begin_at_any_aligned_position(world_size: int, global_batch: int) -> None:
     codes = np.random.default_rng(1).integers(1, 4, 70)
     order = Order(70, 2, block=5, counts=[30, 40], weights=[1, 3], buckets=codes, chunk=24)
     straight, _ = stream(order, 480, 24, 2)
@@ -267,7 +267,7 @@ def read(out: Path, world: int, batch: int, start: int, stop: int, die: int, buc
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_killed_on_two_ranks_goes_on_with_one_then_three(buckets: bool, tmp_path: Path) -> None:
+def test_killed_on_two_ranks_resumes_on_one_then_three(buckets: bool, tmp_path: Path) -> None:
     """An epoch has 90 draws: the first kill is in its middle, the second in the middle of the third."""
     whole = read(tmp_path / "whole", 1, 24, 0, 264, 999, buckets)
     two = read(tmp_path / "two", 2, 12, 0, 264, 48, buckets, workers=1)

@@ -112,10 +112,10 @@ def tokenizers(module: Any, args: argparse.Namespace) -> list[inspect.Tokenizer]
     if text is None:
         return [inspect.WORDS]
     try:
-        encoders = getattr(text, "encoders", None) or [text]
-        names = [getattr(encoder, "source", type(encoder).__name__) for encoder in encoders]
-        found = zip(names, encoders, strict=True)
-        return [_tokenizer(name, encoder.tokenizer, encoder.max_length) for name, encoder in found]
+        return [
+            _tokenizer(getattr(part, "source", type(part).__name__), part.tokenizer, part.max_length)
+            for part in getattr(text, "encoders", None) or [text]
+        ]
     except (ValueError, OSError) as error:
         print(f"emmdit inspect-data: captions are counted in words: {error}", file=sys.stderr)
         return [inspect.WORDS]

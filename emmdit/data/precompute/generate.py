@@ -91,7 +91,7 @@ def generate(
 
     Args:
         model: prompts and seeds to images (B, 3, H, W) in [-1, 1].
-        made_with: pipeline, weights and sampling settings, fit for JSON: a folder begun with others is refused.
+        made_with: pipeline, weights and sampling settings, fit for JSON: a folder started with others is refused.
         quality: of the JPEGs.
         rows_per_shard: prompts in one file; a kill costs each rank at most one file.
         kind: "tar" or "parquet".

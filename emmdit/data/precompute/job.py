@@ -31,7 +31,7 @@ class ResumableJob:
 
     Args:
         folder: of the result; made if need be.
-        plan: all that determines the result, fit for JSON. A folder begun with another plan is refused.
+        plan: all that determines the result, fit for JSON. A folder started with another plan is refused.
         total: number of rows in the source.
         rows_per_shard: rows in a unit. A kill costs each rank at most one.
         suffix: of the files.
@@ -93,7 +93,7 @@ class ResumableJob:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{self.folder} was begun with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
+                    f"{self.folder} was started with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
                     "another folder, or resume with the same settings."
                 )
 
@@ -158,9 +158,10 @@ class ResumableJob:
         records = [self.done[unit] for unit in range(self.units)]
         rejects = [reject for record in records for reject in record["rejects"]]
         shards = [record for record in records if record["file"]]
+        if shards and "tensors" in shards[0]:
+            about = about | {"columns": shards[0]["tensors"]}
         manifest = {
             **about,
-            "columns": shards[0].get("tensors", {}) if shards else {},
             "counts": {
                 "rows": self.total,
                 "samples": sum(record["samples"] for record in records),

@@ -15,6 +15,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,7 +66,7 @@ class MDSDataset(Rows):
         for shard in self.shards:
             if shard.encodings != first.encodings:
                 raise ValueError(
-                    f"{shard.path} has other columns ({_listed(shard)}) than {first.path.name} ({_listed(first)}): "
+                    f"{shard.path} has other columns ({shard.encodings}) than {first.path.name} ({first.encodings}): "
                     "read their folders one by one."
                 )
         self.column_names = list(first.encodings)
@@ -200,10 +201,6 @@ def _inside(name: str) -> PurePosixPath:
     return path
 
 
-def _listed(shard: _Shard) -> str:
-    return ", ".join(f"{name}: {encoding}" for name, encoding in shard.encodings.items())
-
-
 def _unpack(packed: Path, path: Path) -> None:
     """Beside the packed file, once, so that samples can be read in any order."""
     import pyarrow as pa
@@ -232,46 +229,46 @@ def _decoder(name: str, encoding: str) -> Callable[[bytes], Any]:
             f"its column '{name}' is pickled (pkl), and unpickling runs code from the file: write it as bytes or json"
         )
     if kind == "ndarray":
-        return _array_decoder(detail)
-    simple: dict[str, Callable[[bytes], Any]] = {
-        "bytes": bytes,
-        "str": lambda data: data.decode("utf-8"),
-        "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
-        "str_int": lambda data: int(data.decode("utf-8")),
-        "str_float": lambda data: float(data.decode("utf-8")),
-        "str_decimal": lambda data: Decimal(data.decode("utf-8")),
-        "json": lambda data: json.loads(data.decode("utf-8")),
-        "jpeg": lambda data: Image.open(io.BytesIO(data)),
-        "png": lambda data: Image.open(io.BytesIO(data)),
-        "pil": _pil,
-    }
-    if kind in simple:
-        return simple[kind]
+        return partial(_array, *detail.split(":")) if detail else _array
     if kind in _SCALARS:
-        dtype = _SCALARS[kind].newbyteorder("<")
-        return lambda data: np.frombuffer(data, dtype)[0]
-    raise ValueError(f"the encoding '{encoding}' of its column '{name}' is not known")
+        return lambda data: np.frombuffer(data, _SCALARS[kind].newbyteorder("<"))[0]
+    if kind not in _DECODERS:
+        raise ValueError(f"the encoding '{encoding}' of its column '{name}' is not known")
+    return _DECODERS[kind]
 
 
-def _array_decoder(detail: str) -> Callable[[bytes], np.ndarray]:
+def _array(*given: bytes | str) -> np.ndarray:
     """`ndarray`, `ndarray:float16` or `ndarray:float16:128,2048`: what is not said here stands before the values."""
-    given = detail.split(":") if detail else []
-    fixed_dtype = _SCALARS[given[0]] if given else None
-    fixed_shape = tuple(int(n) for n in given[1].split(",")) if len(given) > 1 else None
+    *said, data = given
+    dtype = _SCALARS[said[0]] if said else None
+    shape = tuple(int(n) for n in said[1].split(",")) if len(said) > 1 else None
+    if dtype is None:
+        dtype, data = _ARRAY_DTYPES[data[0]], data[1:]
+    if shape is None:  # the upper six bits: number of axes; the lower two: bytes of a length, as a power of 2
+        width, axes = 1 << (data[0] & 3), data[0] >> 2
+        shape = tuple(np.frombuffer(data, f"<u{width}", axes, offset=1).tolist())
+        data = data[1 + width * axes :]
+    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
 
-    def decode(data: bytes) -> np.ndarray:
-        dtype, shape = fixed_dtype, fixed_shape
-        if dtype is None:
-            dtype, data = _ARRAY_DTYPES[data[0]], data[1:]
-        if shape is None:  # the upper six bits: number of axes; the lower two: bytes of a length, as a power of 2
-            width, axes = 1 << (data[0] & 3), data[0] >> 2
-            shape = tuple(np.frombuffer(data, f"<u{width}", axes, offset=1).tolist())
-            data = data[1 + width * axes :]
-        return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
 
-    return decode
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
 def _pil(data: bytes) -> Image.Image:
     width, height, length = np.frombuffer(data, "<u4", 3).tolist()
     return Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "str": bytes.decode,
+    "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
+    "str_int": int,
+    "str_float": float,
+    "str_decimal": lambda data: Decimal(data.decode()),
+    "json": json.loads,
+    "jpeg": _image,
+    "png": _image,
+    "pil": _pil,
+}
