@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: arguments, interleaved timing, Markdown tables and JSON files."""
+"""Shared parts of the benchmarks: arguments, Markdown tables, JSON files, and the clock of one CPU thread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,6 @@ from emmdit import timing
 from emmdit.provenance import machine_line
 
 ROOT = Path(__file__).parents[1]
-
-
-# -- tables and files --------------------------------------------------------------------------------
 
 
 def markdown_table(rows: Iterable[dict[str, Any]], columns: dict[str, str], digits: int = 3) -> str:
@@ -34,19 +32,23 @@ def markdown_table(rows: Iterable[dict[str, Any]], columns: dict[str, str], digi
 
     rows = list(rows)
     numeric = {key: any(isinstance(row.get(key), int | float) for row in rows) for key in columns}
-    lines = [
-        "| " + " | ".join(columns.values()) + " |",
-        "|" + "|".join("---:" if numeric[key] else "---" for key in columns) + "|",
-    ]
+    lines = ["| " + " | ".join(columns.values()) + " |"]
+    lines += ["|" + "|".join("---:" if numeric[key] else "---" for key in columns) + "|"]
     lines += ["| " + " | ".join(cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    progress(f"written: {path}")
+def write_json(path: str | Path | None, content: dict[str, Any]) -> None:
+    """Write `content`; nothing without a path."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        progress(f"written: {path}")
+
+
+def show(title: str, found: dict[str, Any], *tables: str) -> None:
+    """Print a Markdown page: title, machine, tables."""
+    print("\n\n".join([f"# {title}", machine_line(found), *tables]))
 
 
 def progress(text: str) -> None:
@@ -64,19 +66,26 @@ def whole(least: int) -> Callable[[str], int]:
     return number
 
 
-interleaved = functools.partial(timing.interleaved, progress=progress)
-
-
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """With the options every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     parser.add_argument("--quick", action="store_true", help="a reduced table, for two CPU cores")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"cuda or cpu; here by default {default}")
     return parser
 
 
-def show(title: str, found: dict[str, Any], tables: Sequence[str]) -> None:
-    """Print a Markdown page: title, machine, tables."""
-    print("\n\n".join([f"# {title}", machine_line(found), *tables]))
+interleaved = functools.partial(timing.interleaved, progress=progress)
+
+
+def clock_of(device: torch.device) -> Callable[[timing.Run, torch.device, int], float]:
+    """Of one CPU thread the seconds in which it ran, which other processes do not lengthen; else the wall clock."""
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        return timing.seconds_of
+
+    def running_seconds(run: timing.Run, device: torch.device, calls: int = 1) -> float:
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - start) / calls
+
+    return running_seconds

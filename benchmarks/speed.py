@@ -14,7 +14,7 @@ The cases of one network, part, mode, size and batch take turns: read `ratio_to_
 those of the original network in the first type, eager. FLOPs are of a forward pass: 2 x multiply-add of matrix
 products, convolutions and attention, counted on the meta device. Memory is the peak above what the process held before
 the call. One CPU thread is timed by the seconds in which it ran, so that other processes do not count; anything else by
-the wall clock. A call predicted to exceed `--limit` (or, on a CPU, the memory) is left out, with a note.
+the wall clock. A call predicted to exceed `--limit` (or weights that exceed a CPU's memory) is left out, with a note.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import copy
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from statistics import linear_regression
 from typing import Any
 
 import psutil
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import argument_parser, interleaved, markdown_table, progress, show, whole, write_json
+from benchmarks import common
+from benchmarks.common import clock_of, markdown_table, progress, whole
 from benchmarks.networks import NETWORKS, Network, counts
 from emmdit.networks.edit.attention import LinearAttention
 from emmdit.provenance import machine
@@ -46,8 +47,9 @@ PARTS = ("image", "joint", "block", "network")
 MODES = {"forward": 1, "backward": 3, "train": 3}  # and its FLOPs: a backward pass computes twice as much
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 VARIANTS = ("eager", "compiled", "fused")
+KIND = ("network", "who", "part", "mode", "batch", "dtype", "variant")
 RESOLUTIONS = (512, 1024, 2048, 4096, 8192)
-# Time of the original / the student's as third parties report it (docs/papers.md, A8d): whole forward passes, RTX 3090.
+# Time of the original over the student's as third-party notes report it, of a whole forward pass (docs/papers.md, A8d).
 REPORTED = {
     ("PixArt-Sigma", 1024): 1.4,
     ("PixArt-Sigma", 2048): 3.2,
@@ -76,6 +78,15 @@ class Case:
     def __str__(self) -> str:
         words = (self.network, self.who, self.part, self.mode, f"{self.px} px", f"batch {self.batch}")
         return ", ".join((*words, self.dtype, self.variant))
+
+    @property
+    def kind(self) -> tuple:
+        """What a prediction may be based on: the same call at another size."""
+        return tuple(getattr(self, key) for key in KIND if key != "batch")
+
+    def work(self, flops: int) -> int:
+        """FLOPs of a call, from those of a forward pass at batch 1."""
+        return flops * MODES[self.mode] * self.batch
 
 
 @dataclass(frozen=True)
@@ -131,28 +142,27 @@ class Part:
 
 def parts_of(spec: Network, network: nn.Module, px: int) -> dict[str, Part]:
     """The parts of a network on the meta device, in its first block, at batch 1."""
-    with torch.device("meta"):
-        given = spec.inputs(network, px)
     first = f"{spec.blocks}.0"
-    paths = {"joint": spec.attention, "image": spec.image_attention}
-    paths = {part: f"{first}.{name}" for part, name in paths.items() if name} | {"block": first}
-    if spec.attention == spec.image_attention:
-        del paths["joint"]
-    found, handles = {"network": Part("", (), given)}, []
-    for part, path in paths.items():
+    joint, image = f"{first}.{spec.attention}", spec.image_attention and f"{first}.{spec.image_attention}"
+    with torch.device("meta"):
+        found = {"network": Part("", (), spec.inputs(network, px))}
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict, part: str = part, path: str = path) -> None:
-            found[part] = Part(path, args, kwargs)
+    def keep(part: str, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found[part] = Part(path, args, kwargs)
 
-        handles.append(network.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True))
-    with torch.no_grad():
-        network(**given)
-    for handle in handles:
-        handle.remove()
-    if "image" not in found:
+    paths = {"image": image, "joint": None if joint == image else joint, "block": first}
+    hooks = [
+        network.get_submodule(path).register_forward_pre_hook(functools.partial(keep, part, path), with_kwargs=True)
+        for part, path in paths.items()
+        if path
+    ]
+    found["network"].flops(network)
+    for hook in hooks:
+        hook.remove()
+    if image is None:
         (x, prompt, *_), kwargs = found["joint"].args, found["joint"].kwargs
-        linear = isinstance(network.get_submodule(paths["joint"]), LinearAttention)
-        found["image"] = Part(paths["joint"], (x,) if linear else (x, prompt[:, :0]), kwargs, alone=True)
+        linear = isinstance(network.get_submodule(joint), LinearAttention)
+        found["image"] = Part(joint, (x,) if linear else (x, prompt[:, :0]), kwargs, alone=True)
     return found
 
 
@@ -165,65 +175,41 @@ class Built:
 
     def get(self, case: Case) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """The network, and the optimizer of a training step."""
-        dtype = DTYPES[case.dtype]
-        base_key, key = (case.who, dtype), (case.who, dtype, case.variant)
-        if base_key not in self.made:
+        shared = (case.who, DTYPES[case.dtype])
+        if shared not in self.made:
             with self.device:
                 network = self.spec.build(case.who, self.px, **self.config)
-                self.made[base_key] = network if dtype == torch.float32 else network.to(dtype)
-        base = self.made[base_key]
+            self.made[shared] = network if shared[1] == torch.float32 else network.to(shared[1])
+        base, key = self.made[shared], (*shared, case.variant)
         if key not in self.made:
-            network = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+            network = self.made[key] = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
             if case.variant == "fused":
                 network.fuse_qkv_projections()
             elif case.variant == "compiled" and case.part == "network":
                 network.compile_repeated_blocks(dynamic=False)
-            self.made[key] = network
         if case.mode != "train":
             return self.made[key], None
-        optimizer = self.made.setdefault((*base_key, "AdamW"), torch.optim.AdamW(base.parameters(), lr=1e-6))
-        return self.made[key], optimizer
+        return self.made[key], self.made.setdefault((*shared, "AdamW"), torch.optim.AdamW(base.parameters(), lr=1e-6))
 
 
 # -- measuring ---------------------------------------------------------------------------------------
 
 
-def clock_of(device: torch.device) -> Callable[[Run, torch.device, int], float]:
-    if device.type != "cpu" or torch.get_num_threads() > 1:
-        return seconds_of
-
-    def running_seconds(run: Run, device: torch.device, calls: int = 1) -> float:
-        start = time.process_time()
-        for _ in range(calls):
-            run()
-        return (time.process_time() - start) / calls
-
-    return running_seconds
-
-
 class Guard:
-    """Predicts the cost of a call from the last smaller one of its kind, to skip what would take too much."""
+    """Predicts the cost of a call from earlier ones, of its kind if there was one, to leave out what takes too much."""
 
     def __init__(self, device: torch.device, limit: float) -> None:
         self.device, self.limit = device, limit
-        self.last: dict[tuple, tuple[float, float, int, int]] = {}  # kind -> seconds, work, bytes, tokens
-        self.speed = math.inf  # the slowest so far, of all kinds, in FLOP/s
+        self.pace: dict[tuple, float] = {}  # kind -> seconds for a FLOP
 
-    def refuses(self, kind: tuple, work: float, tokens: int, weights: int = 0) -> str | None:
-        """The reason not to try it. `weights`: bytes that are allocated for it."""
-        seconds, needed = work / self.speed, float(weights)
-        if kind in self.last:
-            seconds, before, memory, fewer = self.last[kind]
-            seconds, needed = seconds * work / before, weights + memory * tokens / fewer
+    def refuses(self, kind: tuple, work: int, weights: int = 0) -> str | None:
+        """The reason not to try a call of `work` FLOPs for which `weights` bytes are allocated."""
+        seconds = work * self.pace.get(kind, max(self.pace.values(), default=0.0))
         if seconds > self.limit:
             return f"{seconds:.0f} s a call"
-        if self.device.type == "cpu" and needed > 0.7 * psutil.virtual_memory().available:
-            return f"{needed / 2**30:.0f} GiB"
+        if self.device.type == "cpu" and weights > 0.7 * psutil.virtual_memory().available:
+            return f"{weights / 2**30:.0f} GiB"
         return None
-
-    def record(self, kind: tuple, work: float, tokens: int, seconds: float, memory: int | None) -> None:
-        self.last[kind] = (seconds, work, memory or 0, tokens)
-        self.speed = min(work / seconds, self.speed)
 
 
 def measure(runs: dict[Case, Run], device: torch.device, rounds: int, min_seconds: float) -> dict[Case, dict[str, Any]]:
@@ -238,11 +224,9 @@ def measure(runs: dict[Case, Run], device: torch.device, rounds: int, min_second
         except torch.OutOfMemoryError:
             results[case] = {"note": "out of memory"}
             torch.cuda.empty_cache()
-    fitting = {str(case): runs[case] for case, result in results.items() if "note" not in result}
-    timings = interleaved(fitting, device, rounds, min_seconds, clock_of(device))
-    for case, result in results.items():
-        if timing := timings.get(str(case)):
-            result |= {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
+    fitting = {case: runs[case] for case, result in results.items() if "note" not in result}
+    for case, timing in common.interleaved(fitting, device, rounds, min_seconds, clock_of(device)).items():
+        results[case] |= {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
     return results
 
 
@@ -250,46 +234,38 @@ def benchmark(name: str, spec: Network, args: argparse.Namespace, guard: Guard) 
     """Rows of one network, the smallest images first."""
     blocks = Built(spec, 512, guard.device, **spec.one_block)
     for px in sorted(args.resolutions):
-        parts: dict[str, dict[str, Part]] = {}
-        flops: dict[str, dict[str, int]] = {}
-        weights = 0
+        parts: dict[tuple[str, str], Part] = {}
+        flops: dict[tuple[str, str], int] = {}
+        weights, networks = 0, Built(spec, px, guard.device)
         for who in args.who:
             with torch.device("meta"):
                 small, large = spec.build(who, px, **spec.one_block), spec.build(who, px)
-                parts[who] = parts_of(spec, small, px)
-                flops[who] = {key: part.flops(small) for key, part in parts[who].items() if key != "network"}
-                flops[who]["network"] = parts[who]["network"].flops(large)
+            for part, called in parts_of(spec, small, px).items():
+                parts[who, part] = called
+                flops[who, part] = called.flops(large if part == "network" else small)
             weights += 4 * sum(p.numel() for p in large.parameters())
-        tokens, networks = spec.tokens(small, px), Built(spec, px, guard.device)
-        groups = itertools.product((p for p in args.parts if p in flops[args.who[0]]), args.modes, args.batch_sizes)
-        for part, mode, batch in groups:
-            if mode == "train" and part != "network":
+        tokens = spec.tokens(small, px)
+        for part, mode, batch in itertools.product(args.parts, args.modes, args.batch_sizes):
+            if (mode == "train" and part != "network") or (args.who[0], part) not in parts:
                 continue
-            built, rows, runs = networks if part == "network" else blocks, {}, {}
+            rows, runs, built = {}, {}, networks if part == "network" else blocks
             for who, dtype, variant in itertools.product(args.who, args.dtypes, args.variants):
-                case = Case(name, who, part, mode, px, batch, dtype, variant)
-                if variant == "fused" and (mode != "forward" or who != "original" or name != "E-MMDiT"):
+                if variant == "fused" and (name, who, mode) != ("E-MMDiT", "original", "forward"):
                     continue
-                rows[case] = {"tokens": tokens, "tflop": flops[who][part] / 1e12}
-                extra = weights * (2 if mode != "forward" else 1) if part == "network" else 0
-                why = guard.refuses(kind(case), flops[who][part] * MODES[mode] * batch, tokens * batch, extra)
-                if why:
+                case = Case(name, who, part, mode, px, batch, dtype, variant)
+                rows[case] = {"tokens": tokens, "tflop": flops[who, part] / 1e12}
+                needed = weights * (1 if mode == "forward" else 2) if part == "network" else 0
+                if why := guard.refuses(case.kind, case.work(flops[who, part]), needed):
                     rows[case]["note"] = f"not run: {why}"
                 else:
-                    runs[case] = parts[who][part].runner(*built.get(case), case)
+                    runs[case] = parts[who, part].runner(*built.get(case), case)
             progress(f"{name}, {part}, {mode}, {px} px, batch {batch}: {len(runs)} of {len(rows)} cases")
             for case, result in measure(runs, guard.device, args.rounds, args.min_seconds).items():
                 rows[case] |= result
                 if "seconds" in result:
-                    work = flops[case.who][part] * MODES[mode] * batch
-                    guard.record(kind(case), work, tokens * batch, result["seconds"], result["memory"])
+                    guard.pace[case.kind] = result["seconds"] / case.work(flops[case.who, part])
             yield from finished(rows)
             torch._dynamo.reset()  # graphs of other sizes count towards the limit on graphs
-
-
-def kind(case: Case) -> tuple:
-    """What a prediction may be based on: the same call at another size."""
-    return tuple(value for key, value in asdict(case).items() if key not in ("px", "batch"))
 
 
 def finished(rows: dict[Case, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -317,21 +293,17 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
     """Slope of log value over log tokens by least squares; None for fewer than two sizes."""
     if len({tokens for tokens, _ in points}) < 2:
         return None
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in zip(*points, strict=True))
-    x = x - x.mean()
-    return ((x * y).sum() / x.square().sum()).item()
+    return linear_regression(*([math.log(value) for value in values] for values in zip(*points, strict=True))).slope
 
 
 def exponents(rows: list[dict[str, Any]], smallest: int) -> list[dict[str, Any]]:
     """Fits over images of `smallest` pixels a side and more, for whatever was run or counted at several sizes."""
-    keys = ("network", "who", "part", "mode", "batch", "dtype", "variant")
     fits = []
-    for which in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        chosen = [row for row in rows if tuple(row[key] for key in keys) == which and row["px"] >= smallest]
+    for kind in dict.fromkeys(tuple(row[key] for key in KIND) for row in rows):
+        chosen = [row for row in rows if tuple(row[key] for key in KIND) == kind and row["px"] >= smallest]
         timed = [row for row in chosen if row["seconds"]]
-        fit: dict[str, Any] = dict(zip(keys, which, strict=True)) | {
-            "px": max((row["px"] for row in timed), default=None)
-        }
+        fit: dict[str, Any] = dict(zip(KIND, kind, strict=True))
+        fit["px"] = max((row["px"] for row in timed), default=None)
         fit["time"] = exponent([(row["tokens"], row["seconds"]) for row in timed])
         fit["flops"] = exponent([(row["tokens"], row["tflop"]) for row in chosen])
         fits += [fit] if fit["flops"] is not None else []
@@ -339,23 +311,23 @@ def exponents(rows: list[dict[str, Any]], smallest: int) -> list[dict[str, Any]]
 
 
 def tables(rows: list[dict[str, Any]], fits: list[dict[str, Any]], smallest: int) -> list[str]:
-    shown = [
-        row | {"ms": row["seconds"] and 1e3 * row["seconds"], "mib": row["memory"] and row["memory"] / 2**20}
-        for row in rows
-    ]
     of = {"network": "of", "who": "", "part": "part", "mode": "mode"}
     settings = {"batch": "batch", "dtype": "type", "variant": "variant"}
     columns = of | {"px": "px", "tokens": "tokens"} | settings | {"ms": "ms", "images_per_second": "images/s"}
     columns |= {"ratio_to_original": "x original", "reported_ratio": "reported", "tflop": "TFLOP", "mib": "MiB"}
-    parts = [markdown_table(shown, columns | {"note": ""})]
+    units = {"ms": ("seconds", 1e3), "mib": ("memory", 2**-20)}
+    shown = [row | {unit: row[key] and row[key] * scale for unit, (key, scale) in units.items()} for row in rows]
+    found = [markdown_table(shown, columns | {"note": ""})]
     if fits:
-        parts.append(f"Exponent of image tokens, fitted over {smallest} px and more (FLOPs over all sizes asked for):")
-        parts.append(markdown_table(fits, of | settings | {"px": "timed up to px", "time": "time", "flops": "FLOPs"}))
-    return parts
+        found.append(f"Exponent of image tokens, fitted over {smallest} px and more (FLOPs over all sizes asked for):")
+        found.append(markdown_table(fits, of | settings | {"px": "timed up to px", "time": "time", "flops": "FLOPs"}))
+    return found
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__.splitlines()[0])
+    parser = common.argument_parser(__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cuda or cpu; here by default {default}")
     for option, choices, default in (
         ("networks", NETWORKS, NETWORKS),
         ("who", WHO, WHO),
@@ -370,41 +342,37 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolutions", type=whole(1), nargs="+", default=list(RESOLUTIONS), help="side in pixels")
     parser.add_argument("--fit-from", type=whole(1), default=1024, help="smallest side in the exponents, in pixels")
     parser.add_argument("--batch-sizes", type=whole(1), nargs="+", default=[1], help="images in a call; default 1")
-    parser.add_argument("--threads", type=whole(1), help="CPU threads; --quick: 1")
     parser.add_argument("--rounds", type=whole(1), help="turns of each case; default 10, --quick 2")
     parser.add_argument("--limit", type=float, help="longest call in seconds; default 60, --quick 6")
     args = parser.parse_args(argv)
     args.dtypes = args.dtypes or ["bfloat16" if torch.device(args.device).type == "cuda" else "float32"]
     args.rounds, args.min_seconds = args.rounds or (2 if args.quick else 10), 0.0 if args.quick else 0.2
     args.limit = args.limit or (6.0 if args.quick else 60.0)
-    args.threads = args.threads or (1 if args.quick else None)
     return args
 
 
-def main(argv: list[str] | None = None, config: dict[str, dict[str, Any]] | None = None) -> None:
-    """`config` changes the sizes of networks, by name (for a test)."""
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.quick:
+        torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device(args.device)
     found, guard = machine(device), Guard(device, args.limit)
-    timed = "seconds in which the thread ran" if clock_of(device) is not seconds_of else "wall clock"
+    timed = "wall clock" if clock_of(device) is seconds_of else "seconds in which the thread ran"
     settings = {"rounds": args.rounds, "limit_s": args.limit, "time": timed}
     content = {"benchmark": "speed", "machine": found, "settings": settings}
     content["counts"] = counts() if "E-MMDiT" in args.networks else []
     rows: list[dict[str, Any]] = []
     for name in args.networks:
-        rows += benchmark(name, NETWORKS[name].changed((config or {}).get(name, {})), args, guard)
+        rows += benchmark(name, NETWORKS[name], args, guard)
         content |= {"rows": rows, "exponents": exponents(rows, args.fit_from)}
-        if args.json is not None:  # after each network, as a whole run may take long
-            write_json(args.json, content)
+        common.write_json(args.json, content)  # after each network, as a whole run may take long
     shown = [f"Median of {args.rounds} rounds in turns, {timed}; x original and reported: docs/papers.md, A8d."]
     shown += tables(rows, content["exponents"], args.fit_from)
     if content["counts"]:
         columns = {"network": "E-MMDiT", "parameters": "parameters", "tflop": "TFLOP, forward, batch 1"}
-        shown.append(markdown_table(content["counts"], columns | {"tflop_original": "of the original code"}))
-    show("Speed of networks", found, shown)
+        shown.append(markdown_table(content["counts"], columns | {"tflop_original_code": "original code"}))
+    common.show("Speed of networks", found, *shown)
 
 
 if __name__ == "__main__":

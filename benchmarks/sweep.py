@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +36,7 @@ from lightning.pytorch import Callback
 from benchmarks.common import ROOT, interleaved, markdown_table, progress, show, whole, write_json
 from emmdit.evaluation import ledger
 from emmdit.provenance import machine
+from emmdit.timing import synchronize
 from emmdit.weights import checkpoint_progress, find_checkpoint
 from lightning_modules.callbacks import EMA, NonFinite
 from lightning_modules.commands.config_files import config_files, with_bases
@@ -52,17 +53,11 @@ KEYS = {"runs", "seeds", "evaluation", "rows", "over", "compare", "evaluation_op
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a sweep's table.
-
-    Args:
-        label: its name in the table.
-        seeds: of its trainings; none: it is trained elsewhere.
-        compare: the experiment whose results it is compared with.
-        teacher: the experiment that it is distilled from.
-    """
+    """One line of a sweep's table: its label, the seeds of its trainings (none: it is trained elsewhere), the
+    experiment whose results it is compared with, and the one that it is distilled from."""
 
     label: str
-    seeds: tuple[int, ...]
+    seeds: list[int]
     compare: str | None = None
     teacher: str | None = None
 
@@ -84,10 +79,8 @@ class Sweep:
         self.over, self.compare = content.get("over", []), content.get("compare")
         self.rows: dict[str, Row] = {}
         for name, row in content["rows"].items():
-            row = {"seeds": content["seeds"], "compare": self.compare} | (
-                row if isinstance(row, dict) else {"label": row}
-            )
-            self.rows[name] = Row(**row | {"seeds": tuple(row["seeds"])})
+            row = row if isinstance(row, dict) else {"label": row}
+            self.rows[name] = Row(**{"seeds": content["seeds"], "compare": self.compare} | row)
         for name in (*self.over, *self.rows):
             if not (ROOT / experiment_file(name)).is_file():
                 raise ValueError(f"{path}: there is no {experiment_file(name)}: restore it, or remove {name}.")
@@ -110,32 +103,26 @@ class Task:
     def folder(self) -> Path:
         return self.sweep.runs / Path(self.experiment).name / f"seed{self.seed}"
 
-    def files(self) -> list[str]:
-        """`-c FILE` for what lies under every row, the row, and the trainer."""
-        names = dict.fromkeys(
-            [*self.sweep.over, self.experiment, *([f"trainer/{self.trainer}"] if self.trainer else [])]
-        )
-        return [part for name in names for part in ("-c", experiment_file(name))]
+    def files(self, root: str = "") -> list[str]:
+        """`-c FILE` for what lies under every row, the row, and the trainer; below `root`."""
+        names = dict.fromkeys([*self.sweep.over, self.experiment])
+        names = [*names, f"trainer/{self.trainer}"] if self.trainer else names
+        return [part for name in names for part in ("-c", os.path.join(root, experiment_file(name)))]
 
     def fit(self) -> list[str]:
         """Arguments of `emmdit`; `last` starts from scratch where there is no checkpoint yet."""
-        return [
-            "fit",
-            *self.files(),
-            f"--seed_everything={self.seed}",
-            f"--trainer.logger.init_args.run_name={self.experiment} seed {self.seed}",  # by default the folder's: seed0
-            f"--trainer.default_root_dir={self.folder}",
-            *self.teacher(),
-            "--ckpt_path=last",
-        ]
+        options = [f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder}"]
+        options.append(f"--trainer.logger.init_args.run_name={self.experiment} seed {self.seed}")  # not "seed0"
+        return ["fit", *self.files(), *options, *self.teacher(), "--ckpt_path=last"]
 
     def teacher(self) -> list[str]:
         """The teacher's run in this sweep, if there is one; else the one that the experiment names."""
-        row = self.sweep.rows[self.experiment]
-        name = row.teacher or (self.sweep.rows[row.compare].teacher if row.compare else None)
-        if name is None or not self.sweep.rows[name].seeds:
+        rows = self.sweep.rows
+        row = rows[self.experiment]
+        name = row.teacher or (rows[row.compare].teacher if row.compare else None)
+        if name is None or not rows[name].seeds:
             return []
-        folder = Task(self.sweep, name, self.sweep.rows[name].seeds[0]).folder
+        folder = Task(self.sweep, name, rows[name].seeds[0]).folder
         return [f"{self.sweep.teacher_option}={folder}"] if (ROOT / folder).exists() else []
 
     def evaluate(self, eval_seed: int, path: str | Path) -> list[str]:
@@ -145,8 +132,8 @@ class Task:
 
     def steps(self) -> int:
         """The training budget: `trainer.max_steps` of the last file that sets it."""
-        files = config_files(with_bases([str(ROOT / part) if part != "-c" else part for part in self.files()]))
-        trainers = [(yaml.safe_load(Path(file).read_text()) or {}).get("trainer") or {} for file in files]
+        contents = [yaml.safe_load(Path(file).read_text()) for file in config_files(with_bases(self.files(str(ROOT))))]
+        trainers = [(content or {}).get("trainer") or {} for content in contents]
         return [trainer["max_steps"] for trainer in trainers if "max_steps" in trainer][-1]
 
 
@@ -207,16 +194,8 @@ def position(folder: Path) -> int:
 def state(task: Task, args: argparse.Namespace) -> str:
     if scored(task, args):
         return "in the ledger"
-    folder = ROOT / task.folder
-    at = position(folder)
-    words = f"step {at:,} of {task.steps():,}" if at else "-"
-    if (folder / ".lock").exists():
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                pass
-        except Timeout:
-            words += ", running"
-    return words
+    at = position(ROOT / task.folder)
+    return f"step {at:,} of {task.steps():,}" if at else "-"
 
 
 # -- time of a step ----------------------------------------------------------------------------------
@@ -229,62 +208,43 @@ class StepTimer(Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.start = now(trainer.strategy.root_device)
+        synchronize(trainer.strategy.root_device)
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.seconds.append(now(trainer.strategy.root_device) - self.start)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        synchronize(trainer.strategy.root_device)
+        self.seconds.append(time.perf_counter() - self.start)
 
 
 def step_seconds(task: Task, steps: int, device: torch.device) -> tuple[float, int]:
     """Median seconds of a step after a warm-up, of a short training in this process, and the denoiser's parameters."""
-    accelerator = "gpu" if device.type == "cuda" else device.type
+    trainer = {"accelerator": "gpu" if device.type == "cuda" else "cpu", "devices": 1, "max_steps": steps}
+    trainer |= {"limit_val_batches": 0, "logger": "false"}
     with TemporaryDirectory() as folder:
-        options = [
-            f"--trainer.default_root_dir={folder}",
-            f"--trainer.accelerator={accelerator}",
-            "--trainer.devices=1",
-        ]
-        options += [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
-        files = [str(ROOT / part) if part != "-c" else part for part in task.files()]
-        run = SuiteCLI(args=[*files, *options], run=False, exit_on_error=False)
+        options = [f"--trainer.{key}={value}" for key, value in (trainer | {"default_root_dir": folder}).items()]
+        run = SuiteCLI(args=[*task.files(str(ROOT)), *options], run=False, exit_on_error=False)
         timer = StepTimer()  # last: the EMA update belongs to the step
         run.trainer.callbacks = [c for c in run.trainer.callbacks if isinstance(c, EMA | NonFinite)] + [timer]
         run.trainer.fit(run.model, run.datamodule)
-    names = [(name, p.numel()) for name, p in run.model.denoiser.named_parameters()]
-    return statistics.median(timer.seconds[steps // 3 :]), sum(n for _, n in names)
+    return statistics.median(timer.seconds[steps // 3 :]), sum(p.numel() for p in run.model.denoiser.parameters())
 
 
 def time_steps(sweep: Sweep, names: list[str], device: torch.device, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Rows of the table of step times: the rows of the sweep take turns, so that drift falls on all alike."""
     parameters: dict[str, int] = {}
 
-    def run(name: str) -> Callable[[], float]:
-        def once() -> float:
-            seconds, parameters[name] = step_seconds(Task(sweep, name, 0), steps, device)
-            return seconds
+    def clock(name: str) -> float:
+        seconds, parameters[name] = step_seconds(Task(sweep, name, 0), steps, device)
+        return seconds
 
-        return once
-
-    runs = {name: run(name) for name in names}
+    runs = {name: lambda name=name: clock(name) for name in names}
     timings = interleaved(runs, device, rounds, min_seconds=0, clock=lambda once, device, calls: once())
-    reference = timings.get(sweep.compare)
-    return [
-        {
-            "experiment": name,
-            "parameters": parameters[name],
-            "ms": timing.median * 1e3,
-            "ms_low": timing.low * 1e3,
-            "ms_high": timing.high * 1e3,
-            "ratio": timing.median / reference.median if reference else None,
-        }
-        for name, timing in timings.items()
-    ]
+    rows = []
+    for name, timing in timings.items():
+        ms = {"ms": timing.median * 1e3, "ms_low": timing.low * 1e3, "ms_high": timing.high * 1e3}
+        ratio = timing.median / timings[sweep.compare].median if sweep.compare in timings else None
+        rows.append({"experiment": name, "parameters": parameters[name], **ms, "ratio": ratio})
+    return rows
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -296,12 +256,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="EXPERIMENT", help="only these; default: all of the sweep")
     parser.add_argument("--seeds", nargs="+", type=whole(0), help="of training; default: the sweep's")
     parser.add_argument("--threads", type=whole(1), help="CPU threads of each training; default: torch's own")
-    parser.add_argument(
-        "--trainer",
-        choices=("cpu", "gpu", "none"),
-        default="gpu" if torch.cuda.is_available() else "none",
-        help="file of experiments/trainer laid over each row; none: the row's own precision on what Lightning finds",
-    )
+    default = "gpu" if torch.cuda.is_available() else "none"
+    words = "file of experiments/trainer laid over each row; none: the row's own precision on what Lightning finds"
+    parser.add_argument("--trainer", choices=("cpu", "gpu", "none"), default=default, help=words)
     parser.add_argument("--eval-seed", type=whole(0), default=0, help="seed of the first generated image")
     parser.add_argument("--ledger", default=LEDGER, help=f"JSON file of the results; default: {LEDGER}")
     parser.add_argument("--list", action="store_true", help="print the state of each run and exit")
@@ -326,8 +283,7 @@ def tasks(sweep: Sweep, args: argparse.Namespace) -> list[Task]:
     teachers = {row.teacher for row in sweep.rows.values()}
     found = [Task(sweep, name, seed, trainer) for name, row in rows.items() if name in teachers for seed in row.seeds]
     seeds = args.seeds or sorted({seed for row in rows.values() for seed in row.seeds})
-    others = {name: row for name, row in rows.items() if name not in teachers}
-    return found + [Task(sweep, name, seed, trainer) for seed in seeds for name in others]
+    return found + [Task(sweep, name, seed, trainer) for seed in seeds for name in rows if name not in teachers]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -346,9 +302,8 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cuda" if args.trainer == "gpu" else "cpu")
         found, names = machine(device), list(dict.fromkeys(task.experiment for task in chosen))
         rows = time_steps(sweep, names, device, args.rounds, args.steps)
-        show(f"Time of a training step: {args.sweep}", found, [markdown_table(rows, TIME_COLUMNS)])
-        if args.json is not None:
-            write_json(args.json, {"benchmark": "step_time", "machine": found, "settings": settings, "rows": rows})
+        show(f"Time of a training step: {args.sweep}", found, markdown_table(rows, TIME_COLUMNS))
+        write_json(args.json, {"benchmark": "step_time", "machine": found, "settings": settings, "rows": rows})
         return 0
     if args.dry_run:
         for task in chosen:
@@ -366,8 +321,7 @@ def main(argv: list[str] | None = None) -> int:
             progress(f"  {error}")
     rows = [{"experiment": task.experiment, "seed": task.seed, "state": state(task, args)} for task in chosen]
     print(markdown_table(rows, COLUMNS))
-    if args.json is not None:
-        write_json(args.json, {"benchmark": "sweep", "machine": machine(), "settings": settings, "rows": rows})
+    write_json(args.json, {"benchmark": "sweep", "machine": machine(), "settings": settings, "rows": rows})
     return int(failed)
 
 

@@ -1,10 +1,10 @@
-"""Renders the tables of the docs from the ledger: whatever stands between `<!-- table:NAME -->` and `<!-- end -->`.
+"""Renderer of the tables in the docs, from the ledger: what stands between `<!-- table:NAME -->` and `<!-- end -->`.
 
     python -m benchmarks.tables            # after new rows in benchmarks/results/shapes.json
     python -m benchmarks.tables --check    # exit status 1 if a page is out of date (a test does this)
 
 `<!-- table:NAME bare -->` leaves out the lines below the table (settings, commits, hardware). Rows and labels are those
-of `experiments/sweeps/`.
+of `experiments/sweeps/`, and of `SUMMARY`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,32 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
-from benchmarks.sweep import LEDGER, Sweep
+from benchmarks.sweep import LEDGER, Sweep, experiment_file
 from emmdit.evaluation import ledger
 from emmdit.evaluation.geneval import TASKS
 from emmdit.evaluation.report import flatten
 from emmdit.provenance import machine, machine_line
 
 ABLATION, STUDENTS = (Sweep(ROOT / f"experiments/sweeps/{name}.yaml") for name in ("ablation", "students"))
-SCORES = {"geneval_overall": "GenEval", "clip_score": "CLIP score", "fid_clip": "FID-CLIP (lower is better)"}
-COLOR, LOSS = {"asked_color": "asked color"}, {"val_loss": "validation loss"}
+SUMMARY = {
+    "shapes/emmdit": "E-MMDiT, from scratch",
+    "shapes/emmdit_hybrid": "hybrid attention, distilled from E-MMDiT",
+    "shapes/mmdit_teacher": "an MM-DiT of SD3.5's kind",
+    "shapes/mm_edit": "MM-EDiT, distilled from that MM-DiT",
+    "shapes/pixart_teacher": "a DiT of PixArt's kind",
+    "shapes/edit": "EDiT, distilled from that DiT",
+    "quickstart": "E-MMDiT, minutes on two CPU cores",
+}
 STEP_TIME = "benchmarks/results/shapes_step_time.json"
-EMPTY = ("No rows yet.", "")
+SEEDS = "seeds of training x evaluation"
+SCORES = {"geneval_overall": "GenEval", "clip_score": "CLIP score", "fid_clip": "FID-CLIP (lower is better)"}
+LOSS = {"val_loss": "validation loss"}
+PER_TASK = {f"geneval_{task}": task.replace("_", " ") for task in TASKS} | {"geneval_overall": "overall"}
+STUDENT_COLUMNS = {"row": "model", "yaml": "experiment"} | SCORES | LOSS
+STUDENT_COLUMNS |= {"steps": "steps", "minutes": "minutes of training", "seeds": SEEDS}
+ABLATION_COLUMNS = {"row": "row", "yaml": "diff", "geneval_overall": "GenEval", "difference": "to full"}
+ABLATION_COLUMNS |= SCORES | {"asked_color": "asked color"} | LOSS
+ABLATION_COLUMNS |= {"time": "time per step, full = 1", "parameters": "parameters", "trainings": "seeds"}
 MAY_DIFFER = ("sha256", "source", "device", "batch_size")  # settings of a row alone: its weights, say
 WORDS = {
     "train.steps": "optimizer steps",
@@ -39,8 +54,8 @@ WORDS = {
     "prompts.images_per_prompt": "images each",
     "sampling.steps": "sampling steps",
 }
-SCHEDULES = {"nitro": "flow_match_euler"}  # what rows before the renaming say as sampling.grid
 Row = dict[str, Any]
+Found = Mapping[str, list[Row]]  # the ledger by experiment
 Table = tuple[str, str]  # the table, and the notes below it
 
 
@@ -82,38 +97,31 @@ def against(
     return spread(found)
 
 
-def shown(value: tuple[float, float | None] | None, sign: bool = False) -> str:
+def shown(value: tuple[float, float | None] | None, sign: str = "") -> str:
     if value is None:
         return ""
     digits = 3 if abs(value[0]) < 10 else 2
-    text = f"{value[0]:{'+' if sign else ''}.{digits}f}"
+    text = f"{value[0]:{sign}.{digits}f}"
     return text if value[1] is None else f"{text} ± {value[1]:.{digits}f}"
 
 
-def by_experiment(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["experiment"], []).append(row)
-    return found
-
-
-def best_first(found: Mapping[str, list[Row]]) -> list[str]:
+def best_first(found: Found) -> list[str]:
     return sorted(found, key=lambda name: (-(spread(values(found[name], "geneval_overall")) or (-1, 0))[0], name))
 
 
 # -- tables ------------------------------------------------------------------------------------------
 
 
-def cells(name: str, label: str, rows: list[Row]) -> dict[str, Any]:
-    """All that a table may show of an experiment."""
+def cells(name: str, label: str, rows: list[Row], others: list[Row] | None = None) -> dict[str, Any]:
+    """All that a table may show of an experiment; `difference`: in GenEval to `others`."""
     seeds, evaluations = {row["seed"] for row in rows}, {row.get("eval_seed", 0) for row in rows}
     steps = sorted({row["train"]["steps"] for row in rows if (row.get("train") or {}).get("steps")})
     timed = all(row.get("train_seconds") for row in rows)
-    metrics = (*(f"geneval_{task}" for task in TASKS), *SCORES, *COLOR, *LOSS)
     return {
+        **{metric: shown(spread(values(rows, metric))) for metric in PER_TASK | ABLATION_COLUMNS},
         "row": label,
         "yaml": f"`{name}`",
-        **{metric: shown(spread(values(rows, metric))) for metric in metrics},
+        "difference": shown(against(rows, others, "geneval_overall"), "+") if others else "",
         "steps": " / ".join(f"{s:,}" for s in steps),
         "minutes": f"{mean(row['train_seconds'] for row in rows) / 60:.0f}" if timed else "",
         "trainings": len(seeds),
@@ -121,135 +129,126 @@ def cells(name: str, label: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def table(lines: Sequence[Mapping[str, Any]], columns: Mapping[str, str], left: int) -> str:
-    """Markdown of the columns that have a value; all but the `left` first aligned to the right."""
+def table(lines: Sequence[Mapping[str, Any]], columns: Mapping[str, str], left: int, rows: list[Row]) -> Table:
+    """The columns that have a value, all but the `left` first aligned to the right; notes on the `rows` in them."""
+    if not lines:
+        return "No rows yet.", ""
     columns = {key: heading for key, heading in columns.items() if any(line.get(key) for line in lines)}
-    head, rule, *rest = markdown_table(lines, columns).split("\n")
-    return "\n".join([head, "|" + "---|" * left + "---:|" * (len(columns) - left), *rest])
+    head, _, *rest = markdown_table(lines, columns).split("\n")
+    return "\n".join([head, "|" + "---|" * left + "---:|" * (len(columns) - left), *rest]), notes(rows) if rows else ""
 
 
-def ablation(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> Table:
-    """The reference first, then by GenEval score; every row with its difference to the reference."""
-    found = {name: found for name, found in by_experiment(rows).items() if name in ABLATION.rows}
-    if not found:
-        return EMPTY
-    reference = found.get(ABLATION.compare, [])
+def summary(found: Found) -> Table:
+    """A few models for the README, in whose folder the links begin."""
+    lines = [
+        cells(name, label, found[name]) | {"yaml": f"[`{name}`]({experiment_file(name)})"}
+        for name, label in SUMMARY.items()
+        if name in found
+    ]
+    columns = {"yaml": "experiment", "row": "what it is", "steps": "training steps"}
+    columns |= {"geneval_overall": "GenEval (shapes)", "fid_clip": SCORES["fid_clip"]}
+    return table(lines, columns, 2, [row for name in SUMMARY for row in found.get(name, ())])
+
+
+def ablation_rows(found: Found) -> dict[str, list[Row]]:
+    """The reference first, then by GenEval score."""
+    found = {name: rows for name, rows in found.items() if name in ABLATION.rows}
+    return {name: found[name] for name in sorted(best_first(found), key=lambda name: name != ABLATION.compare)}
+
+
+def ablation(found: Found, step_time: Mapping[str, Any] | None = None) -> Table:
+    """Every row with its difference to the reference."""
     times = {row["experiment"]: row for row in (step_time or {}).get("rows", ())}
-    lines, names = [], sorted(best_first(found), key=lambda name: name != ABLATION.compare)
-    for name in names:
-        line = cells(name, ABLATION.rows[name].label, found[name])
-        if name != ABLATION.compare:
-            line["difference"] = shown(against(found[name], reference, "geneval_overall"), sign=True)
+    lines, found = [], ablation_rows(found)
+    for name, rows in found.items():
+        others = None if name == ABLATION.compare else found.get(ABLATION.compare)
+        lines.append(cells(name, ABLATION.rows[name].label, rows, others))
         if time := times.get(name):
-            line |= {"time": f"{time['ratio']:.2f}", "parameters": f"{time['parameters'] / 1e6:.2f}M"}
-        lines.append(line)
-    columns = {"row": "row", "yaml": "diff", "geneval_overall": SCORES["geneval_overall"], "difference": "to full"}
-    columns |= SCORES | COLOR | LOSS
-    columns |= {"time": "time per step, full = 1", "parameters": "parameters", "trainings": "seeds"}
-    text = notes([row for name in names for row in found[name]])
-    if times:
-        text += f"\n\nTime per step: all rows in turn in one process; {machine_line(step_time['machine'])}"
-    return table(lines, columns, 2), text
+            lines[-1] |= {"time": f"{time['ratio']:.2f}", "parameters": f"{time['parameters'] / 1e6:.2f}M"}
+    body, below = table(lines, ABLATION_COLUMNS, 2, sum(found.values(), []))
+    if below and times:
+        below += f"\n\nTime per step: all rows in turn in one process; {machine_line(step_time['machine'])}"
+    return body, below
 
 
-def ablation_tasks(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> Table:
+def ablation_tasks(found: Found) -> Table:
     """GenEval's tasks in the order of the table above."""
-    found = {name: found for name, found in by_experiment(rows).items() if name in ABLATION.rows}
-    names = sorted(best_first(found), key=lambda name: name != ABLATION.compare)
-    lines = [cells(name, ABLATION.rows[name].label, found[name]) for name in names]
-    return (table(lines, {"row": "row"} | PER_TASK, 1), "") if lines else EMPTY
+    lines = [cells(name, ABLATION.rows[name].label, rows) for name, rows in ablation_rows(found).items()]
+    return table(lines, {"row": "row"} | PER_TASK, 1, [])
 
 
-def reference(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> Table:
+def reference(found: Found) -> Table:
     """All models that no sweep trains, with every task."""
     elsewhere = {name for sweep in (ABLATION, STUDENTS) for name, row in sweep.rows.items() if row.seeds}
-    found = {name: found for name, found in by_experiment(rows).items() if name not in elsewhere}
+    found = {name: rows for name, rows in found.items() if name not in elsewhere}
     names = best_first(found)
+    columns = {"row": "model", "steps": "steps", "seeds": SEEDS} | PER_TASK | SCORES
+    columns = {key: PER_TASK.get(key, heading) for key, heading in columns.items()}
     lines = [cells(name, name, found[name]) for name in names]
-    columns = {"row": "model", "steps": "steps", "seeds": SEEDS} | PER_TASK
-    columns |= {key: SCORES[key] for key in ("clip_score", "fid_clip")}
-    return (table(lines, columns, 1), notes([row for name in names for row in found[name]])) if lines else EMPTY
+    return table(lines, columns, 1, [row for name in names for row in found[name]])
 
 
-def students(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> Table:
+def students(found: Found) -> Table:
     """Each teacher, and below it its student; differences at the same prompts and noise."""
-    found, lines, used = by_experiment(rows), [], []
+    lines, used = [], []
     for name, row in STUDENTS.rows.items():
         own, teacher = found.get(name, []), found.get(row.teacher, [])
         if row.teacher is None or not own:
             continue
         if teacher:
             lines.append(cells(row.teacher, STUDENTS.rows[row.teacher].label, teacher))
-        difference = shown(against(own, teacher, "geneval_overall"), sign=True)
         ratio = shown(against(own, teacher, "fid_clip", lambda a, b: a / b))
-        lines.append(cells(name, row.label, own) | {"difference": difference, "ratio": ratio})
+        lines.append(cells(name, row.label, own, teacher) | {"ratio": ratio})
         used += teacher + own
-    columns = STUDENT_COLUMNS | {"difference": "to its teacher", "ratio": "FID-CLIP, times its teacher's"}
-    return (table(lines, columns, 2), notes(used)) if lines else EMPTY
+    more = {"difference": "to its teacher", "ratio": "FID-CLIP, times its teacher's"}
+    return table(lines, STUDENT_COLUMNS | more, 2, used)
 
 
-def student_ablation(rows: list[Row], step_time: Mapping[str, Any] | None = None) -> Table:
+def student_ablation(found: Found) -> Table:
     """The students again, and below each its ablations; differences to it, seed by seed."""
-    found, lines, used = by_experiment(rows), [], []
+    lines, used = [], []
     for name, student in STUDENTS.rows.items():
-        own = found.get(name, [])
         ablations = [other for other, row in STUDENTS.rows.items() if row.compare == name and other in found]
-        if not own or not ablations:
-            continue
-        lines.append(cells(name, student.label, own))
-        used += own
-        for other in ablations:
-            difference = shown(against(found[other], own, "geneval_overall"), sign=True)
-            lines.append(cells(other, STUDENTS.rows[other].label, found[other]) | {"difference": difference})
-            used += found[other]
-    return (table(lines, STUDENT_COLUMNS | {"difference": "to the student"}, 2), notes(used)) if lines else EMPTY
+        if name in found and ablations:
+            lines.append(cells(name, student.label, found[name]))
+            lines += [cells(other, STUDENTS.rows[other].label, found[other], found[name]) for other in ablations]
+            used += [row for one in (name, *ablations) for row in found[one]]
+    return table(lines, STUDENT_COLUMNS | {"difference": "to the student"}, 2, used)
 
 
-SEEDS = "seeds of training x evaluation"
-PER_TASK = {f"geneval_{task}": task.replace("_", " ") for task in TASKS} | {"geneval_overall": "overall"}
-STUDENT_COLUMNS = {"row": "model", "yaml": "experiment"} | SCORES | LOSS
-STUDENT_COLUMNS |= {"steps": "steps", "minutes": "minutes of training", "seeds": SEEDS}
-TABLES: dict[str, Callable[..., Table]] = {
-    function.__name__: function for function in (ablation, ablation_tasks, reference, students, student_ablation)
-}
+def tables(rows: Iterable[Row], step_time: Mapping[str, Any] | None = None) -> dict[str, Table]:
+    """All of them by name."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["experiment"], []).append(row)
+    made = {make.__name__: make(found) for make in (summary, ablation_tasks, reference, students, student_ablation)}
+    return made | {"ablation": ablation(found, step_time)}
 
 
 def notes(rows: list[Row]) -> str:
     """How these rows were made, and a warning where they are not comparable."""
     same, odd = [], []
-    settings = {"train.steps": [(row.get("train") or {}).get("steps") for row in rows]}
-    flat = [
-        {key.replace("sampling.grid", "sampling.schedule"): SCHEDULES.get(value, value) for key, value in own.items()}
-        for own in (flatten(row.get("settings") or {}) for row in rows)
-    ]
-    keys = dict.fromkeys(key for own in flat for key in own if key not in MAY_DIFFER)
-    for key, found in (settings | {key: [own.get(key) for own in flat] for key in keys}).items():
-        kinds = list(dict.fromkeys(found))
+    flat = [{"train.steps": (row.get("train") or {}).get("steps")} | flatten(row.get("settings") or {}) for row in rows]
+    for key in dict.fromkeys(key for own in flat for key in own if key not in MAY_DIFFER):
+        kinds = list(dict.fromkeys(own.get(key) for own in flat))
         name = WORDS.get(key, key.removeprefix("sampling.").replace("_", " "))
         if len(kinds) > 1:
-            odd.append(f"{name} ({', '.join(_short(kind) for kind in kinds)})")
+            odd.append(f"{name} ({', '.join(map(_short, kinds))})")
         elif kinds[0] not in (None, "null"):
             same.append(f"{name} {_short(kinds[0])}")
     for key, word in (("seed", "training seeds"), ("eval_seed", "evaluation seeds")):
         same.append(f"{word} {', '.join(str(s) for s in sorted({row.get(key, 0) for row in rows}))}")
-    same.append(f"commits {', '.join(sorted({_commit(row['commit']) for row in rows}))}")
-    same.append("; ".join(sorted({str(row["hardware"]) for row in rows})))
-    text = (
-        f"{'; '.join(same)}. ± is the standard deviation over training seeds, over evaluation seeds where a model was "
-    )
-    text += "trained once."
+    commits = {str(row["commit"] or "unknown") for row in rows}
+    commits = {c[:10] + " with uncommitted changes" * c.endswith("-dirty") for c in commits}
+    same += [f"commits {', '.join(sorted(commits))}", "; ".join(sorted({str(row["hardware"]) for row in rows}))]
+    over = "over training seeds, over evaluation seeds where a model was trained once"
+    text = f"{'; '.join(same)}. ± is the standard deviation {over}."
     return text if not odd else f"{text}\n\n**Rows differ in {'; '.join(odd)}: compare only what is alike.**"
 
 
 def _short(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,64}", text) else text
-
-
-def _commit(commit: str | None) -> str:
-    if commit is None:
-        return "unknown"
-    return commit[:10] + (" with uncommitted changes" if commit.endswith("-dirty") else "")
 
 
 # -- pages -------------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def pages() -> list[Path]:
     return [path for path in found if "<!-- table:" in path.read_text(encoding="utf-8")]
 
 
-def render(text: str, tables: Mapping[str, Table]) -> str:
+def render(text: str, made: Mapping[str, Table]) -> str:
     """The page with its tables; all else stays as it is.
 
     Raises:
@@ -271,9 +270,9 @@ def render(text: str, tables: Mapping[str, Table]) -> str:
     """
 
     def fill(match: re.Match) -> str:
-        if match[1] not in tables:
-            raise ValueError(f"There is no table {match[1]!r}: the marker takes {', '.join(tables)}.")
-        body, below = tables[match[1]]
+        if match[1] not in made:
+            raise ValueError(f"There is no table {match[1]!r}: the marker takes {', '.join(made)}.")
+        body, below = made[match[1]]
         parts = [f"<!-- table:{match[1]}{match[2] or ''} -->", body, below if match[2] is None else "", "<!-- end -->"]
         return "\n\n".join(part for part in parts if part)
 
@@ -287,36 +286,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.tables", description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path, help="default: every page of the docs with a marker")
     parser.add_argument("--ledger", type=Path, default=ROOT / LEDGER, help=f"default: {LEDGER}")
-    parser.add_argument("--step-time", type=Path, default=ROOT / STEP_TIME, help=f"default: {STEP_TIME}")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
-    parser.add_argument("--print", action="store_true", help="also print the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables and the machine")
     args = parser.parse_args(argv)
+    stale = []
     try:
-        rows = ledger.read(args.ledger)
-        step_time = json.loads(args.step_time.read_text()) if args.step_time.is_file() else None
-        tables = {name: make(rows, step_time) for name, make in TABLES.items()}
-        stale = []
+        made = tables(ledger.read(args.ledger), json.loads((ROOT / STEP_TIME).read_text()))
         for page in args.pages or pages():
             old = page.read_text(encoding="utf-8")
             try:
-                new = render(old, tables)
+                new = render(old, made)
             except ValueError as error:
                 raise ValueError(f"{page}: {error}") from error
             if new != old:
                 stale.append(page)
+                progress(f"{page} is out of date: python -m benchmarks.tables" if args.check else f"written: {page}")
                 if not args.check:
                     page.write_text(new, encoding="utf-8")
     except (ValueError, OSError) as error:
         progress(str(error))
         return 2
-    for page in stale:
-        progress(f"{page} is out of date: python -m benchmarks.tables" if args.check else f"written: {page}")
-    if args.print:
-        print("\n\n".join(f"## {name}\n\n{body}\n\n{below}".strip() for name, (body, below) in tables.items()))
-    if args.json is not None:
-        content = {name: "\n\n".join(part for part in made if part) for name, made in tables.items()}
-        write_json(args.json, {"benchmark": "tables", "machine": machine(), "tables": content})
+    content = {name: "\n\n".join(part for part in parts if part) for name, parts in made.items()}
+    write_json(args.json, {"benchmark": "tables", "machine": machine(), "tables": content})
     return int(args.check and bool(stale))
 
 

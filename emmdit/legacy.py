@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,23 @@ CLASSES = {
 }
 KEYS = {"grid": "schedule", "licence": "license"}
 VALUES = {("schedule", "nitro"): "flow_match_euler"}  # (key, old value)
+# Options of a student's attention that are constants now, and those by which its baselines differed.
+ATTENTION: dict[str, Any] = {
+    **dict(kernel="relu", eps=1e-4, float32=True, qk_norm=True, negative_slope=0.01, zero_init=True),
+    **dict(conv_fusion_form="v2", conv_fusion_ratio=8, conv_fusion_groups=32, conv_fusion_kernel=3),
+    **dict(compressor_kernel=3, compressor_stride=2, compressor_init="average", compressor_shared=False),
+    **dict(compressor_norm=False, joint="hybrid", prompt_rows="joint", prompt_keys="compressed", rectified=False),
+    **dict(compensate=False, second_attention="linear", feed_forward="teacher", mix_ratio=2.5, layers=None),
+}
+ATTENTION_OF: dict[str, dict[str, Any]] = {
+    "edit": {},
+    "linear": dict(joint="linear"),
+    "sana": dict(joint="linear", feed_forward="mix"),
+    "linfusion": dict(kernel="elu", joint="linear"),
+    "kv_compression": dict(
+        kernel="softmax", joint="softmax", compressor_kernel=2, compressor_shared=True, compressor_norm=True
+    ),
+}
 
 
 def modernize(config: Any) -> Any:
@@ -51,3 +69,21 @@ def modernize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     projector = "denoiser.repa_projector."
     renamed = {key.replace(projector, "components.repa.projector."): value for key, value in state.items()}
     return {key: value for key, value in renamed.items() if not key.startswith("ema_components.")}
+
+
+def modernize_attention(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `LinearAttentionConfig`: options that are constants now give way to the baseline they amount to."""
+    removed = {name: fields[name] for name in ATTENTION if name in fields}
+    rest = {name: value for name, value in fields.items() if name not in removed}
+    if not removed:
+        return rest
+    given = rest.get("baseline", "edit")
+    values = ATTENTION | ATTENTION_OF.get(given, {}) | removed
+    for name in [given] if "baseline" in rest else ATTENTION_OF:
+        if values == ATTENTION | ATTENTION_OF.get(name, {}):
+            return rest | {"baseline": name}
+    changed = ", ".join(f"{name}={value!r}" for name, value in removed.items() if value != ATTENTION[name])
+    raise ValueError(
+        f"This version of emmdit has no attention with {changed or 'these options'}: use the version that trained the "
+        "student, or drop the options."
+    )

@@ -1,8 +1,8 @@
-"""Muon for matrices, AdamW for everything else, as one optimizer (so that automatic optimisation can drive it).
+"""Muon for matrices, AdamW for everything else, as one optimizer (so that automatic optimization can drive it).
 
 Muon: momentum, then the nearest semi-orthogonal matrix by a Newton-Schulz iteration (K. Jordan et al. 2024,
 "Muon: an optimizer for hidden layers"). `torch.optim.Muon` takes matrices only; a second optimizer beside it would
-force manual optimisation and two checkpoint states on every user.
+force manual optimization and two checkpoint states on every user.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parameter_groups(network: nn.Module, *others_too: nn.Module) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., m, n) -> about U V^T of each matrix; singular values end up in about [0.7, 1.2]."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(dtype)
@@ -77,19 +77,9 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"MuonAdamW needs lr >= 0 and 0 <= momentum < 1, got lr {lr}, momentum {momentum}.")
         if newton_schulz_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"newton_schulz_dtype must be float32 or bfloat16, got {newton_schulz_dtype!r}.")
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                muon_lr_scale=muon_lr_scale,
-                momentum=momentum,
-                newton_schulz_dtype=newton_schulz_dtype,
-                betas=tuple(betas),
-                eps=eps,
-                weight_decay=weight_decay,
-                matrix=False,
-            ),
-        )
+        defaults = dict(lr=lr, muon_lr_scale=muon_lr_scale, momentum=momentum, newton_schulz_dtype=newton_schulz_dtype)
+        defaults |= dict(betas=tuple(betas), eps=eps, weight_decay=weight_decay, matrix=False)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -98,20 +88,15 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            (self._muon if group["matrix"] else self._adamw)(group)
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                (self._muon if group["matrix"] else self._adamw)(group, parameters)
         return loss
 
-    def _muon(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        buffers = []
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        grads = [p.grad for p in parameters]
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers, grads = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])
 
@@ -123,41 +108,23 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, indices in by_shape.items():
             # Sharded matrices are gathered: the update of a matrix needs all of it.
             full = [u.full_tensor() if isinstance(u, DTensor) else u for u in (updates[i] for i in indices)]
-            for i, update in zip(indices, orthogonalise(torch.stack(full), dtype=dtype).unbind(), strict=True):
+            for i, update in zip(indices, orthogonalize(torch.stack(full), dtype=dtype).unbind(), strict=True):
                 p = parameters[i]
                 if isinstance(p, DTensor):
                     update = distribute_tensor(update, p.device_mesh, p.placements)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
-    def _adamw(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
-                self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32),
-                    exp_avg=torch.zeros_like(p),
-                    exp_avg_sq=torch.zeros_like(p),
-                )
-        states = [self.state[p] for p in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p] |= dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        grads, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+        means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        settings = dict(zip(("beta1", "beta2"), group["betas"], strict=True), lr=group["lr"], eps=group["eps"])
+        settings |= dict(weight_decay=group["weight_decay"], amsgrad=False, maximize=False, foreach=True)
+        adamw(parameters, grads, means, squares, [], steps, **settings)
 
 
 class WarmupDecay(torch.optim.lr_scheduler.LambdaLR):
@@ -170,11 +137,7 @@ class WarmupDecay(torch.optim.lr_scheduler.LambdaLR):
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        warmup: int = 500,
-        total: int | None = None,
-        decay: float = 0.0,
+        self, optimizer: torch.optim.Optimizer, warmup: int = 500, total: int | None = None, decay: float = 0.0
     ) -> None:
         if not 0 <= decay <= 1 or (decay and not total):
             raise ValueError(f"WarmupDecay needs 0 <= decay <= 1, and total where it decays; got {decay}, {total}.")

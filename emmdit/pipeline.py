@@ -11,13 +11,10 @@ from pathlib import Path as FilePath
 from typing import Any, Self, TypeVar
 
 import huggingface_hub
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
-from PIL import Image
-from torch import Tensor
+from diffusers.pipelines import ImagePipelineOutput
 
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.encoders.loading import MissingModelError, locate, one_sentence
@@ -25,17 +22,11 @@ from emmdit.flow import Path
 from emmdit.generate import Sampling, generate
 from emmdit.legacy import modernize
 
-DEFAULT_CODEC = {"class_path": "emmdit.encoders.DCAE"}
-DEFAULT_TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
-DEFAULT_PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
+CODEC = {"class_path": "emmdit.encoders.DCAE"}
+TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
+PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a pipeline on the hub: configs, weights, tokenizers
 T = TypeVar("T")
-
-
-class TextToImageOutput(BaseOutput):
-    """`images`: list of PIL images, an array (B, H, W, 3) in [0, 1], or a tensor (B, 3, H, W) in [0, 1]."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
 
 
 class TextToImagePipeline(DiffusionPipeline):
@@ -68,12 +59,7 @@ class TextToImagePipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        settings = dict(
-            codec=codec or DEFAULT_CODEC,
-            text=text or DEFAULT_TEXT,
-            path=path or DEFAULT_PATH,
-            sampling=sampling or {},
-        )
+        settings = dict(codec=codec or CODEC, text=text or TEXT, path=path or PATH, sampling=sampling or {})
         self.register_to_config(**settings)
         self.sampling = Sampling(**settings["sampling"])
         self.path = build(settings["path"], Path)
@@ -136,14 +122,14 @@ class TextToImagePipeline(DiffusionPipeline):
         sampler: str | None = None,
         output_type: str = "pil",
         callback=None,
-    ) -> TextToImageOutput:
+    ) -> ImagePipelineOutput:
         """Generate images.
 
         Args:
             prompt: one or several.
             seed: of the first image, image i uses `seed + i`; or one for each image.
             num_inference_steps, guidance_scale, height, width, sampler: in place of the pipeline's own settings.
-            output_type: "pil", "np" or "pt".
+            output_type: "pil": a list of images; "np": an array (B, H, W, 3) in [0, 1]; "pt": a tensor (B, 3, H, W).
             callback: called as `callback(i, n)` after each step.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -165,7 +151,7 @@ class TextToImagePipeline(DiffusionPipeline):
             device=device,
             callback=callback,
         )
-        return TextToImageOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
+        return ImagePipelineOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 
 EMMDiTPipeline = TextToImagePipeline  # its older name

@@ -60,8 +60,7 @@ def interleaved(
         calls = {name: max(1, math.ceil(min_seconds / clock(run, device, 1))) for name, run in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
-        names = list(cases) if i % 2 == 0 else list(reversed(cases))
-        for name in names:
+        for name in cases if i % 2 == 0 else reversed(cases):
             times[name].append(clock(cases[name], device, calls[name]))
         if progress is not None:
             progress(f"  round {i + 1}/{rounds}")
@@ -76,7 +75,6 @@ def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
     device = torch.device(device)
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)

@@ -75,8 +75,14 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """The denoiser's state dict in `source`, and whether it is the "ema" or the "raw" one."""
     path = Path(source)
+    check_source(source)
     if path.suffix == ".safetensors":
-        return _from_safetensors(path), "raw"
+        state = load_file(path)
+        if any(key.startswith("block_groups.") for key in state):
+            from emmdit.networks import load_nitro_e
+
+            state = load_nitro_e(path).state_dict()
+        return state, "raw"
     if is_diffusers_folder(path) or is_hub_id(source):
         return _from_diffusers(source, network_class), "raw"
     state = checkpoint_state(find_checkpoint(path))
@@ -182,17 +188,6 @@ def _sharded_state(folder: Path) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
         load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-
-
-def _from_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"No weights at {path}.")
-    state = load_file(path)
-    if any(key.startswith("block_groups.") for key in state):
-        from emmdit.networks import load_nitro_e
-
-        return load_nitro_e(path).state_dict()
-    return state
 
 
 def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str, Tensor]:

@@ -29,23 +29,8 @@ def test_cases_take_turns_forwards_and_backwards():
         return next(durations[name])
 
     timings = timing.interleaved({"a": lambda: "a", "b": lambda: "b"}, rounds=3, min_seconds=0.5, clock=clock)
-    assert order == [
-        "a1",
-        "b1",
-        "a1",
-        "b3",
-        "b3",
-        "a1",
-        "a1",
-        "b3",
-    ]  # 0.2 s a call: three calls for half a second
+    assert order == ["a1", "b1", "a1", "b3", "b3", "a1", "a1", "b3"]  # 0.2 s a call: three calls for half a second
     assert timings["a"] == timing.Timing(2.0, 1.0, 3.0, 3) and timings["b"] == timing.Timing(7.0, 6.0, 8.0, 3)
-
-
-def test_seconds_are_of_one_call():
-    calls = []
-    seconds = timing.seconds_of(lambda: calls.append(torch.randn(64, 64) @ torch.randn(64, 64)), torch.device("cpu"), 4)
-    assert len(calls) == 4 and 0 < seconds < 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak of the resident set: Linux")
@@ -67,11 +52,9 @@ def test_machine_says_what_matters_and_nothing_private():
     assert found["torch"] in machine.machine_line(found) and "\n" not in machine.machine_line(found)
 
 
-def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert machine.git_commit() is None
-    monkeypatch.setenv("PATH", "")
     assert machine.git_commit() is None
 
 

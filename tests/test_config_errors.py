@@ -21,7 +21,6 @@ CONTRADICTIONS = {
     "depth": (STAGE1, REPA.format("block: blocks.30"), ("REPA", "blocks.30", "EMMDiTTransformer2DModel")),
     "tap": (STAGE1, REPA.format("block: blocks.7"), ("blocks.7", "blocks.4", "blocks.19")),
     "latents": (files(SHAPES), f"{NETWORK}in_channels=16", ("16", "DCTCodec", "32", "in_channels")),
-    "prediction": (files(SHAPES), f"{NETWORK}out_channels=16", ("16", "DCTCodec", "32", "out_channels")),
     "text width": (STAGE1, f"{NETWORK}caption_channels=768", ("768", "TextEncoder", "2048")),
     "text length": (STAGE1, f"{TEXT}max_length=100", ("100", "chunked", "block 2")),
     "groups": (files(SHAPES), f"{NETWORK}subregion_groups=8", ("12", "strided", "block 1")),
@@ -67,46 +66,32 @@ def test_contradictions(case: str, devices: set[str]) -> None:
     assert devices <= {"meta"}
 
 
-def test_the_check_sees_every_network_of_the_contract(devices: set[str]) -> None:
-    """The recorder above does see a network that is built for real."""
+def test_the_recorder_sees_a_network_that_is_built(devices: set[str]) -> None:
     cli(*files(SHAPES), *ON_CPU)
     assert devices == {"meta"}
     EMMDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, block_groups=[1, 1, 1])
     assert devices == {"meta", "cpu"}
 
 
+MODEL = "model: {{init_args: {{{}}}}}"
 WRONG = {
-    "model: {init_args: {denoiser: {init_args: {dimm: 3}}}}": ("model.denoiser", "dimm"),
-    "modle: {init_args: {ema: false}}": ("modle.init_args.ema",),
-    "trainer: {max_step: 3}": ("'trainer.max_step'",),
-    "trainer: {max_steps: many}": ("trainer.max_steps", "int", "many"),
-    "model: {init_args: {denoiser: {init_args: {modulation: gauss}}}}": (
-        "model.denoiser.modulation",
-        "affine",
-        "single",
-        "zero",
-        "gauss",
-    ),
-    "model: {init_args: {sampling: {steps: a}}}": ("model.sampling.steps", "int", " a"),
-    "model: {init_args: {codec: {class_path: emmdit.shapes.ShapesText}}}": (
-        "model.codec",
-        "emmdit.shapes.ShapesText",
-        "ImageCodec",
-    ),
-    "model: {init_args: {denoiser: {class_path: torch.nn.Linear}}}": (
-        "model.denoiser",
-        "torch.nn.Linear",
-        "ModelMixin",
-    ),
-    "model: {init_args: {optimizer: {class_path: emmdit.optim.Muon}}}": ("model.optimizer", "'emmdit.optim'", "'Muon'"),
-    "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": ("data", "source"),
+    MODEL.format("denoiser: {init_args: {dimm: 3}}"): "model.denoiser dimm",
+    "modle: {init_args: {ema: false}}": "modle.init_args.ema",
+    "trainer: {max_step: 3}": "'trainer.max_step'",
+    "trainer: {max_steps: many}": "trainer.max_steps int many",
+    MODEL.format("denoiser: {init_args: {modulation: gauss}}"): "model.denoiser.modulation affine single zero gauss",
+    MODEL.format("sampling: {steps: a}"): "model.sampling.steps int a.",
+    MODEL.format("codec: {class_path: emmdit.shapes.ShapesText}"): "model.codec emmdit.shapes.ShapesText ImageCodec",
+    MODEL.format("denoiser: {class_path: torch.nn.Linear}"): "model.denoiser torch.nn.Linear ModelMixin",
+    MODEL.format("optimizer: {class_path: emmdit.optim.Muon}"): "model.optimizer 'emmdit.optim' 'Muon'",
+    "data: {class_path: datamodules.HubDataModule, init_args: {resolution: 64}}": "data source",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_yaml_ends_in_one_sentence(text: str, capsys: pytest.CaptureFixture, devices: set[str]) -> None:
     error = fails(capsys, *files(SHAPES), *change(text))
-    assert all(word in error for word in WRONG[text]) and error.endswith(".")
+    assert all(word in error for word in WRONG[text].split()) and error.endswith(".")
     assert not devices
 
 
@@ -119,8 +104,6 @@ def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices:
     assert "line 1, column 10" in fails(capsys, *change("trainer: [1, 2"))
     if not torch.cuda.is_available():
         assert "gpu" in fails(capsys, *files(SHAPES, "trainer/gpu.yaml"))
-    contradiction = fails(capsys, *files(SHAPES), *ON_CPU, f"{NETWORK}in_channels=16")
-    assert all(word in contradiction for word in ("16", "DCTCodec", "32", "in_channels"))
 
 
 def fails(capsys: pytest.CaptureFixture, *args: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_modules.callbacks import ImageGrid
 from lightning_modules.commands.config_files import config_files, default_run_dir, with_bases
 from lightning_modules.commands.main import main
 from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, change, cli, files
@@ -20,13 +19,7 @@ def names(*arguments: str) -> list[str]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    bases = {
-        "a": None,
-        "b": "a.yaml",
-        "c": ["b.yaml"],
-        "sub/d": ["../a.yaml", "../b.yaml"],
-        "block": "\n  - c.yaml\n- a.yaml",
-    }
+    bases = {"a": None, "b": "a.yaml", "c": ["b.yaml"], "sub/d": ["../a.yaml", "../b.yaml"]}
     for name, base in bases.items():
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -66,13 +59,9 @@ def test_a_base_is_parsed_as_if_it_were_given(tmp_path: Path, capsys: pytest.Cap
     diff = f"base: {EXPERIMENTS / SHAPES}\ntrainer: {{max_steps: 7}}\n"
     (tmp_path / "block.yaml").write_text(f"base:\n  - {EXPERIMENTS / SHAPES}\ntrainer: {{max_steps: 7}}\n")
     alone = cli(*change(diff, "diff.yaml"), *ON_CPU)
-    given = cli(
-        *files(SHAPES),
-        *change("trainer: {max_steps: 7}", "plain.yaml"),
-        *ON_CPU,
-        "--trainer.default_root_dir=runs/diff",
-    )
-    block = cli("-c", "block.yaml", *ON_CPU, "--trainer.default_root_dir=runs/diff")
+    options = [*ON_CPU, "--trainer.default_root_dir=runs/diff"]
+    given = cli(*files(SHAPES), *change("trainer: {max_steps: 7}", "plain.yaml"), *options)
+    block = cli("-c", "block.yaml", *options)
     text, *others = (run.parser.dump(run.config, skip_none=False) for run in (alone, given, block))
     assert others == [text, text] and "max_steps: 7" in text and "default_root_dir: runs/diff" in text
     assert "base" not in yaml.safe_load(text)  # complete: what a run saves can be read back from anywhere
@@ -83,19 +72,14 @@ def test_a_base_is_parsed_as_if_it_were_given(tmp_path: Path, capsys: pytest.Cap
 
 def test_run_folders_are_named_after_the_last_experiment_given() -> None:
     assert default_run_dir(["experiments/shapes/emmdit.yaml", "experiments/trainer/gpu.yaml"]) == "runs/shapes/emmdit"
-    assert (
-        default_run_dir(["experiments/shapes/short.yaml", "/a/experiments/shapes/one_path.yaml"])
-        == "runs/shapes/one_path"
-    )
+    assert default_run_dir(["experiments/a.yaml", "/a/experiments/shapes/one_path.yaml"]) == "runs/shapes/one_path"
     for command in (None, "fit"):  # and the command line really finds the files
         run = cli(*files("shapes/one_path.yaml", "trainer/cpu.yaml"), command=command)
         assert run.trainer.default_root_dir == "runs/shapes/one_path"
         assert run.trainer.checkpoint_callback.dirpath.endswith("runs/shapes/one_path/checkpoints")
-    named = cli(*files(SHAPES), *ON_CPU, "--trainer.default_root_dir=elsewhere")
-    assert named.trainer.default_root_dir == "elsewhere"
 
 
-def test_prompts_may_be_a_file(tmp_path: Path) -> None:
+def test_prompts_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "yaml").mkdir()
     (tmp_path / "yaml/prompts.txt").write_text("a photo of a star\n\n  two squares \n")
     (tmp_path / "yaml/grid.yaml").write_text(f"base: {EXPERIMENTS / SHAPES}\nsamples: {{prompts: prompts.txt}}\n")
@@ -104,12 +88,6 @@ def test_prompts_may_be_a_file(tmp_path: Path) -> None:
     assert saved["samples"]["prompts"] == ["a photo of a star", "two squares"]
     listed = cli(*files(SHAPES), *ON_CPU, "--samples.prompts=[a photo of a circle, two squares]")
     assert listed.config.samples.prompts == ["a photo of a circle", "two squares"]
-    assert ImageGrid("yaml/prompts.txt").prompts == ImageGrid(["a photo of a star", "two squares"]).prompts
-    with pytest.raises(ValueError, match="nowhere.txt"):
-        ImageGrid("nowhere.txt")
-
-
-def test_a_missing_prompt_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["fit", *files(SHAPES), *change("samples: {prompts: nowhere.txt}")])
     assert "nowhere.txt" in capsys.readouterr().err

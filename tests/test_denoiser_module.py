@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from emmdit.encoders import DCTCodec
@@ -106,6 +107,19 @@ def test_a_checkpoint_of_the_time_when_repa_was_in_the_network_resumes(tmp_path:
     assert resumed.training_steps == 4
     a, b = whole.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_backbone_that_the_suite_does_not_know_trains_and_samples(tmp_path: Path) -> None:
+    """Any diffusers transformer of the same call, REPA included: SANA's."""
+    sizes = dict(sample_size=8, patch_size=1, in_channels=32, out_channels=32, num_layers=2, caption_channels=64)
+    sizes |= dict(num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32)
+    sizes |= dict(num_cross_attention_heads=2, cross_attention_head_dim=16)
+    repa = REPA("transformer_blocks.0", feature_dim=6, projector_dim=8)
+    text = ShapesText(max_length=12)
+    model = TextToImage(lambda: SanaTransformer2DModel(**sizes), DCTCodec(), text, components=[repa])
+    trainer(tmp_path, [EMA()], max_steps=1).fit(model, loader())
+    assert model.training_steps == 1
+    assert model.sample(["a photo of a star"], [0], steps=2).shape == (1, 3, 32, 32)
 
 
 def test_components_have_names_of_their_own() -> None:

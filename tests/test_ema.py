@@ -19,10 +19,7 @@ def test_ema_decay():
 
 
 def test_ema_update_is_float32_with_bfloat16_parameters():
-    ema, params = (
-        [torch.ones(3), torch.zeros(())],
-        [torch.full((3,), 2.0, dtype=torch.bfloat16), torch.ones(())],
-    )
+    ema, params = ([torch.ones(3), torch.zeros(())], [torch.full((3,), 2.0, dtype=torch.bfloat16), torch.ones(())])
     ema_update(ema, params, 0.9999)
     assert torch.allclose(ema[0], torch.full((3,), 1.0001), rtol=0, atol=1e-7) and ema[0].dtype == torch.float32
     assert torch.allclose(ema[1], torch.tensor(1e-4))

@@ -7,9 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
-import zipfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -67,21 +65,18 @@ def closure(requirements: list[Requirement]) -> set[str]:
     return {name for name, _ in seen}
 
 
-def third_party_imports(folder: str) -> dict[str, tuple[str, set[str]]]:
-    """file:line of an import -> (module, the distributions it comes from), over the sources in `folder`."""
+def undeclared_imports(folder: str) -> dict[str, str]:
+    """file:line of an import in `folder` -> its module, of those that no declared package has."""
+    declared = {canonicalize_name(r.name) for r in direct_requirements()} | {PROJECT["name"]}
     found = {}
     for file in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules = [node.module]
-            else:
-                continue
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for module in modules:
-                if names := distributions().get(module.split(".")[0]):
-                    where = f"{file.relative_to(ROOT)}:{node.lineno}"
-                    found[where] = (module, {canonicalize_name(name) for name in names})
+                names = {canonicalize_name(name) for name in distributions().get(module.split(".")[0], ())}
+                if names and not names & declared:
+                    found[f"{file.relative_to(ROOT)}:{node.lineno}"] = module
     return found
 
 
@@ -92,12 +87,8 @@ def conda(file: str) -> tuple[list[str], list[str]]:
 
 
 def project_files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         files = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:  # an unpacked archive
@@ -119,10 +110,7 @@ def test_pins_are_the_whole_set_and_nothing_else():
 
 @pytest.mark.parametrize("folder", ["emmdit", "lightning_modules", "datamodules", "benchmarks", "assets", "tests"])
 def test_what_is_imported_is_declared(folder: str):
-    declared = {canonicalize_name(r.name) for r in direct_requirements()} | {PROJECT["name"]}
-    imports = third_party_imports(folder).items()
-    missing = {where: module for where, (module, names) in imports if not names & declared}
-    assert not missing, "imported, but not in pyproject.toml with its reason"
+    assert not undeclared_imports(folder), "imported, but not in pyproject.toml with its reason"
 
 
 def test_installed_versions_are_the_pinned_ones():
@@ -139,32 +127,6 @@ def test_conda_environments_install_the_pins():
     python, pip = cpu_packages
     assert pip == "pip"
     assert python.removeprefix("python=") + ".0" in SpecifierSet(PROJECT["requires-python"])
-
-
-def test_rocm_wheels_come_from_the_variable(tmp_path: Path):
-    """pip reads ROCM_WHEEL_INDEX, and for torch==X takes X+rocmY from there, not the main index's X."""
-    version = pins()["torch"]
-    for index, build in (("main", version), ("rocm", f"{version}+rocm7.2")):
-        folder = tmp_path / index / "torch"
-        folder.mkdir(parents=True)
-        wheel = f"torch-{build}-py3-none-any.whl"
-        with zipfile.ZipFile(folder / wheel, "w") as archive:
-            info = f"torch-{build}.dist-info"
-            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {build}\n")
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
-            archive.writestr(f"{info}/RECORD", "")
-        (folder / "index.html").write_text(f'<a href="{wheel.replace("+", "%2B")}">{wheel}</a>')
-    # As conda does: pip's lines in a requirements file beside environment.rocm.yml.
-    (tmp_path / "requirements.txt").write_text(f"torch=={version}\n")
-    lines = [line for line in conda("environment.rocm.yml")[1] if not line.startswith("-e")]
-    (tmp_path / "condaenv.txt").write_text("\n".join(lines))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": (tmp_path / "main").as_uri()}
-    env |= {"ROCM_WHEEL_INDEX": (tmp_path / "rocm").as_uri()}
-    pip = [sys.executable, "-m", "pip"]
-    command = [*pip, "install", "--dry-run", "--ignore-installed", "-r", "condaenv.txt"]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert f"Would install torch-{version}+rocm7.2" in run.stdout
 
 
 def test_torch_and_torchvision_are_partners():
@@ -184,16 +146,13 @@ def test_torch_and_torchvision_are_builds_for_the_same_device():
 
     # A CPU torch beside a CUDA torchvision installs, but then lightning and diffusers do not import.
     assert Version(torch.__version__).local == Version(torchvision.__version__).local
-    boxes, scores = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [5, 5, 6, 6]]), torch.tensor([0.5, 0.9, 0.1])
-    assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("version", MALICIOUS)
-def test_malicious_lightning_is_shut_out(version: str):
+def test_malicious_lightning_is_shut_out():
     lightning = next(r for r in direct_requirements() if r.name == "lightning")
-    assert version not in lightning.specifier
-    assert f"!={version}" in str(lightning.specifier)
-    assert version not in (pins()["lightning"], pins()["pytorch-lightning"])
+    for version in MALICIOUS:
+        assert f"!={version}" in str(lightning.specifier) and version not in lightning.specifier
+        assert version not in (pins()["lightning"], pins()["pytorch-lightning"])
 
 
 def test_project_files_name_no_machine_and_no_package_index():
@@ -221,9 +180,3 @@ def test_setup_without_a_fitting_python_ends_with_one_sentence(tmp_path: Path):
     assert all(word in message for word in ("3.11", "3.12", "venv", "PYTHON="))
     assert all(line.startswith("make: ***") for line in rest)
     assert not (tmp_path / ".venv").exists()
-
-
-def test_ci_runs_lint_and_tests():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert {"make lint", "make test"} <= set(script.read_text().splitlines())

@@ -71,8 +71,7 @@ def test_is_parsed_instantiated_and_reread(name: str) -> None:
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_an_evaluation_is_parsed_and_built(name: str) -> None:
     parser = evaluation_parser()
-    args = parser.parse_args(["-c", str(EXPERIMENTS / name), "--ckpt", "unused"])
-    built = parser.instantiate(args)
+    built = parser.instantiate(parser.parse_args(["-c", str(EXPERIMENTS / name), "--ckpt", "unused"]))
     assert isinstance(built.prompts, PromptSet) and all(isinstance(metric, ImageMetric) for metric in built.metrics)
     assert len({metric.kind for metric in built.metrics}) == len(built.metrics)
 
@@ -80,24 +79,18 @@ def test_an_evaluation_is_parsed_and_built(name: str) -> None:
 @pytest.mark.parametrize("name", DATA)
 def test_data_files_hold_data_alone_and_say_where_they_come_from(name: str) -> None:
     assert set(yaml.safe_load((EXPERIMENTS / name).read_text())) == {"data"}
-    run = instantiated(name)
-    base = instantiated(STAGES[1])
-    data = run.datamodule
+    data, base = instantiated(name).datamodule, instantiated(STAGES[1]).datamodule
     for key in ("batch_size", "num_workers", "validation_samples"):  # the experiment's own
-        assert getattr(data, key) == getattr(base.datamodule, key)
+        assert getattr(data, key) == getattr(base, key)
     if isinstance(data, MixtureDataModule):  # of what `emmdit precompute` makes of other files here
         for source, part in data.sources.items():
-            assert (part.source, part.resolution) == (f"latents/{source}", base.datamodule.resolution)
+            assert (part.source, part.resolution) == (f"latents/{source}", base.resolution)
             assert f"data/{source}.yaml" in DATA and part.images == ("stage1" in name)
-        return
-    assert data.resolution == base.datamodule.resolution
-    if name == "data/latents.yaml":
-        assert isinstance(data, LatentsDataModule)
-        return
-    assert data.source and data.license and data.card.startswith("https://")
-    parser = precompute_parser()  # and the same file is a source to precompute
-    args = parser.parse_args([*files(name, PRECOMPUTED[0]), "--out", "unused"])
-    assert parser.instantiate(args).data.columns == data.columns
+    elif not isinstance(data, LatentsDataModule):
+        assert data.source and data.license and data.card.startswith("https://") and data.resolution == base.resolution
+        parser = precompute_parser()  # and the same file is a source to precompute
+        args = parser.parse_args([*files(name, PRECOMPUTED[0]), "--out", "unused"])
+        assert parser.instantiate(args).data.columns == data.columns
 
 
 @pytest.mark.parametrize("name", PRECOMPUTED)
@@ -150,7 +143,7 @@ def test_the_published_stages_are_the_released_network(name: str) -> None:
         network = run.model.denoiser_factory()
         released = EMMDiTTransformer2DModel()  # its own defaults
     assert sum(p.numel() for p in network.parameters()) == 302_449_952
-    different = {key for key, value in network.config.items() if listed(value) != listed(released.config.get(key))}
+    different = {k for k, v in network.config.items() if json.dumps(v) != json.dumps(released.config.get(k))}
     expected = {"sample_size", "subregion_pattern"} if "1024" in name else set()
     assert different - {"_use_default_values"} == expected
     assert run.datamodule.batch_size * run.trainer.accumulate_grad_batches * 8 == 2048
@@ -164,10 +157,6 @@ def test_a_later_stage_begins_with_the_run_of_its_base(name: str) -> None:
     base_run = instantiated(os.path.relpath((EXPERIMENTS / name).parent / base, EXPERIMENTS))
     inherited = model_args(base_run).init_from
     assert model_args(run).init_from in (inherited, default_run_dir([str((EXPERIMENTS / name).parent / base)]))
-
-
-def listed(value: object) -> object:
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @pytest.mark.parametrize("name", OF_SHAPES)
@@ -212,25 +201,18 @@ TOTAL = "model: {init_args: {scheduler: {init_args: {total: '${trainer.max_steps
 
 @pytest.mark.parametrize("command", [None, "fit"])
 def test_interpolation(command: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = change(TOTAL, "reference.yaml")
-    whole = yaml.safe_load((EXPERIMENTS / SHAPES).read_text())
-    whole["model"]["init_args"]["scheduler"]["init_args"]["total"] = "${trainer.max_steps}"
-    del whole["samples"]["prompts"]  # relative to the file
-    one_file = change(yaml.safe_dump(whole), "whole.yaml")
+    base = [*files(SHAPES), *change(TOTAL, "reference.yaml")]  # refers to what another file sets
 
     def total(*args: str) -> int:
         return model_args(cli(*args, *ON_CPU, command=command)).scheduler.init_args.total
 
-    steps = whole["trainer"]["max_steps"]
-    assert total(*one_file) == steps  # inside one file
-    assert total(*one_file, "--trainer.max_steps=77") == 77  # an override reaches those who refer to it
-    assert total(*files(SHAPES), *reference) == steps  # from another file
-    assert total(*files(SHAPES), *reference, *change("trainer: {max_steps: 55}")) == 55  # a later file wins
+    assert total(*base) == yaml.safe_load((EXPERIMENTS / SHAPES).read_text())["trainer"]["max_steps"]
+    assert total(*base, "--trainer.max_steps=77") == 77  # an override reaches those who refer to it
+    assert total(*base, *change("trainer: {max_steps: 55}")) == 55  # a later file wins
     monkeypatch.setenv("STEPS", "33")
-    from_environment = TOTAL.replace("trainer.max_steps", "oc.decode:${oc.env:STEPS}")
-    assert total(*files(SHAPES), *change(from_environment)) == 33
+    assert total(*base, *change(TOTAL.replace("trainer.max_steps", "oc.decode:${oc.env:STEPS}"))) == 33
     with pytest.raises(Exception, match=r"trainer\.max_step\'"):
-        total(*files(SHAPES), *change(TOTAL.replace("max_steps", "max_step")))
+        total(*base, *change(TOTAL.replace("max_steps", "max_step")))
     if command:  # the rule that users meet: not on the command line
         with pytest.raises(Exception, match=r"trainer\.max_steps\'"):
             total(*files(SHAPES), "--model.init_args.scheduler.init_args.total=${trainer.max_steps}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,8 @@ def test_saved_and_loaded_it_is_the_same(switch: str, tmp_path: Path):
     network = tiny(**SWITCHES[switch]).eval()
     network.save_pretrained(tmp_path)
     loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path)
-    assert {k: list(v) if isinstance(v, tuple) else v for k, v in network.config.items() if k[0] != "_"} == {
-        k: v for k, v in loaded.config.items() if k[0] != "_"
-    }
+    saved, config = ({k: v for k, v in net.config.items() if k[0] != "_"} for net in (network, loaded))
+    assert json.loads(json.dumps(saved)) == config
     assert loaded.state_dict().keys() == network.state_dict().keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[key])
@@ -26,38 +26,31 @@ def test_saved_and_loaded_it_is_the_same(switch: str, tmp_path: Path):
     torch.testing.assert_close(run(loaded, **inputs(8, 16)), run(network, **inputs(8, 16)))
 
 
-def test_loaded_in_bfloat16(tmp_path: Path):
-    network = tiny().eval()
-    network.save_pretrained(tmp_path)
-    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
-    narrow = {k: v if k == "timestep" else v.bfloat16() for k, v in inputs().items()}
-    found, expected = run(loaded, **narrow), run(network, **inputs())
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).norm() / expected.norm() < 0.03
-
-
-def test_autocast_is_close_to_float32():
-    network, given = tiny(), inputs()
+def test_bfloat16_and_autocast_are_close_to_float32(tmp_path: Path):
+    network, given = tiny().eval(), inputs()
     expected = run(network, **given)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(network, **given)
-    assert (found.float() - expected).norm() / expected.norm() < 0.03
+        mixed = run(network, **given)
+    network.save_pretrained(tmp_path)
+    loaded = EMMDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    narrow = run(loaded, **{k: v if k == "timestep" else v.bfloat16() for k, v in given.items()})
+    assert loaded.dtype == narrow.dtype == torch.bfloat16
+    for found in (mixed, narrow):
+        assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 
-def test_lora_trains_nothing_but_itself(tmp_path: Path):
+def test_lora_by_diffusers_trains_nothing_but_itself(tmp_path: Path):
     from peft import LoraConfig
 
     network, given = tiny().eval(), inputs()
-    before = run(network, **given)
+    before, base = run(network, **given), network.state_dict()
     network.requires_grad_(False)
     network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out", "proj_in"]))
-    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert torch.equal(run(network, **given), before)  # B starts at zero
-    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
-    network(**given).sample.square().mean().backward()
-    optimizer.step()
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
     after = run(network, **given)
     assert (after - before).abs().max() > 1e-4
     network.disable_adapters()
@@ -65,9 +58,7 @@ def test_lora_trains_nothing_but_itself(tmp_path: Path):
 
     network.save_lora_adapter(tmp_path)
     other = tiny().eval()
-    other.load_state_dict(
-        {k.replace(".base_layer", ""): v for k, v in network.state_dict().items() if "lora_" not in k}
-    )
+    other.load_state_dict(base)
     other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(run(other, **given), after)
 

@@ -1,4 +1,4 @@
-"""The parts of E-MMDiT, each against a naive computation written from its definition (papers.md B2-B6)."""
+"""The parts of E-MMDiT, each against a naive computation written from its definition (docs/papers.md, B2-B6)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emmdit.networks.emmdit.compression import Path, TokenCompressor, TokenReconstructor, shuffle, unshuffle
+from emmdit.networks.emmdit.compression import TokenCompressor, TokenReconstructor, shuffle, unshuffle
 from emmdit.networks.emmdit.layers import (
+    MLP,
     AdaLN,
     EMMDiTBlock,
-    FeedForward,
     JointAttention,
     Subregions,
     sincos_2d,
@@ -28,12 +28,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, H*W, D) -> a picture (B, D, H, W), as the released code's convolutions see it."""
+    """Tokens (B, H*W, D) -> an image (B, D, H, W), as the released code's convolutions see it."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
 
 
-def to_tokens(picture: Tensor) -> Tensor:
-    return picture.flatten(2).transpose(1, 2)
+def to_tokens(image: Tensor) -> Tensor:
+    return image.flatten(2).transpose(1, 2)
 
 
 # -------------------------------------------------------------------------------- positions and time
@@ -49,9 +49,6 @@ def test_position_table_entry_by_entry():
                 angles = [index * spacing / 10000 ** (k / (dim // 4)) for k in range(dim // 4)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             torch.testing.assert_close(table[row, column], torch.tensor(expected), rtol=0, atol=1e-6)
-
-
-def test_position_table_needs_four_channels_a_frequency():
     with pytest.raises(ValueError, match=r"\b4\b.*\b10\b"):
         sincos_2d(4, 10, 1.0)
 
@@ -119,14 +116,15 @@ def test_block_by_hand(context_pre_only: bool):
 
 
 def test_feed_forward_width_survives_a_ratio_read_off_a_file():
-    assert FeedForward(176, 240 / 176).proj_in.out_features == 240  # 176 * (240 / 176) < 240 in floats
+    block = EMMDiTBlock(176, 11, 240 / 176, "affine", Subregions())
+    assert block.ff.proj_in.out_features == 240  # 176 * (240 / 176) < 240 in floats
 
 
 # -------------------------------------------------------------------------------- subregions
 
 
 def group_of(index: int, regions: Subregions) -> int:
-    """Which group a token belongs to, by the definition (papers.md B5)."""
+    """Which group a token belongs to, by the definition (docs/papers.md, B5)."""
     if regions.kind == "full":
         return 0
     return (index if regions.kind == "strided" else index // regions.run) % regions.groups
@@ -176,8 +174,7 @@ def naive_attention(attn: JointAttention, x: Tensor, c: Tensor, text_mask: Tenso
     q = torch.cat([heads(x, attn.to_q, attn.norm_q), heads(c, attn.add_q_proj, attn.norm_added_q)], 2)
     k = torch.cat([heads(x, attn.to_k, attn.norm_k), heads(c, attn.add_k_proj, attn.norm_added_k)], 2)
     v = torch.cat([heads(x, attn.to_v), heads(c, attn.add_v_proj)], 2)
-    groups = [group_of(i, attn.subregions) for n in (x.shape[1], c.shape[1]) for i in range(n)]
-    groups = torch.tensor(groups)
+    groups = torch.tensor([group_of(i, attn.subregions) for n in (x.shape[1], c.shape[1]) for i in range(n)])
     allowed = (groups[:, None] == groups[None, :])[None, None]
     if text_mask is not None:
         allowed = allowed & F.pad(text_mask, (x.shape[1], 0), value=True)[:, None, None]
@@ -204,20 +201,6 @@ def test_attention_is_a_softmax_within_groups(regions: Subregions, context_pre_o
         torch.testing.assert_close(found_c.double(), expected_c, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("regions", REGIONS[:3], ids=str)
-def test_fused_projections_give_the_same_and_leave_no_trace(regions: Subregions):
-    attn = JointAttention(24, 3, regions)
-    x, c, keys = randn(2, 32, 24), randn(2, 16, 24, seed=1), list(attn.state_dict())
-    with torch.no_grad():
-        plain = attn(x, c)
-        attn.fuse()
-        assert attn.to_qkv.out_features == attn.to_added_qkv.out_features == 72
-        for found, expected in zip(attn(x, c), plain, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    attn.unfuse()
-    assert list(attn.state_dict()) == keys
-
-
 # -------------------------------------------------------------------------------- compression
 
 
@@ -233,9 +216,9 @@ def test_unshuffle_and_shuffle_are_torchs(height: int, width: int, ratio: int):
     assert torch.equal(shuffle(few, height, width, ratio), to_tokens(large))
 
 
-def convolutions(path: Path, picture: Tensor) -> Tensor:
+def convolutions(path: MLP, image: Tensor) -> Tensor:
     """A path as the released network has it: two 1x1 convolutions with a GELU between."""
-    hidden = F.conv2d(picture, path.proj_in.weight[..., None, None], path.proj_in.bias)
+    hidden = F.conv2d(image, path.proj_in.weight[..., None, None], path.proj_in.bias)
     hidden = F.gelu(hidden, approximate="tanh")
     return F.conv2d(hidden, path.proj_out.weight[..., None, None], path.proj_out.bias)
 
@@ -245,9 +228,9 @@ def test_compressor_and_reconstructor_as_convolutions(height: int, width: int):
     dim, ratios = 16, (2, 4)
     x = randn(2, height * width, dim)
     compressor, reconstructor = TokenCompressor(dim, ratios), TokenReconstructor(dim, ratios)
-    picture = to_map(x, height, width)
+    image = to_map(x, height, width)
     expected = [
-        to_tokens(convolutions(path, F.pixel_unshuffle(picture, r)))
+        to_tokens(convolutions(path, F.pixel_unshuffle(image, r)))
         for r, path in zip(ratios, compressor.paths, strict=True)
     ]
     found = compressor(x, height, width)
@@ -258,7 +241,7 @@ def test_compressor_and_reconstructor_as_convolutions(height: int, width: int):
         convolutions(path, F.pixel_shuffle(to_map(part, height // r, width // r), r))
         for r, path, part in zip(ratios, reconstructor.paths, expected, strict=True)
     ]
-    merged = torch.cat([*parts, picture], 1)
+    merged = torch.cat([*parts, image], 1)
     hidden = F.gelu(reconstructor.merge.proj_in(to_tokens(merged)), approximate="tanh")
     torch.testing.assert_close(
         reconstructor(found, x, height, width), reconstructor.merge.proj_out(hidden), rtol=1e-4, atol=1e-5

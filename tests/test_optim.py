@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emmdit.networks import EMMDiTTransformer2DModel
-from emmdit.optim import MuonAdamW, WarmupDecay, orthogonalise, parameter_groups
+from emmdit.optim import MuonAdamW, WarmupDecay, orthogonalize, parameter_groups
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return EMMDiTTransformer2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        block_groups=(1, 1, 1),
-        caption_channels=12,
-        subregion_pattern=("full",),
-    )
+    sizes = dict(sample_size=4, in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16)
+    return EMMDiTTransformer2DModel(**sizes, block_groups=(1, 1, 1), caption_channels=12, subregion_pattern=("full",))
 
 
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -48,10 +39,7 @@ def same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
 def test_without_matrices_it_is_adamw(weight_decay: float):
     ours, theirs = network(), network()
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
-    optimizer, reference = (
-        MuonAdamW(ours.parameters(), **settings),
-        torch.optim.AdamW(theirs.parameters(), **settings),
-    )
+    optimizer, reference = MuonAdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
     for i in range(5):
         step(ours, optimizer, i)
         step(theirs, reference, i)
@@ -60,10 +48,11 @@ def test_without_matrices_it_is_adamw(weight_decay: float):
 
 def test_the_second_group_is_adamw_beside_muon():
     g = torch.Generator().manual_seed(0)
-    matrix, plain = nn.Parameter(torch.randn(3, 4, generator=g)), nn.Parameter(torch.randn(5, generator=g))
-    twin = nn.Parameter(plain.detach().clone())
-    optimizer = MuonAdamW([{"params": [matrix], "matrix": True}, {"params": [plain], "lr": 0.3}], lr=0.1)
-    reference = torch.optim.AdamW([twin], lr=0.3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    matrix, plain, idle = (nn.Parameter(torch.randn(shape, generator=g)) for shape in ((3, 4), (5,), (2, 2)))
+    twin, still = nn.Parameter(plain.detach().clone()), idle.detach().clone()
+    groups = [{"params": [matrix, idle], "matrix": True}, {"params": [plain], "lr": 0.3}]
+    optimizer = MuonAdamW(groups, lr=0.1, weight_decay=0.5)
+    reference = torch.optim.AdamW([twin], lr=0.3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
     for _ in range(3):
         matrix.grad = torch.randn(3, 4, generator=g)
         plain.grad = torch.randn(5, generator=g)
@@ -71,13 +60,7 @@ def test_the_second_group_is_adamw_beside_muon():
         optimizer.step()
         reference.step()
     assert torch.equal(plain, twin)
-
-
-def test_parameters_without_a_gradient_stay():
-    matrix, plain = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))
-    optimizer = MuonAdamW([{"params": [matrix], "matrix": True}, {"params": [plain]}], weight_decay=0.5)
-    optimizer.step()
-    assert torch.equal(matrix, torch.ones(2, 2)) and torch.equal(plain, torch.ones(3)) and not optimizer.state
+    assert torch.equal(idle, still) and idle not in optimizer.state  # without a gradient it stays
 
 
 def test_closure_gets_gradients_and_its_loss_comes_back():
@@ -93,9 +76,11 @@ def test_closure_gets_gradients_and_its_loss_comes_back():
     assert optimizer.step(closure).item() == 2.0 and (p < 1).all()
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"newton_schulz_dtype": "int8"}]
+)
 def test_impossible_settings_are_refused(settings: dict):
-    with pytest.raises(ValueError, match=r"{}\D*{}".format(*next(iter(settings.items())))):
+    with pytest.raises(ValueError, match=r"{}.*{}".format(*next(iter(settings.items())))):
         MuonAdamW([nn.Parameter(torch.ones(1))], **settings)
 
 
@@ -103,23 +88,23 @@ def test_impossible_settings_are_refused(settings: dict):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (3, 24, 12)])
-def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, ...]):
+def test_orthogonalize_keeps_directions_and_levels_sizes(shape: tuple[int, ...]):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(matrices)
+    found = orthogonalize(matrices)
     assert found.shape == matrices.shape and found.dtype == matrices.dtype
     sizes = torch.linalg.svdvals(found)
-    if shape[-1] != shape[-2]:  # a square random matrix has a singular value near 0, which five steps can not lift
+    if shape[-1] != shape[-2]:  # a square random matrix has a singular value near 0, which five steps cannot lift
         assert sizes.min() > 0.65
     assert sizes.max() < 1.25
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     assert torch.nn.functional.cosine_similarity(found.double().flatten(), (u @ vh).flatten(), 0) > 0.95
 
 
-def test_orthogonalise_is_the_same_for_the_transpose_and_any_scale():
+def test_orthogonalize_is_the_same_for_the_transpose_and_any_scale():
     matrix = torch.randn(6, 10)
-    torch.testing.assert_close(orthogonalise(matrix.T), orthogonalise(matrix).T)
-    torch.testing.assert_close(orthogonalise(matrix * 1e-4), orthogonalise(matrix), rtol=1e-3, atol=1e-4)
-    assert torch.equal(orthogonalise(torch.zeros(4, 5)), torch.zeros(4, 5))
+    torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T)
+    torch.testing.assert_close(orthogonalize(matrix * 1e-4), orthogonalize(matrix), rtol=1e-3, atol=1e-4)
+    assert torch.equal(orthogonalize(torch.zeros(4, 5)), torch.zeros(4, 5))
 
 
 def slow_newton_schulz(matrix: Tensor) -> Tensor:
@@ -153,7 +138,7 @@ def test_muon_steps_by_hand(shape: tuple[int, int]):
 
 def test_newton_schulz_in_bfloat16_goes_the_same_way():
     g = torch.Generator().manual_seed(0)
-    start, gradient = torch.randn(24, 48, generator=g), torch.randn(24, 48, generator=g)
+    start, gradient = torch.randn(2, 24, 48, generator=g)
     moved = {}
     for dtype in ("float32", "bfloat16"):
         p = nn.Parameter(start.clone())
@@ -164,22 +149,17 @@ def test_newton_schulz_in_bfloat16_goes_the_same_way():
     assert not torch.equal(moved["float32"], moved["bfloat16"])
     assert torch.nn.functional.cosine_similarity(moved["float32"], moved["bfloat16"], 0) > 0.999
     assert moved["bfloat16"].norm().item() == pytest.approx(moved["float32"].norm().item(), rel=0.02)
-    with pytest.raises(ValueError, match="newton_schulz_dtype.*'int8'"):
-        MuonAdamW([p], newton_schulz_dtype="int8")
 
 
 def test_matrices_of_one_shape_do_not_mix():
     g = torch.Generator().manual_seed(0)
     together = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 6), (6, 4), (4, 6))]
     alone = [nn.Parameter(p.detach().clone()) for p in together]
-    one = MuonAdamW([{"params": together, "matrix": True}], lr=0.1)
-    each = [MuonAdamW([{"params": [p], "matrix": True}], lr=0.1) for p in alone]
     for p, q in zip(together, alone, strict=True):
         p.grad = torch.randn(p.shape, generator=g)
         q.grad = p.grad.clone()
-    one.step()
-    for optimizer in each:
-        optimizer.step()
+    for params in (together, *([q] for q in alone)):
+        MuonAdamW([{"params": params, "matrix": True}], lr=0.1).step()
     for p, q in zip(together, alone, strict=True):
         torch.testing.assert_close(p, q)
 
@@ -255,12 +235,9 @@ def test_matrices_of_the_blocks_and_all_the_rest():
     }
     assert all(name.startswith("blocks.") for name in found[True])
     # matrices by their shape, but not by what they are
-    assert {
-        "blocks.0.modulation.bias",
-        "blocks.0.modulation.scale",
-        "proj_out.weight",
-        "patch_embed.weight",
-    } <= found[False]
+    assert {"blocks.0.modulation.bias", "blocks.0.modulation.scale", "proj_out.weight", "patch_embed.weight"} <= found[
+        False
+    ]
 
 
 def test_frozen_parameters_are_left_out():
@@ -275,34 +252,13 @@ def test_frozen_parameters_are_left_out():
 def test_the_blocks_of_a_diffusers_network():
     from diffusers import SD3Transformer2DModel
 
-    net = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
+    sizes = dict(sample_size=4, patch_size=1, in_channels=4, out_channels=4, num_layers=2, pos_embed_max_size=8)
+    sizes |= dict(attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)
+    net = SD3Transformer2DModel(**sizes, joint_attention_dim=12, pooled_projection_dim=10)
     found = names_by_group(net)
     assert found[True] and all(n.startswith("transformer_blocks.") and n.endswith(".weight") for n in found[True])
     assert "transformer_blocks.0.attn.to_q.weight" in found[True]
     assert {"pos_embed.proj.weight", "context_embedder.weight", "proj_out.weight"} <= found[False]
-    before = copy.deepcopy(net)
-    optimizer = MuonAdamW(parameter_groups(net), lr=1e-2)
-    output = net(
-        hidden_states=torch.randn(1, 4, 4, 4),
-        timestep=torch.tensor([500.0]),
-        encoder_hidden_states=torch.randn(1, 3, 12),
-        pooled_projections=torch.randn(1, 10),
-    )
-    output.sample.square().mean().backward()
-    optimizer.step()
-    assert not torch.equal(net.transformer_blocks[0].attn.to_q.weight, before.transformer_blocks[0].attn.to_q.weight)
 
 
 # -------------------------------------------------------------------------------- schedule
@@ -333,17 +289,3 @@ def test_decay_over_the_last_part():
 def test_impossible_schedules_are_refused(settings: dict):
     with pytest.raises(ValueError, match=f"decay.*total.*{settings['decay']}"):
         curve(1, **settings)
-
-
-def test_schedule_resumes_where_it_was():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = WarmupDecay(optimizer, warmup=4)
-    optimizer.step()
-    scheduler.step()
-    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    resumed = WarmupDecay(other, warmup=4)
-    other.load_state_dict(optimizer.state_dict())
-    resumed.load_state_dict(scheduler.state_dict())
-    other.step()
-    resumed.step()
-    assert other.param_groups[0]["lr"] == 1.5

@@ -25,12 +25,10 @@ SETTINGS = {
 }
 
 
-def entry(name: str, seed: int, overall: float, eval_seed: int = 0, **more) -> dict:
+def entry(name: str, seed: int, overall: float, eval_seed: int = 0) -> dict:
     metrics = {"geneval_overall": overall, "geneval_position": overall / 2, "clip_score": 20 + overall}
-    return row(f"shapes/{name}", seed, eval_seed=eval_seed, settings=SETTINGS, train={"steps": 2000}) | {
-        "metrics": metrics,
-        **more,
-    }
+    more = {"eval_seed": eval_seed, "settings": SETTINGS, "train": {"steps": 2000}, "metrics": metrics}
+    return row(f"shapes/{name}", seed) | more
 
 
 # -- sweeps ------------------------------------------------------------------------------------------
@@ -38,15 +36,15 @@ def entry(name: str, seed: int, overall: float, eval_seed: int = 0, **more) -> d
 ABLATION, STUDENTS = (str(ROOT / f"experiments/sweeps/{name}.yaml") for name in ("ablation", "students"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_row_has_its_files_and_its_command(path: Path):
+@pytest.mark.parametrize("path", [ABLATION, STUDENTS])
+def test_every_row_has_its_files_and_its_command(path: str):
     found = Sweep(path)
     tasks = [Task(found, name, seed, "gpu") for name, row in found.rows.items() for seed in row.seeds]
     assert len({tuple(task.fit()) for task in tasks}) == len({task.folder for task in tasks}) == len(tasks)
     assert (ROOT / found.evaluation).is_file()
     for task in tasks:
         assert task.files()[-3::2] == [f"experiments/{task.experiment}.yaml", "experiments/trainer/gpu.yaml"]
-        assert all((ROOT / file).is_file() for file in task.files() if file != "-c")
+        assert all((ROOT / file).is_file() for file in task.files()[1::2])
     for line in found.rows.values():  # what rows refer to are rows
         assert {line.compare, line.teacher} - {None} <= found.rows.keys()
 
@@ -67,12 +65,11 @@ def test_the_command_says_what_it_means():
 def test_a_student_learns_from_the_teacher_of_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     students = Sweep(STUDENTS)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    for name in ("shapes/edit", "shapes/edit_linear"):
-        assert Task(students, name, 1).teacher() == []  # none was trained: the one in assets/
+    tasks = [Task(students, f"shapes/{name}", 1) for name in ("edit", "edit_linear", "mm_edit", "emmdit_hybrid")]
+    assert [task.teacher() for task in tasks] == [[]] * 4  # none was trained: the one in assets/
     (tmp_path / "runs/students/pixart_teacher/seed0").mkdir(parents=True)
-    for name in ("shapes/edit", "shapes/edit_linear"):
-        assert Task(students, name, 1).teacher() == ["--model.init_args.teacher=runs/students/pixart_teacher/seed0"]
-    assert Task(students, "shapes/mm_edit", 1).teacher() == Task(students, "shapes/emmdit_hybrid", 1).teacher() == []
+    given = ["--model.init_args.teacher=runs/students/pixart_teacher/seed0"]
+    assert [task.teacher() for task in tasks] == [given, given, [], []]
 
 
 def test_dry_run_prints_what_is_missing(tmp_path: Path, capsys):
@@ -153,8 +150,7 @@ def test_two_processes_do_not_make_the_same_run(suite: Suite, capsys):
     with FileLock(folder / ".lock"):
         suite.main("short", "one_path")
     assert suite.calls == [("fit", "one_path"), ("evaluate", "one_path")]
-    printed = capsys.readouterr()
-    assert "locked" in printed.err and "running" in printed.out
+    assert "locked" in capsys.readouterr().err
 
 
 def test_runs_of_another_budget_are_not_mixed_in(suite: Suite, capsys):
@@ -202,24 +198,25 @@ def ablation_rows() -> list[dict]:
     return [entry(name, seed, score) for name, scores in SCORES.items() for seed, score in enumerate(scores)]
 
 
-def both(table, *given) -> str:
-    return "\n\n".join(table(*given))
+def page(name: str, rows: list[dict], step_time: dict | None = None) -> str:
+    return "\n\n".join(tables.tables(rows, step_time)[name])
 
 
-def cells(table: str) -> list[dict[str, str]]:
-    lines = [line for line in table.splitlines() if line.startswith("|")]
+def cells(text: str) -> list[dict[str, str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(head, line, strict=True)) for line in body]
 
 
 def test_ablation_by_hand():
-    found = cells(both(tables.ablation, ablation_rows()))
-    assert [line["diff"] for line in found] == [
-        "`shapes/short`",
-        "`shapes/repa_clip`",
-        "`shapes/adamw`",
-        "`shapes/one_path`",
-    ]
+    ratios = {"shapes/short": 1.0, "shapes/adamw": 0.876}
+    times = [{"experiment": name, "ratio": ratio, "parameters": 3_180_960} for name, ratio in ratios.items()]
+    machine = {"gpu": None, "cpu": "a CPU", "cpu_cores": 2, "torch_threads": 1, "ram_gib": 8, "load_average": 0.1}
+    machine |= {"torch": "2", "date": "2026-01-01T", "commit": None}
+    text = page("ablation", ablation_rows(), {"rows": times, "machine": machine})
+    found = cells(text)
+    names = ["`shapes/short`", "`shapes/repa_clip`", "`shapes/adamw`", "`shapes/one_path`"]
+    assert [line["diff"] for line in found] == names
     full, single, adamw, one = found
     assert full["GenEval"] == "0.540 ± 0.040" and full["to full"] == "" and full["seeds"] == "3"
     assert one["GenEval"] == "0.460 ± 0.056"
@@ -227,50 +224,22 @@ def test_ablation_by_hand():
     assert adamw["to full"] == "+0.100 ± 0.020"
     assert single["GenEval"] == "0.700" and single["to full"] == "+0.200" and single["seeds"] == "1"
     assert full["CLIP score"] == "20.54 ± 0.04" and "FID-CLIP (lower is better)" not in full
-    tasks = cells(both(tables.ablation_tasks, ablation_rows()))
+    assert [line["time per step, full = 1"] for line in found] == ["1.00", "", "0.88", ""]
+    assert "3.18M" in text and "a CPU" in text
+    tasks = cells(page("ablation_tasks", ablation_rows()))
     assert [line["row"] for line in tasks] == [line["row"] for line in found]
     assert tasks[0]["position"] == "0.270 ± 0.020" and list(tasks[0]) == ["row", "position", "overall"]
 
 
-def test_time_per_step_is_the_ratio_of_one_process():
-    rows = [
-        {"experiment": f"shapes/{n}", "ratio": r, "parameters": 3_180_960}
-        for n, r in (("short", 1.0), ("adamw", 0.876))
-    ]
-    machine = {"gpu": None, "cpu": "a CPU", "cpu_cores": 2, "torch_threads": 1, "ram_gib": 8, "load_average": 0.1}
-    machine |= {"torch": "2", "date": "2026-01-01T", "commit": None}
-    text = both(tables.ablation, ablation_rows(), {"rows": rows, "machine": machine})
-    times = {line["diff"]: line["time per step, full = 1"] for line in cells(text)}
-    assert times == {
-        "`shapes/short`": "1.00",
-        "`shapes/adamw`": "0.88",
-        "`shapes/one_path`": "",
-        "`shapes/repa_clip`": "",
-    }
-    assert "3.18M" in text and "a CPU" in text
-
-
 def test_evaluation_seeds_are_averaged_before_training_seeds():
     rows = [entry("short", s, v, eval_seed=e) for s, e, v in ((0, 0, 0.1), (0, 1, 0.3), (1, 0, 0.4), (1, 1, 0.8))]
-    assert tables.spread(tables.values(rows, "geneval_overall")) == (
-        pytest.approx(0.4),
-        pytest.approx(0.2828, abs=1e-4),
-    )
-    once = [row for row in rows if row["seed"] == 0]
-    assert tables.spread(tables.values(once, "geneval_overall")) == (
-        pytest.approx(0.2),
-        pytest.approx(0.1414, abs=1e-4),
-    )
+    assert tables.spread(tables.values(rows, "geneval_overall")) == pytest.approx((0.4, 0.2828), abs=1e-4)
+    assert tables.spread(tables.values(rows[:2], "geneval_overall")) == pytest.approx((0.2, 0.1414), abs=1e-4)
 
 
-def test_reference_holds_all_that_is_no_ablation():
-    rows = [
-        *ablation_rows(),
-        *(entry("emmdit", 0, 0.8 + e / 100, eval_seed=e) for e in range(3)),
-        entry("distill_4step", 0, 0.9),
-        entry("mm_edit", 0, 0.9),  # in the table of students
-    ]
-    text = both(tables.reference, rows)
+def test_reference_holds_all_that_no_sweep_trains():
+    more = [entry("distill_4step", 0, 0.9), entry("mm_edit", 0, 0.9)]  # the latter in the table of students
+    text = page("reference", [*ablation_rows(), *(entry("emmdit", 0, 0.8 + e / 100, e) for e in range(3)), *more])
     found = cells(text)
     assert [line["model"] for line in found] == ["shapes/distill_4step", "shapes/emmdit"]
     assert found[1]["overall"] == "0.810 ± 0.010" and found[1]["seeds of training x evaluation"] == "1 x 3"
@@ -282,56 +251,64 @@ def test_students_stand_below_their_teacher_and_differ_from_it_at_the_same_noise
     teacher = [entry("mmdit_teacher", 0, score, eval_seed=e) for e, score in ((0, 0.8), (1, 0.6))]
     students = [entry("mm_edit", seed, 0.75 + seed / 100) for seed in range(3)]  # of evaluation seed 0
     others = [entry("mm_edit_linear", 0, 0.5), entry("pixart_teacher", 0, 0.9), entry("emmdit", 0, 0.9)]
-    found = cells(both(tables.students, [*students, *others, *teacher]))
+    found = cells(page("students", [*students, *others, *teacher]))
     assert [line["experiment"] for line in found] == ["`shapes/mmdit_teacher`", "`shapes/mm_edit`"]
     assert [line["to its teacher"] for line in found] == ["", "-0.040 ± 0.010"]
     assert found[0]["GenEval"].startswith("0.700")
-    assert "|" not in both(tables.students, [entry("emmdit", 0, 0.9)])
+    assert "|" not in page("students", [entry("emmdit", 0, 0.9)])
 
 
 def test_ablations_of_students_differ_from_them_seed_by_seed():
     rows = [entry("edit", seed, 0.5 + seed / 10) for seed in range(2)]
     rows += [entry("edit_linear", seed, 0.3 + seed / 10) for seed in range(2)] + [entry("mm_edit_linear", 0, 0.4)]
-    found = cells(both(tables.student_ablation, rows))  # mm_edit itself is missing
+    found = cells(page("student_ablation", rows))  # mm_edit itself is missing
     assert [line["to the student"] for line in found] == ["", "-0.200 ± 0.000"]
+
+
+def test_the_summary_links_to_the_experiments(tmp_path: Path):
+    ledger.append(tmp_path / "ledger.json", entry("edit", 0, 0.5))
+    (tmp_path / "page.md").write_text("<!-- table:summary bare -->\n<!-- end -->")
+    assert tables.main([str(tmp_path / "page.md"), "--ledger", str(tmp_path / "ledger.json")]) == 0
+    (line,) = cells(text := (tmp_path / "page.md").read_text())
+    assert line["GenEval (shapes)"] == "0.500" and line["training steps"] == "2,000" and "0000000000" not in text
+    assert line["experiment"] == "[`shapes/edit`](experiments/shapes/edit.yaml)"
+    assert all((ROOT / f"experiments/{name}.yaml").is_file() for name in tables.SUMMARY)
 
 
 def test_rows_that_do_not_compare_are_said_to():
     rows = ablation_rows()
     rows[1] = rows[1] | {"train": {"steps": 500}}
-    assert "optimizer steps (2,000, 500)" in both(tables.ablation, rows)
+    assert "optimizer steps (2,000, 500)" in page("ablation", rows)
     rows[1] = rows[2] | {"settings": SETTINGS | {"sampling": {"steps": 4}}}
-    assert "sampling steps (20, 4)" in both(tables.ablation, rows)
+    assert "sampling steps (20, 4)" in page("ablation", rows)
 
 
 def test_pages_are_filled_between_the_markers_alone(tmp_path: Path, capsys):
-    ledger_file, page = tmp_path / "ledger.json", tmp_path / "page.md"
+    file, options = tmp_path / "page.md", [str(tmp_path / "page.md"), "--ledger", str(tmp_path / "ledger.json")]
     for one in ablation_rows():
-        ledger.append(ledger_file, one)
+        ledger.append(tmp_path / "ledger.json", one)
     before, after = "# Text | with <!-- a comment -->\n\n", "\nand the end\n"
-    page.write_text(
-        f"{before}<!-- table:ablation bare -->\nold\n<!-- end -->{after}<!-- table:reference -->\n<!-- end -->"
-    )
-    options = [str(page), "--ledger", str(ledger_file), "--step-time", str(tmp_path / "none.json")]
-    assert tables.main([*options, "--check"]) == 1 and "old" in page.read_text()
-    assert f"{page} " in capsys.readouterr().err
+    second = "<!-- table:reference -->\n<!-- end -->"
+    file.write_text(f"{before}<!-- table:ablation bare -->\nold\n<!-- end -->{after}{second}")
+    assert tables.main([*options, "--check"]) == 1 and "old" in file.read_text()
+    assert f"{file} " in capsys.readouterr().err
     assert tables.main(options) == 0
-    text = page.read_text()
+    text = file.read_text()
     assert text.startswith(before) and after in text and "old" not in text and "0.540 ± 0.040" in text
     assert "0000000000" not in text  # bare: without notes
     assert tables.main([*options, "--check"]) == 0
-    ledger.append(ledger_file, entry("one_path", 0, 0.1))
+    ledger.append(tmp_path / "ledger.json", entry("one_path", 0, 0.1))
     assert tables.main([*options, "--check"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("<!-- table:nothing -->\n<!-- end -->", "'nothing'"),
-        ("<!-- table:ablation -->\n", "<!-- end -->"),
-        ("<!-- table:ablation -->\n<!-- table:reference -->\n<!-- end -->", "<!-- end -->"),
-    ],
-)
+BROKEN = {
+    "<!-- table:nothing -->\n<!-- end -->": "'nothing'",
+    "<!-- table:ablation -->\n": "<!-- end -->",
+    "<!-- table:ablation -->\n<!-- table:reference -->\n<!-- end -->": "<!-- end -->",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN.items())
 def test_broken_markers_name_the_page(tmp_path: Path, capsys, text: str, words: str):
     (tmp_path / "page.md").write_text(text)
     assert tables.main([str(tmp_path / "page.md"), "--ledger", str(tmp_path / "none.json")]) == 2

@@ -63,11 +63,6 @@ def test_grid_reaches_both_ends_and_not_beyond():
     assert set(LogitNormalGrid(num=4)(1000, seeded()).tolist()) == {250.0, 500.0, 750.0, 1000.0}
 
 
-def test_positive_mean_is_towards_noise_in_both():
-    for kind in (LogitNormal, LogitNormalGrid):
-        assert kind(mean=1.0)(4000, seeded()).mean() > 650 > 350 > kind(mean=-1.0)(4000, seeded()).mean()
-
-
 def test_uniform_distributions():
     t = Uniform()(20_000, seeded())
     assert t.min() > 0 and t.max() <= 1000
@@ -101,13 +96,6 @@ def test_same_generator_same_timesteps(kind, stratified):
     assert not torch.equal(sampler(64, seeded(1)), sampler(64, seeded(2)))
 
 
-def test_stratified_mean_varies_less():
-    def spread(sampler):
-        return torch.stack([sampler(64, seeded(seed)).mean() for seed in range(100)]).std()
-
-    assert spread(LogitNormalGrid(stratified=True)) < spread(LogitNormalGrid()) / 4
-
-
 def test_shift():
     t = torch.linspace(0, 1000, 11)
     shifted = shift_timesteps(t, 3.0)
@@ -116,12 +104,11 @@ def test_shift():
     torch.testing.assert_close(shift_timesteps(shifted, 1 / 3), t)
     assert torch.equal(shift_timesteps(t, 1.0), t)
     torch.testing.assert_close(Uniform(shift=3.0)(9, seeded()), shift_timesteps(Uniform()(9, seeded()), 3.0))
-
-
-def test_resolution_shift():
-    assert resolution_shift(1024, 256) == 2.0
-    assert resolution_shift(256, 256) == 1.0
-    assert resolution_shift(4096, 1024, base_shift=1.5) == 3.0
+    assert [resolution_shift(1024, 256), resolution_shift(256, 256), resolution_shift(4096, 1024, 1.5)] == [
+        2.0,
+        1.0,
+        3.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -141,18 +128,3 @@ def test_resolution_shift():
 def test_arguments_are_checked(make, name):
     with pytest.raises(ValueError, match=name):
         make()
-
-
-def test_yaml_builds_them():
-    from jsonargparse import ArgumentParser
-
-    from emmdit.flow import Path, TimestepSampler
-
-    parser = ArgumentParser()
-    parser.add_argument("--timesteps", type=TimestepSampler)
-    parser.add_argument("--path", type=Path)
-    grid = {"class_path": "emmdit.flow.LogitNormalGrid", "init_args": {"std": 1.2, "stratified": True}}
-    path = {"class_path": "emmdit.flow.EpsilonDDPM", "init_args": {"beta_schedule": "scaled_linear"}}
-    made = parser.instantiate(parser.parse_object({"timesteps": grid, "path": path}))
-    assert (made.timesteps.std, made.timesteps.stratified) == (1.2, True)
-    assert made.path.beta_schedule == "scaled_linear"

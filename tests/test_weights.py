@@ -13,14 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emmdit.networks import EMMDiTTransformer2DModel, save_nitro_e
-from emmdit.weights import (
-    component_weights,
-    find_checkpoint,
-    is_diffusers_folder,
-    load_weights,
-    read_weights,
-    run_folder,
-)
+from emmdit.weights import component_weights, find_checkpoint, is_diffusers_folder, load_weights, run_folder
 
 Weights = dict[str, Tensor]
 
@@ -74,19 +67,15 @@ def save(request: pytest.FixtureRequest):
     return write
 
 
-def test_a_checkpoint_gives_its_average_unless_told_otherwise(save, tmp_path: Path):
-    raw, ema = network(1), network(2)
+def test_a_checkpoint_gives_its_ema_unless_told_otherwise(save, tmp_path: Path):
+    raw, ema, target = network(1), network(2), network()
     path = save(checkpoint_of(raw, ema), tmp_path / "last.ckpt")
-    target = network()
-    assert load_weights(target, path) == "ema"
-    assert_holds(target, ema)
-    assert load_weights(target, path, "raw") == "raw"
-    assert_holds(target, raw)
-    assert load_weights(target, path, "ema") == "ema"
-    assert_holds(target, ema)
+    for asked, kind, expected in ((None, "ema", ema), ("raw", "raw", raw), ("ema", "ema", ema)):
+        assert load_weights(target, path, asked) == kind
+        assert_holds(target, expected)
 
 
-def test_a_checkpoint_without_an_average_gives_what_it_has(save, tmp_path: Path):
+def test_a_checkpoint_without_an_ema_gives_what_it_has(save, tmp_path: Path):
     raw, target = network(1), network()
     path = save(checkpoint_of(raw), tmp_path / "last.ckpt")
     assert load_weights(target, path) == "raw"
@@ -119,12 +108,17 @@ def test_the_folder_of_a_run_is_found_from_its_checkpoint(tmp_path: Path):
         run_folder(tmp_path / "elsewhere" / "last.ckpt")
 
 
-@pytest.mark.parametrize("subfolder", ["", "transformer"])
-def test_a_diffusers_folder(subfolder: str, tmp_path: Path):
+@pytest.mark.parametrize("place", ["", "transformer", "network.safetensors"])
+def test_a_diffusers_folder_and_a_plain_file(place: str, tmp_path: Path):
     saved, target = network(1), network()
-    saved.save_pretrained(tmp_path / subfolder)
-    assert is_diffusers_folder(tmp_path) and not is_diffusers_folder(tmp_path / "absent")
-    assert load_weights(target, tmp_path) == "raw"
+    if place.endswith(".safetensors"):
+        save_file(saved.state_dict(), tmp_path / place)
+        source = tmp_path / place
+    else:
+        saved.save_pretrained(tmp_path / place)
+        source = tmp_path
+    assert is_diffusers_folder(source) == source.is_dir() and not is_diffusers_folder(tmp_path / "absent")
+    assert load_weights(target, source) == "raw"
     assert_holds(target, saved)
 
 
@@ -158,20 +152,6 @@ def test_a_nitro_e_file(dtype: torch.dtype, tmp_path: Path):
     assert component_weights(tmp_path / "nitro-e.safetensors", "distillation") == {}
 
 
-def test_a_plain_safetensors_file(tmp_path: Path):
-    saved, target = network(1), network()
-    save_file(saved.state_dict(), tmp_path / "network.safetensors")
-    assert load_weights(target, tmp_path / "network.safetensors") == "raw"
-    assert_holds(target, saved)
-
-
-def test_read_weights_gives_the_denoisers_own_names(tmp_path: Path):
-    raw = network(1)
-    torch.save(checkpoint_of(raw), tmp_path / "a.ckpt")
-    state, kind = read_weights(tmp_path / "a.ckpt")
-    assert kind == "raw" and state.keys() == raw.state_dict().keys()
-
-
 # -------------------------------------------------------------------------------- misfits
 
 
@@ -187,10 +167,11 @@ def test_weights_of_another_network_are_counted_and_named(tmp_path: Path):
 
 
 def test_folders_and_nitro_e_files_of_another_size(tmp_path: Path):
-    network(1, caption_channels=20).save_pretrained(tmp_path / "folder")
-    assert "context_embedder.weight" in refusal(network(), tmp_path / "folder")
-    save_nitro_e(network(1, caption_channels=20), tmp_path / "file.safetensors")
-    assert "context_embedder.weight" in refusal(network(), tmp_path / "file.safetensors")
+    other = network(1, caption_channels=20)
+    other.save_pretrained(tmp_path / "folder")
+    save_nitro_e(other, tmp_path / "file.safetensors")
+    for source in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        assert "context_embedder.weight" in refusal(network(), source)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path):

@@ -15,7 +15,6 @@ Python floats and cost no device synchronization.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -84,7 +83,8 @@ def dpm_solver(predict: Predict, x: Tensor, timesteps: Tensor, path: Path) -> It
     scheduler.set_timesteps(n)
     scheduler.sigmas = torch.tensor([s if flow else s / a for a, s in zip(alpha, sigma, strict=True)])
     scheduler.set_begin_index(0)
-    log_snr = [_log(a) - _log(s) for a, s in zip(alpha, sigma, strict=True)]
+    log_alpha, log_sigma = torch.tensor([alpha, sigma], dtype=torch.float64).log()
+    log_snr = (log_alpha - log_sigma).tolist()
     for i in range(n):
         prediction = predict(x, t[i]).to(x.dtype)
         yield i, t[i].item(), x, prediction
@@ -115,10 +115,6 @@ def sample(predict: Predict, noise: Tensor, path: Path, timesteps: Tensor, sampl
     for _, _, x, _ in trajectory(predict, noise, path, timesteps, sampler):
         data = x
     return data
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
 
 
 def _prepare(x: Tensor, timesteps: Tensor, path: Path) -> tuple[Tensor, Tensor, list[float], list[float]]:

@@ -52,7 +52,7 @@ class TimestepSampler(ABC):
         self.stratified = stratified
 
     @abstractmethod
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n timesteps before the shift."""
 
     def __call__(
@@ -61,20 +61,20 @@ class TimestepSampler(ABC):
         """n timesteps (n,), float32, on ``device`` (the generator's if not given)."""
         if n < 1:
             raise ValueError(f"The number of timesteps to draw must be 1 or more, but is {n}.")
-        t = shift_timesteps(self.draw(n, generator), self.shift).float()
+        t = shift_timesteps(self.draw(n, generator or torch.default_generator), self.shift).float()
         return t if device is None else t.to(device)
 
-    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def _uniform(self, n: int, generator: torch.Generator) -> Tensor:
         """n numbers in [0, 1), float64, one in each of n strata if stratified."""
-        u = torch.rand(n, generator=generator, device=_device(generator), dtype=torch.float64)
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         if self.stratified:
-            u = (torch.randperm(n, generator=generator, device=_device(generator)) + u) / n
+            u = (torch.randperm(n, generator=generator, device=generator.device) + u) / n
         return u
 
-    def _normal(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def _normal(self, n: int, generator: torch.Generator) -> Tensor:
         """n standard normal numbers, one in each of n equally likely strata if stratified."""
         if not self.stratified:
-            return torch.randn(n, generator=generator, device=_device(generator))
+            return torch.randn(n, generator=generator, device=generator.device)
         tiny = torch.finfo(torch.float64).eps
         return torch.special.ndtri(self._uniform(n, generator).clamp(tiny, 1 - tiny))
 
@@ -88,11 +88,11 @@ class LogitNormal(TimestepSampler):
         self.mean = mean
         self.std = std
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return 1000 * torch.sigmoid(self.mean + self.std * self._normal(n, generator))
 
 
-class LogitNormalGrid(TimestepSampler):
+class LogitNormalGrid(LogitNormal):
     """The draw of Nitro-E's training: a logit-normal floored to the ``num`` timesteps 1000, 999, ..., 1.
 
     u = sigmoid(normal), index = floor(u num), t = 1000 (num - index) / num: pure noise is drawn, clean data
@@ -101,21 +101,13 @@ class LogitNormalGrid(TimestepSampler):
     """
 
     def __init__(
-        self,
-        mean: float = 0.0,
-        std: float = 1.0,
-        shift: float = 1.0,
-        num: int = 1000,
-        stratified: bool = False,
+        self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0, num: int = 1000, stratified: bool = False
     ) -> None:
-        super().__init__(shift, stratified)
-        _check_positive("std", std)
+        super().__init__(mean, std, shift, stratified)
         _check_positive("num", num)
-        self.mean = mean
-        self.std = std
         self.num = num
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         u = torch.sigmoid(self.std * self._normal(n, generator) - self.mean)
         index = (u * self.num).floor().clamp(max=self.num - 1)  # u rounds to 1 far out in the tail
         return 1000 * (self.num - index) / self.num
@@ -124,7 +116,7 @@ class LogitNormalGrid(TimestepSampler):
 class Uniform(TimestepSampler):
     """Uniform on (0, 1000]."""
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return 1000 * (1 - self._uniform(n, generator))
 
 
@@ -138,12 +130,8 @@ class UniformGrid(TimestepSampler):
         self.first = first
         self.last = last
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return self.first + (self._uniform(n, generator) * (self.last - self.first + 1)).floor()
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
 
 
 def _check_positive(name: str, value: float) -> None:

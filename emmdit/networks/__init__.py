@@ -1,13 +1,7 @@
 """Networks: latents, time and text in, prediction out. They know no loss."""
 
 from emmdit.networks.edit.config import BASELINES, LinearAttentionConfig
-from emmdit.networks.edit.linearize import (
-    attention_layers,
-    linearize,
-    parameter_names,
-    teacher_of,
-    train_only,
-)
+from emmdit.networks.edit.linearize import attention_layers, linearize, parameter_names, teacher_of, train_only
 from emmdit.networks.edit.students import (
     EDiTTransformer2DModel,
     HybridEMMDiTTransformer2DModel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -32,13 +33,14 @@ class ConfigParser(LightningArgumentParser):
 
 def config_files(arguments: Sequence[str]) -> list[str]:
     """The files given with -c or --config (the parsed configuration does not keep their names)."""
-    files = []
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if option in OPTIONS:
-            files.append(value)
-        elif option.startswith(tuple(f"{name}=" for name in OPTIONS)):
-            files.append(option.partition("=")[2])
-    return files
+    split = [part for argument in arguments for part in _split(argument)]
+    return [file for option, file in itertools.pairwise(split) if option in OPTIONS]
+
+
+def _split(argument: str) -> list[str]:
+    """-c=FILE as -c FILE; everything else as it is."""
+    option, equals, file = argument.partition("=")
+    return [option, file] if equals and option in OPTIONS else [argument]
 
 
 def with_bases(arguments: Sequence[str]) -> list[str]:
@@ -49,16 +51,14 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     """
     seen: set[Path] = set()
     expanded: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        option, equals, file = argument.partition("=")
-        if option in OPTIONS and (file := file if equals else next(rest, None)) is not None:
-            path = Path(file).resolve()
-            expanded += [part for base in _bases(path, (path,), seen) for part in (option, str(base))]
-            expanded += [option, file]
+    given = [part for argument in arguments for part in _split(argument)]
+    for option, argument in zip(["", *given], given, strict=False):
+        if option in OPTIONS:
+            path = Path(argument).resolve()
+            bases = [part for base in _bases(path, (path,), seen) for part in (option, str(base))]
+            expanded[-1:] = [*bases, option]
             seen.add(path)
-        else:
-            expanded.append(argument)
+        expanded.append(argument)
     return expanded
 
 
@@ -68,9 +68,7 @@ def _bases(file: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[Path]:
     for name in named_bases(file):
         base = (file.parent / name).resolve()
         if base in chain:
-            raise ValueError(
-                f"{file} names {name} as its base, which is laid over {file.name} itself: remove one `base`."
-            )
+            raise ValueError(f"{file} and its base {name} are each laid over the other: remove one `base`.")
         if not base.is_file():
             raise ValueError(f"{file} names the base {name}, but there is no {base}: correct its `base`.")
         if base not in seen:
@@ -94,11 +92,7 @@ def named_bases(file: Path) -> list[str]:
 
 def default_run_dir(config_files: Sequence[str]) -> str:
     """experiments/shapes/emmdit.yaml -> runs/shapes/emmdit (of the last file that is not a trainer's)."""
-    files = [Path(file) for file in config_files]
-    files = [file for file in files if file.parent.name != "trainer"] or [Path("run")]
+    files = [file for file in map(Path, config_files) if file.parent.name != "trainer"] or [Path("run")]
     parts = files[-1].with_suffix("").parts
-    if "experiments" in parts:
-        parts = parts[len(parts) - parts[::-1].index("experiments") :]
-    else:
-        parts = parts[-1:]
-    return os.path.join("runs", *parts)
+    below = parts[::-1].index("experiments") if "experiments" in parts else 1
+    return os.path.join("runs", *parts[-max(1, below) :])

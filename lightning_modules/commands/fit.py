@@ -55,12 +55,7 @@ class SuiteCLI(LightningCLI):
                 "check_val_every_n_epoch": None,  # val_check_interval counts steps
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "callbacks": [
-                    MLflowSystemMetrics(),
-                    DataLineage(),
-                    LearningRateMonitor(logging_interval="step"),
-                    Summary(),
-                ],
+                "callbacks": [MLflowSystemMetrics(), DataLineage(), LearningRateMonitor("step"), Summary()],
                 "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
             },
             # Without abbreviations: `--trainer.max_step 3` is an error, as the same key in a YAML is.
@@ -76,22 +71,12 @@ class SuiteCLI(LightningCLI):
         return {name: commands[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for callback, name in (
-            (Checkpoint, "checkpoint"),
-            (EMA, "ema"),
-            (ImageGrid, "samples"),
-            (NonFinite, "non_finite"),
-            (Throughput, "throughput"),
-            (ProgressBar, "progress"),
-        ):
+        sections = {"checkpoint": Checkpoint, "ema": EMA, "samples": ImageGrid, "non_finite": NonFinite}
+        for name, callback in (sections | {"throughput": Throughput, "progress": ProgressBar}).items():
             parser.add_lightning_class_args(callback, name)
-        parser.set_defaults(
-            {
-                "checkpoint.save_last": "link",
-                "checkpoint.every_n_train_steps": 1000,
-                "checkpoint.enable_version_counter": False,  # a second run in the same folder must own last.ckpt
-            }
-        )
+        # Without versions: a second run in the same folder must own last.ckpt.
+        defaults = {"save_last": "link", "every_n_train_steps": 1000, "enable_version_counter": False}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         for target in ("model", "data"):
             parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
 

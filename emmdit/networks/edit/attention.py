@@ -1,4 +1,4 @@
-"""Linear compressed attention of EDiT (arXiv 2503.16726, section 3; docs/papers.md, A1 to A3).
+"""Linear compressed attention of EDiT (arXiv 2503.16726; docs/papers.md, A1 to A3).
 
     queries  ReLU(to_q(ConvFusion(x)))          one for each image token
     keys     ReLU(compress_k(to_k(x)))          one for each 2 x 2 tokens
@@ -6,7 +6,8 @@
 
     y_i = q_i (sum_j k_j^T v_j) / (q_i sum_j k_j^T)
 
-Shapes: image tokens x (B, N, D) in row-major order; M <= N compressed keys; heads split D into d.
+Shapes: image tokens x (B, N, D) in row-major order; M <= N compressed keys; heads split D into d. [paper] marks what is
+reported of the paper: docs/papers.md says by whom; [ours] what it leaves open.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Configuration of a linear attention student; the defaults are EDiT and MM-EDiT (arXiv 2503.16726).
 
-[paper] marks what the paper states, by itself or by the notes on it that docs/papers.md names (A1 to A8); [ours] what
-is left open, with the reason. Points that no experiment varies are constants, marked where they stand, in
-`attention.py` and `hybrid.py`.
+[paper] marks what is reported of the paper: docs/papers.md says by whom (A1 to A8); [ours] what is left open, with the
+reason. Points that no experiment varies are constants, marked where they stand, in `attention.py` and `hybrid.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
+
+from emmdit.legacy import modernize_attention
 
 # What the paper's tables compare with, as the fields that differ from its own form; further fields may be changed.
 BASELINES: dict[str, dict[str, Any]] = {
@@ -49,22 +50,20 @@ class LinearAttentionConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> LinearAttentionConfig:
-        """From a mapping of fields, or the config of a student, also one that an earlier version saved.
+        """From a mapping of fields, or the config of a student, also one that an older version saved.
 
         Raises:
             ValueError: with one sentence for an unknown name or value, or fields that contradict each other.
         """
-        given = dict(fields)
-        baseline = given.pop("baseline", "edit")
+        given = modernize_attention(fields)
+        baseline = given.setdefault("baseline", "edit")
         if baseline not in BASELINES:
             raise ValueError(f"There is no baseline {baseline!r}: choose one of {', '.join(BASELINES)}.")
-        removed = {name: given.pop(name) for name in REMOVED if name in given}
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(f"Attention has no option {unknown[0]!r}: choose among {', '.join(names)}.")
-        form = baseline_of(removed, baseline) if removed else baseline
-        return cls(**BASELINES[baseline] | given, baseline=form)
+        return cls(**BASELINES[baseline] | given)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -79,38 +78,3 @@ class LinearAttentionConfig:
             raise ValueError(f'query and key "mlp" belong to the baseline "linfusion", not {self.baseline!r}.')
         if self.image_mix == "exact" and self.baseline != "edit":
             raise ValueError(f'image_mix "exact" belongs to the hybrid form, not to the baseline {self.baseline!r}.')
-
-
-# -- configs of earlier versions ---------------------------------------------------------------------
-
-# Options that the config of a student once held, with their defaults, which are constants now, and the values by which
-# the baselines differed.
-REMOVED: dict[str, Any] = {
-    **dict(kernel="relu", eps=1e-4, float32=True, qk_norm=True, negative_slope=0.01, zero_init=True),
-    **dict(conv_fusion_form="v2", conv_fusion_ratio=8, conv_fusion_groups=32, conv_fusion_kernel=3),
-    **dict(compressor_kernel=3, compressor_stride=2, compressor_init="average", compressor_shared=False),
-    **dict(compressor_norm=False, joint="hybrid", prompt_rows="joint", prompt_keys="compressed", rectified=False),
-    **dict(compensate=False, second_attention="linear", feed_forward="teacher", mix_ratio=2.5, layers=None),
-}
-REMOVED_IN: dict[str, dict[str, Any]] = {
-    "edit": {},
-    "linear": dict(joint="linear"),
-    "sana": dict(joint="linear", feed_forward="mix"),
-    "linfusion": dict(kernel="elu", joint="linear"),
-    "kv_compression": dict(
-        kernel="softmax", joint="softmax", compressor_kernel=2, compressor_shared=True, compressor_norm=True
-    ),
-}
-
-
-def baseline_of(removed: Mapping[str, Any], baseline: str) -> str:
-    """The baseline that these removed options, laid over those of `baseline`, amount to."""
-    values = REMOVED | REMOVED_IN[baseline] | removed
-    for name, differences in REMOVED_IN.items():
-        if values == REMOVED | differences:
-            return name
-    changed = ", ".join(f"{name}={value!r}" for name, value in removed.items() if value != REMOVED[name])
-    raise ValueError(
-        f"This version of emmdit has no attention with {changed or f'these options of {baseline}'}: use the version "
-        "that trained the student, or drop the options."
-    )

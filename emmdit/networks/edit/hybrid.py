@@ -1,4 +1,4 @@
-"""Hybrid joint attention of MM-EDiT (arXiv 2503.16726, section 4; docs/papers.md, A5).
+"""Hybrid joint attention of MM-EDiT (arXiv 2503.16726; docs/papers.md, A5).
 
 Joint attention has four parts. Image-to-image becomes linear; the three that involve the prompt stay softmax, whose
 cost is linear in image tokens since the prompt's length is fixed.
@@ -12,7 +12,8 @@ eta_P is the exact share of the image keys in the softmax normalizer, with which
 image and prompt keys [ours: the same formula, and the cheapest].
 
 The softmax parts take queries and keys before ReLU [ours: nearer to the teacher], and the same compressed image keys
-and values as the linear part [ours: the paper defines one set].
+and values as the linear part [ours: the paper defines one set]. [paper] marks what is reported of the paper:
+docs/papers.md says by whom.
 """
 
 from __future__ import annotations

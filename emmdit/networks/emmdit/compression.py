@@ -1,4 +1,4 @@
-"""Multi-path token compression and its inverse (papers.md B3).
+"""Multi-path token compression and its inverse (docs/papers.md, B3).
 
 The 1x1 convolutions of the released network are Linears on tokens here: the same product, one reshape less.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from emmdit.networks.emmdit.layers import MLP
 
 
 def unshuffle(x: Tensor, height: int, width: int, ratio: int) -> Tensor:
@@ -24,30 +25,17 @@ def shuffle(x: Tensor, height: int, width: int, ratio: int) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3).flatten(1, 4)
 
 
-class Path(nn.Module):
-    """Linear, GELU (tanh), Linear."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(in_dim, dim)
-        self.proj_out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
-
-
 class TokenCompressor(nn.Module):
     """(B, N, D) -> (B, sum of N / r^2 over the ratios, D): every path reads the same full-resolution tokens."""
 
     def __init__(self, dim: int, ratios: Sequence[int]) -> None:
         super().__init__()
         self.ratios = tuple(ratios)
-        self.paths = nn.ModuleList(Path(dim * ratio**2, dim) for ratio in ratios)
+        self.paths = nn.ModuleList(MLP(dim * ratio**2, dim, dim) for ratio in ratios)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         return torch.cat(
-            [path(unshuffle(x, height, width, r)) for r, path in zip(self.ratios, self.paths, strict=True)],
-            dim=1,
+            [path(unshuffle(x, height, width, r)) for r, path in zip(self.ratios, self.paths, strict=True)], dim=1
         )
 
 
@@ -57,8 +45,8 @@ class TokenReconstructor(nn.Module):
     def __init__(self, dim: int, ratios: Sequence[int]) -> None:
         super().__init__()
         self.ratios = tuple(ratios)
-        self.paths = nn.ModuleList(Path(dim // ratio**2, dim) for ratio in ratios)
-        self.merge = Path(dim * (len(self.ratios) + 1), dim)
+        self.paths = nn.ModuleList(MLP(dim // ratio**2, dim, dim) for ratio in ratios)
+        self.merge = MLP(dim * (len(self.ratios) + 1), dim, dim)
 
     def forward(self, x: Tensor, skip: Tensor, height: int, width: int) -> Tensor:
         parts = x.split([height * width // r**2 for r in self.ratios], dim=1)

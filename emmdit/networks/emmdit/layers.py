@@ -1,4 +1,4 @@
-"""Building blocks of E-MMDiT: positions, modulation, subregions, joint attention (papers.md B2, B5, B6).
+"""Building blocks of E-MMDiT: positions, modulation, subregions, joint attention (docs/papers.md, B2, B5, B6).
 
 Shapes throughout: image tokens `x (B, N, D)`, text tokens `c (B, T, D)`, `N = H * W` in row-major order.
 """
@@ -21,7 +21,7 @@ Subregion = Literal["full", "strided", "chunked"]
 
 
 def sincos_2d(size: int, dim: int, spacing: float) -> Tensor:
-    """Fixed sine-cosine table `(size, size, dim)` for a square grid with `spacing` between neighbours.
+    """Fixed sine-cosine table `(size, size, dim)` for a square grid with `spacing` between neighbors.
 
     The first half of the channels codes the column, the second half the row; each half is [sin, cos] over
     `dim / 4` frequencies 10000^(-k / (dim/4)). Computed in float64, returned in float32.
@@ -66,7 +66,7 @@ class AdaLN(nn.Module):
 
     - `affine` (E-MMDiT): learned `bias + t * (1 + scale)`, `t (B, 6, D)` shared by all blocks.
     - `single` (PixArt): `bias + t`.
-    - `zero` (DiT): an own Linear on SiLU of the time embedding `(B, D)`, initialised to zero.
+    - `zero` (DiT): an own Linear on SiLU of the time embedding `(B, D)`, initialized to zero.
     """
 
     def __init__(self, dim: int, kind: Modulation) -> None:
@@ -98,7 +98,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subregions:
-    """How Alternating Subregion Attention cuts a token sequence into `groups` (papers.md B5).
+    """How Alternating Subregion Attention cuts a token sequence into `groups` (docs/papers.md, B5).
 
     `strided` puts token i into group i mod G; `chunked` puts runs of `run` tokens in turn into the groups.
     """
@@ -181,35 +181,24 @@ class JointAttention(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, context_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D), c (B, T, D), context_mask (B, T) True where text may be attended -> the same shapes."""
-        image_tokens = x.shape[1] // (1 if self.subregions.kind == "full" else self.subregions.groups)
-        q, k, v = self._image_qkv(x)
-        cq, ck, cv = self._context_qkv(c)
-        q, k, v = (
-            torch.cat([self.subregions.split(image), self.subregions.split(text)], dim=1).transpose(1, 2)
-            for image, text in ((q, cq), (k, ck), (v, cv))
-        )  # each (B', heads, N' + T', head_dim)
-        mask = None
+        image = self._qkv(x, self.to_qkv, (self.to_q, self.to_k, self.to_v), self.norm_q, self.norm_k)
+        linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        text = self._qkv(c, self.to_added_qkv, linears, self.norm_added_q, self.norm_added_k)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, text, strict=True))
+        image_tokens, mask = image[0].shape[1], None
         if context_mask is not None:
-            text_mask = self.subregions.split(context_mask)
-            mask = F.pad(text_mask, (image_tokens, 0), value=True)[:, None, None, :]
-        out = attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            mask = F.pad(self.subregions.split(context_mask), (image_tokens, 0), value=True)[:, None, None, :]
+        out = attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B', N' + T', D) of (B', heads, N' + T', head_dim)
         x = self.to_out(self.subregions.merge(out[:, :image_tokens]))
         if self.to_add_out is None:
             return x, None
         return x, self.to_add_out(self.subregions.merge(out[:, image_tokens:]))
 
-    def _image_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.to_qkv(x).chunk(3, -1) if self.to_qkv else (self.to_q(x), self.to_k(x), self.to_v(x))
+    def _qkv(self, x: Tensor, fused: nn.Linear | None, linears, norm_q: HeadNorm, norm_k: HeadNorm) -> list[Tensor]:
+        """One stream's tokens (B, N, D) -> queries, keys and values of each subregion, (B', N', heads, head_dim)."""
+        q, k, v = fused(x).chunk(3, -1) if fused else (linear(x) for linear in linears)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        return self.norm_q(q), self.norm_k(k), v
-
-    def _context_qkv(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.to_added_qkv:
-            q, k, v = self.to_added_qkv(c).chunk(3, -1)
-        else:
-            q, k, v = self.add_q_proj(c), self.add_k_proj(c), self.add_v_proj(c)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        return [self.subregions.split(t) for t in (norm_q(q), norm_k(k), v)]
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -222,21 +211,19 @@ class JointAttention(nn.Module):
 
 
 def _concatenate(*linears: nn.Linear) -> nn.Linear:
-    first = linears[0]
-    fused = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), device="meta")
+    fused = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), device="meta")
     fused.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
     fused.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
     return fused
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     """Linear, GELU (tanh form), Linear."""
 
-    def __init__(self, dim: int, ratio: float) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, dim: int) -> None:
         super().__init__()
-        hidden = round(dim * ratio)  # a ratio read off a file may lie just below a whole number of channels
-        self.proj_in = nn.Linear(dim, hidden)
-        self.proj_out = nn.Linear(hidden, dim)
+        self.proj_in = nn.Linear(in_dim, hidden_dim)
+        self.proj_out = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
@@ -255,14 +242,15 @@ class EMMDiTBlock(nn.Module):
         context_pre_only: bool = False,
     ) -> None:
         super().__init__()
+        ff_dim = round(dim * ff_ratio)  # a ratio read off a file may lie just below a whole number of channels
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.norm1_context = nn.LayerNorm(dim, eps=1e-5)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = AdaLN(dim, modulation)
         self.attn = JointAttention(dim, heads, subregions, context_pre_only)
-        self.ff = FeedForward(dim, ff_ratio)
+        self.ff = MLP(dim, ff_dim, dim)
         self.modulation_context = None if context_pre_only else AdaLN(dim, modulation)
-        self.ff_context = None if context_pre_only else FeedForward(dim, ff_ratio)
+        self.ff_context = None if context_pre_only else MLP(dim, ff_dim, dim)
 
     def forward(
         self,

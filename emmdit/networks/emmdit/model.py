@@ -119,12 +119,12 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """What differs from torch's own initialization."""
+        pairs = [(block.modulation, block.modulation_context) for block in self.blocks]
+        adalns = [adaln for pair in pairs for adaln in pair if adaln is not None]
         if self.config.modulation == "zero":
-            for block in self.blocks:
-                for adaln in (block.modulation, block.modulation_context):
-                    if adaln is not None:
-                        nn.init.zeros_(adaln.linear.weight)
-                        nn.init.zeros_(adaln.linear.bias)
+            for adaln in adalns:
+                nn.init.zeros_(adaln.linear.weight)
+                nn.init.zeros_(adaln.linear.bias)
         if self.config.init == "faithful":
             return
         nn.init.zeros_(self.proj_out.weight)
@@ -133,10 +133,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             gates = [2, 5]  # of shift, scale, gate, shift, scale, gate
             self.time_modulation.weight.unflatten(0, (6, -1))[gates] = 0
             self.time_modulation.bias.unflatten(0, (6, -1))[gates] = 0
-            for block in self.blocks:
-                for adaln in (block.modulation, block.modulation_context):
-                    if adaln is not None:
-                        adaln.bias[gates] = 0
+            for adaln in adalns:
+                adaln.bias[gates] = 0
 
     # -- forward -------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Only names and, for 1x1 convolutions, two trailing axes differ. Files from train
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,62 +17,46 @@ from torch import Tensor, nn
 from emmdit.networks.emmdit.layers import sincos_2d
 from emmdit.networks.emmdit.model import EMMDiTTransformer2DModel
 
-# (ours, released), tried in order; {i} is a number.
+# Our names as regular expressions, and the released ones; all are applied in turn.
 _RENAMES = [
-    ("patch_embed.", "pos_embed.proj."),
-    ("time_embed.", "adaln_single.emb.timestep_embedder."),
-    ("time_modulation.", "adaln_single.linear."),
-    ("compressor.paths.{i}.proj_in.", "tokencompressor.0.0.body{r}x.1."),
-    ("compressor.paths.{i}.proj_out.", "tokencompressor.0.0.body{r}x.3."),
-    ("reconstructor.paths.{i}.proj_in.", "tokenreconstructor.0.0.body{r}x.1."),
-    ("reconstructor.paths.{i}.proj_out.", "tokenreconstructor.0.0.body{r}x.3."),
-    ("reconstructor.merge.proj_in.", "tokenreconstructor.0.0.mergers.0."),
-    ("reconstructor.merge.proj_out.", "tokenreconstructor.0.0.mergers.2."),
+    (r"^patch_embed\.", "pos_embed.proj."),
+    (r"^time_embed\.", "adaln_single.emb.timestep_embedder."),
+    (r"^time_modulation\.", "adaln_single.linear."),
+    (r"^reconstructor\.merge\.proj_in", "tokenreconstructor.0.0.mergers.0"),
+    (r"^reconstructor\.merge\.proj_out", "tokenreconstructor.0.0.mergers.2"),
+    (r"^(compressor|reconstructor)\.paths\.0", r"token\1.0.0.body2x"),
+    (r"^(compressor|reconstructor)\.paths\.1", r"token\1.0.0.body4x"),
+    (r"(body\dx)\.proj_in", r"\1.1"),
+    (r"(body\dx)\.proj_out", r"\1.3"),
+    (r"\.attn\.to_out", ".attn.to_out.0"),
+    (r"\.(ff|ff_context)\.proj_in", r".\1.net.0.proj"),
+    (r"\.(ff|ff_context)\.proj_out", r".\1.net.2"),
+    (r"\.modulation\.(\w+)$", r".scale_shift_\1"),
+    (r"\.modulation_context\.(\w+)$", r".scale_shift_\1_c"),
 ]
-_BLOCK_RENAMES = [
-    ("modulation.", "scale_shift_", ""),
-    ("modulation_context.", "scale_shift_", "_c"),
-]
-_BLOCK_PLAIN = {
-    "attn.to_out.": "attn.to_out.0.",
-    "ff.proj_in.": "ff.net.0.proj.",
-    "ff.proj_out.": "ff.net.2.",
-    "ff_context.proj_in.": "ff_context.net.0.proj.",
-    "ff_context.proj_out.": "ff_context.net.2.",
-}
 _POSITION = "pos_embed.pos_embed"
 PROJECTOR = "projectors.0."
 _PROJECTOR_KEYS = {f"{PROJECTOR}{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 _RESOLUTIONS = {512: (16, ("full", "strided", "chunked")), 1024: (32, ("full",))}
 
 
-def released_name(name: str, block_groups: tuple[int, int, int], ratios: tuple[int, ...]) -> str:
+def released_name(name: str, block_groups: Sequence[int]) -> str:
     """The released file's key for one of our parameter names."""
-    if match := re.match(r"blocks\.(\d+)\.(.*)", name):
-        index, rest = int(match[1]), match[2]
-        group = 0
+    for ours, theirs in _RENAMES:
+        name = re.sub(ours, theirs, name)
+    if match := re.match(r"blocks\.(\d+)\.", name):
+        group, index = 0, int(match[1])
         while index >= block_groups[group]:
             index -= block_groups[group]
             group += 1
-        for ours, theirs, suffix in _BLOCK_RENAMES:
-            if rest.startswith(ours):
-                rest = theirs + rest.removeprefix(ours) + suffix
-        for ours, theirs in _BLOCK_PLAIN.items():
-            if rest.startswith(ours):
-                rest = theirs + rest.removeprefix(ours)
-        return f"block_groups.{group}.{index}.{rest}"
-    for ours, theirs in _RENAMES:
-        for i, ratio in enumerate(ratios if "{i}" in ours else (0,)):
-            prefix = ours.format(i=i)
-            if name.startswith(prefix):
-                return theirs.format(r=ratio) + name.removeprefix(prefix)
+        return f"block_groups.{group}.{index}.{name.removeprefix(match[0])}"
     return name
 
 
 def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2DModel:
     """Read a released Nitro-E `.safetensors` file, strictly.
 
-    Widths, heads, depths and table size are read off the tensors. `resolution` picks what they can not tell: 512 is
+    Widths, heads, depths and table size are read off the tensors. `resolution` picks what they cannot tell: 512 is
     subregion attention on a 16 x 16 grid, 1024 plain attention on 32 x 32. What a file from training holds beside the
     network, REPA's projector, becomes the attribute `training_tensors` (key -> tensor; {} for inference files): no part
     of the state dict, adopted by `REPA.attach`, and written back by `save_nitro_e`.
@@ -100,7 +84,7 @@ def load_nitro_e(path: str | Path, resolution: int = 512) -> EMMDiTTransformer2D
 
     state = {}
     for name, own in network.state_dict().items():
-        key = released_name(name, tuple(config["block_groups"]), (2, 4))
+        key = released_name(name, config["block_groups"])
         if key not in released:
             raise ValueError(f"{path} lacks the tensor {key}: it is not a complete Nitro-E network.")
         tensor = released.pop(key)
@@ -151,7 +135,7 @@ def to_released(tensors: Mapping[str, Tensor], config) -> dict[str, Tensor]:
     """Rename a state dict (or gradients) of ours to the released layout."""
     released = {}
     for name, tensor in tensors.items():
-        key = released_name(name, tuple(config.block_groups), tuple(config.compression_ratios))
+        key = released_name(name, config.block_groups)
         released[key] = (tensor[..., None, None] if _is_convolution(key) else tensor).contiguous()
     return released
 
@@ -172,23 +156,21 @@ def infer_config(released: Mapping[str, Tensor], resolution: int, path: str | Pa
     for key in released:
         if match := re.match(r"block_groups\.([0-2])\.(\d+)\.", key):
             groups[int(match[1])] = max(groups[int(match[1])], int(match[2]) + 1)
-    required = ["pos_embed.proj.weight", _POSITION, "context_embedder.weight", "proj_out.weight"]
-    required += ["block_groups.0.0.attn.norm_q.weight", "block_groups.0.0.ff.net.0.proj.weight"]
-    missing = [key for key in required if key not in released]
-    if missing or not all(groups):
-        raise ValueError(f"{path} is not a Nitro-E network: {', '.join(missing) or 'block groups'} not found in it.")
-    dim, in_channels = released["pos_embed.proj.weight"].shape[:2]
-    head_dim = released["block_groups.0.0.attn.norm_q.weight"].shape[0]
     sample_size, pattern = _RESOLUTIONS[resolution]
-    return dict(
-        sample_size=sample_size,
-        in_channels=in_channels,
-        out_channels=released["proj_out.weight"].shape[0],
-        num_attention_heads=dim // head_dim,
-        attention_head_dim=head_dim,
-        block_groups=groups,
-        caption_channels=released["context_embedder.weight"].shape[1],
-        ff_ratio=released["block_groups.0.0.ff.net.0.proj.weight"].shape[0] / dim,
-        subregion_pattern=list(pattern),
-        pos_embed_max_size=int(released[_POSITION].shape[1] ** 0.5),
-    )
+    try:
+        dim, in_channels = released["pos_embed.proj.weight"].shape[:2]
+        head_dim = released["block_groups.0.0.attn.norm_q.weight"].shape[0]
+        return dict(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=released["proj_out.weight"].shape[0],
+            num_attention_heads=dim // head_dim,
+            attention_head_dim=head_dim,
+            block_groups=groups,
+            caption_channels=released["context_embedder.weight"].shape[1],
+            ff_ratio=released["block_groups.0.0.ff.net.0.proj.weight"].shape[0] / dim,
+            subregion_pattern=list(pattern),
+            pos_embed_max_size=int(released[_POSITION].shape[1] ** 0.5),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} is not a Nitro-E network: it has no tensor {error}.") from error
