@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader
 from emmdit.data.buckets import bucketing
 from emmdit.data.inspect import Inspected, SampleItems, to_yaml
 from emmdit.data.loader import ResumableLoader
-from emmdit.data.stream import Order, StreamSampler
-from emmdit.data.stream_report import report
+from emmdit.data.stream import Order, StreamSampler, stream_report
 
 
 class TextImageDataModule(LightningDataModule):
-    """Base class; a subclass makes its data sets in `setup` and says where they come from.
+    """Base class; a subclass makes its datasets in `setup` and says where they come from.
 
-    Data sets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
+    Datasets are map-style and give dicts with `caption` and `image` (3, H, W) in [-1, 1] or `latents` (C, h, w). Those
     whose images have several sizes have a method `buckets()`, see `emmdit.data.buckets`. A batch is an
     `emmdit.data.Batch`.
 
@@ -44,7 +43,7 @@ class TextImageDataModule(LightningDataModule):
     def __init__(
         self,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int = 4,
         seed: int = 0,
         validation_samples: int = 256,
         shuffle_block: int | None = None,
@@ -57,6 +56,18 @@ class TextImageDataModule(LightningDataModule):
         self.validation_samples = validation_samples
         self.shuffle_block, self.bucket_batch = shuffle_block, bucket_batch
         self._loader: ResumableLoader | None = None
+
+    def module_part(self, name: str) -> Any:
+        """`codec` or `text` of the module in training; None where there is none."""
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer else None
+
+    def check_held_out(self, count: int) -> None:
+        """ValueError where validation would take all of the source's rows."""
+        if count <= self.validation_samples:
+            raise ValueError(
+                f"'{self.source}' has {count} rows, and {self.validation_samples} of them are held out for validation: "
+                "lower validation_samples."
+            )
 
     @abstractmethod
     def train_dataset(self) -> Any: ...
@@ -87,7 +98,7 @@ class TextImageDataModule(LightningDataModule):
         return Inspected(SampleItems(self.train_dataset()), {"kind": type(self).__name__}, resolution)
 
     def order(self, dataset: Any) -> Order:
-        """Which of the data set's samples stands where in the stream. ValueError: sizes without `bucket_batch`."""
+        """Which of the dataset's samples stands where in the stream. ValueError: sizes without `bucket_batch`."""
         return Order(
             len(dataset),
             self.seed,
@@ -99,10 +110,8 @@ class TextImageDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        trainer = self.trainer
-        samples_seen = self._loader.samples_seen if self._loader is not None else 0
-        samples_seen = max(samples_seen, getattr(trainer.lightning_module, "samples_seen", 0))
-        dataset = self.train_dataset()
+        trainer, dataset = self.trainer, self.train_dataset()
+        samples_seen = max(getattr(found, "samples_seen", 0) for found in (self._loader, trainer.lightning_module))
         order = self.order(dataset)
         if self._loader is None and trainer.is_global_zero:
             self._report(dataset, order)
@@ -120,7 +129,7 @@ class TextImageDataModule(LightningDataModule):
     def _report(self, dataset: Any, order: Order) -> None:
         """What is mixed and what the buckets lose: printed once, and `data_report.json` in the run folder."""
         sizes = None if order.chunk is None else getattr(dataset, "sizes", None)
-        found = report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
+        found = stream_report(order, list(getattr(dataset, "sources", ())), bucketing(dataset)[0], sizes)
         if found["sources"] or found["buckets"]:
             print(to_yaml(found), flush=True)
             folder = Path(self.trainer.default_root_dir)

@@ -38,7 +38,7 @@ class CaptionedImagesDataModule(TextImageDataModule):
         data_files: glob or list inside the source, as in `datasets.load_dataset`.
         split, revision: of the source; a revision pins a hub repository to a branch, tag or commit.
         license, card: recorded with the run; the card is the page that describes the data.
-        batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
+        stream: `batch_size`, `seed`, `validation_samples`, ... of `TextImageDataModule`.
     """
 
     def __init__(
@@ -58,14 +58,9 @@ class CaptionedImagesDataModule(TextImageDataModule):
         revision: str | None = None,
         license: str = "",
         card: str = "",
-        batch_size: int = 64,
-        num_workers: int = 4,
-        seed: int = 0,
-        validation_samples: int = 256,
-        shuffle_block: int | None = None,
-        bucket_batch: int | None = None,
+        **stream: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch)
+        super().__init__(**stream)
         self.caption_columns = [caption_column] if isinstance(caption_column, str) else list(caption_column)
         check_weights(caption_weights)
         if caption_weights is not None and len(caption_weights) != len(self.caption_columns):
@@ -81,12 +76,11 @@ class CaptionedImagesDataModule(TextImageDataModule):
             buckets.sizes(resolution)  # raises where step and resolution do not fit
         self.buckets, self.size_columns = buckets, size_columns
         if len(self.columns) < 2 or "caption" not in self.columns:
+            raise ValueError(f"{type(self).__name__} needs image_column, latents_column or both, and caption_column.")
+        if min(resolution, self.validation_samples) < 1:
             raise ValueError(
-                "CaptionedImagesDataModule needs image_column, latents_column or both, and caption_column."
+                f"resolution {resolution} and validation_samples {self.validation_samples} must be at least 1."
             )
-        for name, value in (("resolution", resolution), ("validation_samples", validation_samples)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
         self.source, self.license, self.card = source, license, card
         self.split, self.data_files, self.revision = split, data_files, revision
         self.latents_shape, self.latents_scale, self.resolution = latents_shape, latents_scale, resolution
@@ -96,8 +90,8 @@ class CaptionedImagesDataModule(TextImageDataModule):
     def rows(self) -> Rows:
         """The table of rows, opened at first use, with the columns that are read."""
         if self._rows is None:
-            more = {f"caption {i}": name for i, name in enumerate(self.caption_columns[1:], 1)}
-            self._rows = select_columns(self.source_rows(), self.columns | more, self.source)
+            columns = self.columns | {"caption": self.caption_columns}
+            self._rows = select_columns(self.source_rows(), columns, self.source)
         return self._rows
 
     def sizes(self) -> Any:
@@ -117,14 +111,10 @@ class CaptionedImagesDataModule(TextImageDataModule):
 
     def setup(self, stage: str) -> None:
         """Compare source and codec before the network is built. ValueError with one sentence."""
-        if len(self.rows()) <= self.validation_samples:
-            raise ValueError(
-                f"'{self.source}' has {len(self.rows())} rows, and {self.validation_samples} of them are "
-                "held out for validation: lower validation_samples."
-            )
+        self.check_held_out(len(self.rows()))
         if self.buckets is not None:
             self.check_order(self.train_dataset())
-        codec = getattr(self.trainer.lightning_module, "codec", None) if self.trainer else None
+        codec = self.module_part("codec")
         if codec is None:
             return
         if "image" in self.columns and self.resolution % codec.downsample:
@@ -132,9 +122,9 @@ class CaptionedImagesDataModule(TextImageDataModule):
                 f"Images of resolution {self.resolution} do not fit {type(codec).__name__}, whose sides "
                 f"divide by {codec.downsample}: change the data's resolution."
             )
-        if "latents" in self.columns and (Path(self.source).expanduser() / "manifest.json").is_file():
-            check(read_manifest(self.source), self.source, codec, self.resolution)
         if "latents" in self.columns:
+            if (Path(self.source).expanduser() / "manifest.json").is_file():
+                check(read_manifest(self.source), self.source, codec, self.resolution)
             channels = len(self.validation_dataset()[0]["latents"])
             if channels != codec.latent_channels:
                 raise ValueError(
@@ -150,19 +140,9 @@ class CaptionedImagesDataModule(TextImageDataModule):
         return self._part(0, self.validation_samples)
 
     def _part(self, first: int, last: int | None, captions: dict[str, float] | None = None) -> CaptionedDataset:
-        return CaptionedDataset(
-            self.rows(),
-            self.source,
-            self.columns,
-            self.resolution,
-            self.latents_shape,
-            self.latents_scale,
-            first,
-            last,
-            captions,
-            self.sizes(),
-            self.buckets,
-        )
+        stored = dict(latents_shape=self.latents_shape, latents_scale=self.latents_scale)
+        part = dict(first=first, last=last, captions=captions, sizes=self.sizes(), buckets=self.buckets)
+        return CaptionedDataset(self.rows(), self.source, self.columns, self.resolution, **stored, **part)
 
     def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
         rows, resolution = self.rows(), resolution or self.resolution

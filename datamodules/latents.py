@@ -23,7 +23,7 @@ class LatentsDataModule(TextImageDataModule):
         caption_weights: of the first, second, ... caption where images have several; by default equal. Each position
             of the training takes one.
         license, card: in place of those that the manifest has from the source.
-        batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
+        stream: `batch_size`, `seed`, `validation_samples`, ... of `TextImageDataModule`.
     """
 
     def __init__(
@@ -35,14 +35,9 @@ class LatentsDataModule(TextImageDataModule):
         caption_weights: list[float] | None = None,
         license: str = "",
         card: str = "",
-        batch_size: int = 64,
-        num_workers: int = 4,
-        seed: int = 0,
-        validation_samples: int = 256,
-        shuffle_block: int | None = None,
-        bucket_batch: int | None = None,
+        **stream: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch)
+        super().__init__(**stream)
         check_weights(caption_weights)
         self.text, self.caption_weights = text, caption_weights
         self.source, self.license, self.card = source, license, card
@@ -51,16 +46,10 @@ class LatentsDataModule(TextImageDataModule):
     def setup(self, stage: str) -> None:
         """Compare manifest and experiment before the network is built. ValueError with one sentence."""
         manifest = read_manifest(self.source)
-        samples = manifest["counts"]["samples"]
-        if samples <= self.validation_samples:
-            raise ValueError(
-                f"'{self.source}' has {samples} samples, and {self.validation_samples} of them are held out for "
-                "validation: lower validation_samples."
-            )
-        codec = getattr(self.trainer.lightning_module, "codec", None) if self.trainer else None
+        self.check_held_out(manifest["counts"]["samples"])
+        codec, text = self.module_part("codec"), self.module_part("text")
         if codec is not None:
             check(manifest, self.source, codec, self.resolution)
-        text = getattr(self.trainer.lightning_module, "text", None) if self.trainer else None
         if self._has_text(manifest):
             if self.caption_weights is not None:
                 raise ValueError(
@@ -77,9 +66,8 @@ class LatentsDataModule(TextImageDataModule):
 
     def train_dataset(self) -> LatentsDataset:
         captions = not self._has_text(read_manifest(self.source))
-        return LatentsDataset(
-            self.source, self.validation_samples, None, self.images, self.text, captions, self.caption_weights
-        )
+        first, weights = self.validation_samples, self.caption_weights
+        return LatentsDataset(self.source, first, None, self.images, self.text, captions, weights)
 
     def validation_dataset(self) -> LatentsDataset:
         return LatentsDataset(self.source, 0, self.validation_samples, self.images, self.text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from datamodules.base import TextImageDataModule
@@ -18,21 +20,13 @@ class MixtureDataModule(TextImageDataModule):
     Args:
         sources: name -> data module. All give the same kind of sample.
         weights: name -> share of the samples drawn, in any unit; by default each sample of each source once an epoch.
-        batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch: see `TextImageDataModule`.
+        stream: `batch_size`, `seed`, `validation_samples`, ... of `TextImageDataModule`.
     """
 
     def __init__(
-        self,
-        sources: dict[str, TextImageDataModule],
-        weights: dict[str, float] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 4,
-        seed: int = 0,
-        validation_samples: int = 256,
-        shuffle_block: int | None = None,
-        bucket_batch: int | None = None,
+        self, sources: dict[str, TextImageDataModule], weights: dict[str, float] | None = None, **stream: Any
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, validation_samples, shuffle_block, bucket_batch)
+        super().__init__(**stream)
         if not sources:
             raise ValueError("A mixture needs at least one source.")
         if weights is not None and set(weights) != set(sources):
@@ -41,7 +35,7 @@ class MixtureDataModule(TextImageDataModule):
             raise ValueError(f"weights must be positive numbers, not {weights}: remove a source that is not wanted.")
         self.sources, self.weights = sources, weights
         for source in sources.values():
-            source.validation_samples, source.bucket_batch = validation_samples, bucket_batch
+            source.validation_samples, source.bucket_batch = self.validation_samples, self.bucket_batch
 
     def prepare_data(self) -> None:
         for source in self.sources.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datamodules.base import TextImageDataModule
 from emmdit.shapes import ShapesDataset, ShapesWorld
 
@@ -12,7 +14,7 @@ class ShapesDataModule(TextImageDataModule):
     Args:
         world: shapes, colors, image size, weights of the six tasks.
         length: samples in an epoch. The training and validation scenes come from different seeds.
-        batch_size, num_workers, seed, validation_samples: see `TextImageDataModule`.
+        stream: `batch_size`, `seed`, `validation_samples`, ... of `TextImageDataModule`.
     """
 
     source = "rendered by emmdit.shapes"
@@ -20,15 +22,9 @@ class ShapesDataModule(TextImageDataModule):
     card = "docs/shapes_world.md"
 
     def __init__(
-        self,
-        world: ShapesWorld | None = None,
-        length: int = 1_000_000,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        validation_samples: int = 256,
+        self, world: ShapesWorld | None = None, length: int = 1_000_000, num_workers: int = 0, **stream: Any
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, validation_samples)
+        super().__init__(num_workers=num_workers, **stream)
         self.world = world or ShapesWorld()
         self.length = length
 

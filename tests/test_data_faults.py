@@ -17,7 +17,7 @@ from PIL import Image
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule
 from emmdit.data.dataset import CaptionedDataset
-from emmdit.data.images import InvalidSample, load_image, open_image
+from emmdit.data.images import load_image
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.manifest import read_manifest
 from emmdit.data.precompute.precompute import Settings, precompute
@@ -26,7 +26,7 @@ from emmdit.encoders import DCTCodec
 from lightning_modules.commands.main import main
 from tests.command_line import change, files
 from tests.command_line import elsewhere as elsewhere
-from tests.test_precompute import folder, jpeg, picture
+from tests.test_precompute import folder, jpeg, noise
 from tests.test_sources import png, reason, write_mds
 
 
@@ -36,24 +36,33 @@ def megapixels() -> bytes:
     return buffer.getvalue()
 
 
+def petapixels() -> bytes:
+    """Pillow itself refuses this one."""
+    huge = bytearray(png(0))
+    huge[16:24] = (60_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    return bytes(huge)
+
+
 # name, image, caption, reason to reject the row; "" for a good one
 ROWS = [
-    ("00_good", jpeg(picture(0)), b"picture 0", ""),
-    ("01_cut_jpeg", jpeg(picture(1))[:300], b"picture 1", "corrupt"),
-    ("02_html", b"<html>404</html>", b"picture 2", "corrupt"),
-    ("03_no_bytes", b"", b"picture 3", "corrupt"),
-    ("04_no_caption", jpeg(picture(4)), None, "empty caption"),
-    ("05_blank_caption", jpeg(picture(5)), b" \n", "empty caption"),
+    ("00_good", jpeg(noise(0)), b"image 0", ""),
+    ("01_cut_jpeg", jpeg(noise(1))[:300], b"image 1", "corrupt"),
+    ("02_html", b"<html>404</html>", b"image 2", "corrupt"),
+    ("03_no_bytes", b"", b"image 3", "corrupt"),
+    ("04_no_caption", jpeg(noise(4)), None, "empty caption"),
+    ("05_blank_caption", jpeg(noise(5)), b" \n", "empty caption"),
     ("06_huge", megapixels(), b"a hundred megapixels", "decompression bomb"),
-    ("07_small", jpeg(picture(0, 20)), b"small", "too small"),
-    ("08_not_utf8", jpeg(picture(8)), b"caf\xe9", "corrupt"),
-    ("09_good", jpeg(picture(9)), b"picture 9", ""),
+    ("06_huger", petapixels(), b"more than that", "decompression bomb"),
+    ("07_small", jpeg(noise(0, 20)), b"small", "too small"),
+    ("08_not_utf8", jpeg(noise(8)), b"caf\xe9", "corrupt"),
+    ("09_good", jpeg(noise(9)), b"image 9", ""),
 ]
 
 
 @dataclass
 class Faulty:
-    """A source: its place, the expected rejects (row, key, reason), and the rows that are good: number -> picture."""
+    """A source: its place, the expected rejects (row, key, reason), and the rows that are good: number -> image."""
 
     source: str
     rejects: list[tuple[int, str, str]] = field(default_factory=list)
@@ -90,38 +99,38 @@ def tars() -> Faulty:
             ("/etc/evil", {}),
             ("link", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
         ):
-            add(f"{name}.jpg", b"" if more else jpeg(picture(1)), **more)
+            add(f"{name}.jpg", b"" if more else jpeg(noise(1)), **more)
             found.add(f"a.tar, sample '{name}'", "unsafe path")
-        add("cut.jpg", jpeg(picture(2)))
+        add("cut.jpg", jpeg(noise(2)))
         add("cut.txt", b"the end")
         found.add("a.tar, sample 'cut'", "corrupt")
     data = Path("tars/a.tar").read_bytes()
     Path("tars/a.tar").write_bytes(data[: data.index(b"the end") + 4])
     with tarfile.open("tars/b.tar", "w") as tar:  # what follows a truncated tar is not lost
-        add("next.jpg", jpeg(picture(7)))
-        add("next.txt", b"picture 7")
+        add("next.jpg", jpeg(noise(7)))
+        add("next.txt", b"image 7")
         found.add("", "", 7)
     data = Path("tars/b.tar").read_bytes()
     Path("tars/c.tar").write_bytes(data[:512] + data[512:].replace(b"next.txt", b"\x99" * 8, 1))
     found.add("c.tar, sample 'next'", "empty caption")
-    found.add(f"c.tar, sample 'at byte {512 + len(jpeg(picture(7)))}'", "corrupt")
+    found.add(f"c.tar, sample 'at byte {512 + len(jpeg(noise(7)))}'", "corrupt")
     return found
 
 
-def pictures() -> Faulty:
+def image_folder() -> Faulty:
     found = Faulty("folder")
     Path("folder").mkdir()
-    Path("outside.jpg").write_bytes(jpeg(picture(0)))
+    Path("outside.jpg").write_bytes(jpeg(noise(0)))
     for name, image, caption, why in ROWS:
         Path(f"folder/{name}.jpg").write_bytes(image)
         if caption is not None:
             Path(f"folder/{name}.txt").write_bytes(caption)
         found.add(f"{name}.jpg", why, int(name[:2]))
-    Path("folder/10_json.jpg").write_bytes(jpeg(picture(0)))
+    Path("folder/10_json.jpg").write_bytes(jpeg(noise(0)))
     Path("folder/10_json.json").write_text("{")
     Path("folder/11_out.jpg").symlink_to("../outside.jpg")
     Path("folder/12_gone.jpg").symlink_to("nowhere.jpg")
-    Path("folder/12_gone.txt").write_text("picture")
+    Path("folder/12_gone.txt").write_text("image")
     for name, why in (("10_json", "corrupt"), ("11_out", "unsafe path"), ("12_gone", "missing")):
         found.add(f"{name}.jpg", why)
     return found
@@ -130,7 +139,7 @@ def pictures() -> Faulty:
 def parquet() -> Faulty:
     found = Faulty("rows.parquet")
     images, captions = [], []
-    for name, image, caption, why in [*ROWS, ("10_none", None, b"picture", "missing")]:
+    for name, image, caption, why in [*ROWS, ("10_none", None, b"image", "missing")]:
         if name != "08_not_utf8":  # parquet checks it when it is written
             images.append({"bytes": image, "path": None})
             captions.append(None if caption is None else caption.decode())
@@ -149,7 +158,7 @@ def mds() -> Faulty:
     for i, (name, _, _, why) in enumerate(ROWS):
         found.add(f"0/shard.00000.mds, sample {i}", why, int(name[:2]))
     for part in (1, 2):
-        rows = [{"caption": b"picture %d" % i, "jpg": jpeg(picture(i))} for i in range(2)]
+        rows = [{"caption": b"image %d" % i, "jpg": jpeg(noise(i))} for i in range(2)]
         shard = write_mds(Path(f"mds/{part}"), encodings, dict.fromkeys(encodings), rows) / "shard.00000.mds"
         if part == 1:
             os.truncate(shard, shard.stat().st_size - 20)
@@ -162,12 +171,12 @@ def mds() -> Faulty:
     return found
 
 
-@pytest.mark.parametrize("make", [tars, pictures, parquet, mds])
+@pytest.mark.parametrize("make", [tars, image_folder, parquet, mds])
 def test_each_bad_row_is_named_and_nothing_else_is_lost(make, capsys: pytest.CaptureFixture) -> None:
     faulty = make()
     image_column = faulty.columns.get("image_column", "image")
 
-    # the reader: what it cannot read it names, and the sample of a data set names its row
+    # the reader: what it cannot read it names, and the sample of a dataset names its row
     rows = open_source(faulty.source)
     assert len(rows) == len(faulty.rejects) + len(faulty.good)
     columns = {"image": image_column, "caption": "caption"}
@@ -189,16 +198,16 @@ def test_each_bad_row_is_named_and_nothing_else_is_lost(make, capsys: pytest.Cap
     table, latents, codec = datasets.load_from_disk("out"), LatentsDataset("out"), DCTCodec()
     assert table["sample_id"][:] == list(faulty.good)
     for sample, number in zip(map(latents.__getitem__, range(len(latents))), faulty.good.values(), strict=True):
-        assert sample["caption"] == f"picture {number}"
-        expected = codec.encode(load_image(jpeg(picture(number)), 32)[None])[0]
+        assert sample["caption"] == f"image {number}"
+        expected = codec.encode(load_image(jpeg(noise(number)), 32)[None])[0]
         assert torch.equal(sample["latents"], expected.half().float())
 
     # the command: the same rejects
     main(["inspect-data", "--source", faulty.source, "--resolution", "32", "--out", "inspected"])
     assert json.loads(Path("inspected/report.json").read_text())["rejects"] == rejects
-    text = capsys.readouterr().out.replace("''", "'")  # YAML doubles quotes
+    lines = capsys.readouterr().out.replace("''", "'").splitlines()  # YAML doubles quotes
     for row, key, why in faulty.rejects:
-        assert f"row {row}{f' ({key})' * bool(key)}: {why}" in text
+        assert any(f"row: {row}," in line and key in line and why in line for line in lines)
     assert not list(Path.cwd().parent.rglob("evil*"))
 
 
@@ -217,18 +226,6 @@ def test_non_finite_latents_are_rejected_and_a_source_of_rejects_alone_says_so()
     assert manifest["counts"] == {"rows": 3, "samples": 0, "rejected": {"too small": 3}}
     with pytest.raises(ValueError, match="rejects.jsonl"):
         LatentsDataset("none")
-
-
-def test_a_hundred_megapixels_are_refused_before_they_are_decoded() -> None:
-    with pytest.raises(InvalidSample, match="10000 x 10001.*max_pixels") as caught:
-        open_image(megapixels())
-    assert caught.value.reason == "decompression bomb"
-    huge = bytearray(png(0))
-    huge[16:24] = (60_000).to_bytes(4, "big") * 2  # Pillow itself refuses this one
-    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
-    with pytest.raises(InvalidSample) as caught:
-        open_image(bytes(huge))
-    assert caught.value.reason == "decompression bomb"
 
 
 CODEC = "{codec: {class_path: emmdit.encoders.DCTCodec}, resolution: 32, trainer: {accelerator: cpu}}"
@@ -260,7 +257,7 @@ def test_a_source_that_cannot_be_opened_is_one_sentence(tmp_path: Path, capsys: 
         (str(tmp_path / "nothing"), {}, "nothing'"),
         ("someone/nothing", {}, "'someone/nothing'.*HF_HUB_OFFLINE"),
         ("rows.parquet", {"image_column": None}, "image_column, latents_column"),
-        ("rows.parquet", {"resolution": 0}, "resolution.*1.*0"),
+        ("rows.parquet", {"resolution": 0}, r"resolution.*\b0\b.*\b1\b"),
     ]
     for source, arguments, message in cases:
         with pytest.raises((ValueError, OSError), match=message) as caught:

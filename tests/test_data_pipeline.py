@@ -1,4 +1,4 @@
-"""Real photographs from source to samples through the commands, and prompts to a data set."""
+"""Real photographs from the hub to samples through the commands, and prompts to a dataset."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from emmdit.data import MDSDataset
 from emmdit.data.images import load_image
 from emmdit.data.precompute.generate import Prompts, generate
 from emmdit.data.precompute.latents import LatentsDataset
-from emmdit.data.precompute.manifest import read_manifest
 from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE
 from lightning_modules.commands.main import main
 from tests.command_line import change, files
 from tests.command_line import elsewhere as elsewhere
 from tests.test_precompute import jpeg
-from tests.test_sources import tar, write_mds
 
 CAPTIONS = {
     "china": "a photo of a tower with tiled roofs above a lake and trees",
@@ -75,84 +72,33 @@ def photographs() -> dict[str, Image.Image]:
     return parts
 
 
-def write(kind: str) -> tuple[str, dict[str, str]]:
-    """The photographs as a source; gives its name and what the data section needs beside it."""
-    rows = [(name, jpeg(image), CAPTIONS[name[:-2]]) for name, image in photographs().items()]
-    Path("source").mkdir()
-    if kind in ("parquet", "arrow"):
-        columns = {"image": [{"bytes": data, "path": None} for _, data, _ in rows], "caption": [c for *_, c in rows]}
-        table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        table.to_parquet("source/a.parquet") if kind == "parquet" else table.save_to_disk("source")
-    elif kind == "webdataset":
-        tar(Path("source/a.tar"), [(f"{name}.{suffix}", content) for name, data, caption in rows
-            for suffix, content in (("jpg", data), ("txt", caption.encode()))])  # fmt: skip
-    elif kind == "folder":
-        for name, data, caption in rows:
-            Path(f"source/{name}.jpg").write_bytes(data)
-            Path(f"source/{name}.txt").write_text(caption)
-    else:
-        encodings = {"caption": "str", "jpg": "jpeg"}
-        content = [{"caption": caption.encode(), "jpg": data} for _, data, caption in rows]
-        write_mds(Path("source"), encodings, dict.fromkeys(encodings), content)
-        assert len(MDSDataset("source")) == len(rows)
-        return "source", {"image_column": "jpg"}
-    return "source", {}
-
-
-def section(source: str, more: dict[str, str]) -> list[str]:
-    arguments = {
-        "source": source,
-        "data_files": None,
-        "license": "BSD-3-Clause",
-        "card": "https://scikit-learn.org",
-        **more,
-    }
-    return change(json.dumps({"data": {"init_args": arguments}}), "source.yaml")
-
-
-KINDS = ["hub", "parquet", "arrow", "webdataset", "folder", "mds"]
-
-
-def made(kind: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The photographs as a source of a kind, and through `emmdit precompute` into `latents`; gives their number."""
-    source, more = write("parquet" if kind == "hub" else kind)
-    if kind == "hub":
-        load = datasets.load_dataset
-
-        def download(path: str, split: str, **how: object) -> datasets.Dataset:
-            assert (path, how["revision"], how["data_files"]) == ("someone/photographs", "v1", None)
-            return load("parquet", data_files="source/a.parquet", split=split)
-
-        monkeypatch.setattr(datasets, "load_dataset", download)
-        source, more = "someone/photographs", {"revision": "v1"}
-    data = section(source, more)
-    main(["precompute", *files("data/pd12m.yaml", "precompute/dcae_512.yaml"), *data, *change(CODEC, "codec.yaml"),
-          "--out", "latents"])  # fmt: skip
-    return len(photographs())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_photographs_become_the_same_latents_from_every_kind_of_source(
-    kind: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = made(kind, monkeypatch)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(f"{count} " in line and f"{count // 2} shard" in line and "latents" in line for line in lines)
-    rows = LatentsDataset("latents")
-    assert [rows[i]["caption"] for i in range(count)] == [CAPTIONS[name[:-2]] for name in photographs()]
-    manifest = read_manifest("latents")
-    assert manifest["source"]["license"] == "BSD-3-Clause" and manifest["columns"]["latents"]["shape"] == [32, 16, 16]
-    codec = DCAE("standin:dc_ae?downsample=8", downsample=8)
-    for i, image in enumerate(photographs().values()):
-        expected = codec.encode(load_image(jpeg(image), 128)[None])[0]
-        assert torch.allclose(rows[i]["latents"], expected, atol=0.01), kind
-        assert expected.std() > 0.01
-
-
-def test_photographs_go_from_source_to_precompute_to_training_to_samples(
+def test_photographs_go_from_the_hub_to_latents_to_training_to_samples(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made("folder", monkeypatch)
+    images = photographs()
+    captions = [CAPTIONS[name[:-2]] for name in images]
+    columns = {"image": [{"bytes": jpeg(image), "path": None} for image in images.values()], "caption": captions}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+    def download(path: str, split: str, **how: object) -> datasets.Dataset:
+        assert (path, how["revision"], how["data_files"]) == ("someone/photographs", "v1", None)
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", download)
+    source = "{source: someone/photographs, revision: v1, data_files: null, license: BSD-3-Clause, card: sklearn}"
+    data = change(f"data: {{init_args: {source}}}", "source.yaml")
+    main(["precompute", *files("data/pd12m.yaml", "precompute/dcae_512.yaml"), *data, *change(CODEC, "codec.yaml"),
+          "--out", "latents"])  # fmt: skip
+    count, lines = len(images), capsys.readouterr().out.splitlines()
+    assert any(f"{count} " in line and f"{count // 2} shard" in line and "latents" in line for line in lines)
+    rows = LatentsDataset("latents")
+    assert [rows[i]["caption"] for i in range(count)] == captions
+    assert rows.manifest["source"]["license"] == "BSD-3-Clause"
+    codec = DCAE("standin:dc_ae?downsample=8", downsample=8)
+    for i, image in enumerate(images.values()):
+        expected = codec.encode(load_image(jpeg(image), 128)[None])[0]
+        assert expected.std() > 0.01 and torch.allclose(rows[i]["latents"], expected, atol=0.01)
+
     experiment = [*files("emmdit/512_stage2.yaml", "data/latents.yaml"), *change(TINY, "tiny.yaml")]
     main(["fit", *experiment, "--trainer.default_root_dir=run"])
     saved = torch.load(Path("run/checkpoints/last.ckpt").resolve(), weights_only=True)
@@ -171,17 +117,17 @@ def test_photographs_go_from_source_to_precompute_to_training_to_samples(
         assert all(word in error for word in words) and "Traceback" not in error
 
 
-# -- prompts to pictures -----------------------------------------------------------------------------
+# -- prompts to images  -----------------------------------------------------------------------------
 
 
 def draw(prompts: list[str], seeds: list[int]) -> torch.Tensor:
-    """A picture that depends on its own seed alone; a blank one for the prompt "nothing"."""
+    """An image that depends on its own seed alone; a blank one for the prompt "nothing"."""
     images = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in seeds]
     return torch.stack([image * (prompt != "nothing") for image, prompt in zip(images, prompts, strict=True)])
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_prompts_become_a_data_set_that_goes_on_after_a_break(kind: str, tmp_path: Path) -> None:
+def test_prompts_become_a_dataset_that_resumes_after_a_kill(kind: str, tmp_path: Path) -> None:
     lines = [f"prompt {i}" for i in range(10)]
     lines[3], lines[6] = " ", "nothing"
     (tmp_path / "prompts.txt").write_text("\n".join(lines))

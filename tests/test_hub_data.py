@@ -18,18 +18,13 @@ from emmdit.data.images import load_image
 from emmdit.data.loader import ResumableLoader
 from emmdit.data.stream import Order
 from lightning_modules.commands.config_errors import sentence
+from tests.command_line import elsewhere as elsewhere
 
 COUNT = 10
 LATENTS = np.random.default_rng(0).standard_normal((COUNT, 4, 2, 2)).astype(np.float16)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def picture(number: int) -> Image.Image:
+def noise(number: int) -> Image.Image:
     width, height = 20 + 3 * number, 41 - 3 * number  # portraits and landscapes
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -43,8 +38,8 @@ def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def rows(**changes: list) -> datasets.Dataset:
     columns = {
-        "image": [{"bytes": png(picture(i)), "path": None} for i in range(COUNT)],
-        "caption": [f"picture {i}" for i in range(COUNT)],
+        "image": [{"bytes": png(noise(i)), "path": None} for i in range(COUNT)],
+        "caption": [f"image {i}" for i in range(COUNT)],
         "json": [{"prompt": f"prompt {i}", "seed": i} for i in range(COUNT)],
         "latents": [latents.tobytes() for latents in LATENTS],
         **changes,
@@ -70,20 +65,20 @@ def parquet(tmp_path: Path) -> Path:
 def test_the_first_rows_are_held_out_and_samples_do_not_depend_on_workers(parquet: Path) -> None:
     data = module(parquet)
     validation, train = data.validation_dataset(), data.train_dataset()
-    assert [validation[i]["caption"] for i in range(len(validation))] == [f"picture {i}" for i in range(3)]
-    assert {train[i]["caption"] for i in range(len(train))} == {f"picture {i}" for i in range(3, COUNT)}
+    assert [validation[i]["caption"] for i in range(len(validation))] == [f"image {i}" for i in range(3)]
+    assert {train[i]["caption"] for i in range(len(train))} == {f"image {i}" for i in range(3, COUNT)}
     assert train[2]["sample_id"] == 2
     with pytest.raises(IndexError):
-        train[len(train)]
+        train.__getitems__([0, len(train)])
 
     alone, helped = (list(ResumableLoader(train, Order(len(train)), 4, num_workers=workers)) for workers in (0, 2))
     for a, b in zip(alone, helped, strict=True):
         assert a["caption"] == b["caption"] and torch.equal(a["image"], b["image"])
         assert a["image"].shape == (4, 3, 16, 16) and a["image"].dtype == torch.float32
-        assert a["caption"] == [f"picture {i + 3}" for i in a["sample_id"].tolist()]
+        assert a["caption"] == [f"image {i + 3}" for i in a["sample_id"].tolist()]
 
 
-def test_pixels_are_scaled_cropped_in_the_centre_and_antialiased() -> None:
+def test_pixels_are_scaled_cropped_at_the_center_and_antialiased() -> None:
     for size in ((24, 16), (16, 16), (31, 77)):
         image = load_image(png(Image.new("RGB", size, (0, 51, 255))), 16)
         assert image.shape == (3, 16, 16) and image.is_contiguous()
@@ -136,12 +131,12 @@ def test_captions_inside_a_column_and_provenance(parquet: Path) -> None:
 
 
 def bad_image(number: int) -> dict[str, list]:
-    images = [{"bytes": png(picture(i)), "path": None} for i in range(COUNT)]
+    images = [{"bytes": png(noise(i)), "path": None} for i in range(COUNT)]
     images[number]["bytes"] = images[number]["bytes"][:40]
     return {"image": images}
 
 
-def test_rows_that_can_not_be_read_are_named(tmp_path: Path, parquet: Path) -> None:
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path, parquet: Path) -> None:
     rows(**bad_image(5)).save_to_disk(tmp_path / "broken")
     train = module(tmp_path / "broken").train_dataset()
     train[1]
@@ -161,7 +156,7 @@ def test_rows_that_can_not_be_read_are_named(tmp_path: Path, parquet: Path) -> N
         module(parquet, latents_column="latents", latents_shape=(4, 4, 4)).validation_dataset()[0]
 
 
-def test_what_the_codec_can_not_take_is_refused_before_the_network_is_built(parquet: Path) -> None:
+def test_what_the_codec_cannot_take_is_refused_before_the_network_is_built(parquet: Path) -> None:
     codec = SimpleNamespace(downsample=32, latent_channels=32)
     module(parquet, codec, resolution=64)
     with pytest.raises(ValueError, match=r"resolution.*\b48\b.*SimpleNamespace.*\b32\b"):

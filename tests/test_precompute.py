@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import signal
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule
-from emmdit.data.buckets import Buckets
 from emmdit.data.images import load_image
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.latents import LatentsDataset
@@ -24,14 +22,9 @@ from emmdit.data.precompute.manifest import check, read_manifest
 from emmdit.data.precompute.precompute import Settings, precompute
 from emmdit.data.readers.open import open_source
 from emmdit.encoders import DCAE, SD3VAE, DCTCodec
+from tests.command_line import elsewhere as elsewhere
 
 COUNT = 23
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -40,17 +33,17 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def picture(number: int, side: int = 40) -> Image.Image:
+def noise(number: int, side: int = 40) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side + number, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def folder(root: Path, count: int = COUNT) -> Path:
-    """Pictures with a text file beside each."""
+    """Images with a text file beside each."""
     root.mkdir()
     for i in range(count):
-        (root / f"{i:03d}.jpg").write_bytes(jpeg(picture(i)))
-        (root / f"{i:03d}.txt").write_text(f"picture {i}\n")
+        (root / f"{i:03d}.jpg").write_bytes(jpeg(noise(i)))
+        (root / f"{i:03d}.txt").write_text(f"image {i}\n")
     return root
 
 
@@ -77,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # -- what is written ---------------------------------------------------------------------------------
 
 
-def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, Path]) -> None:
+def test_latents_are_the_codecs_and_the_folder_is_a_dataset(made: tuple[Path, Path]) -> None:
     source, out = made
     manifest = read_manifest(out)
     assert_hashes(out)
@@ -92,7 +85,7 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     codec = DCTCodec()
     for i in (0, 7, 22):
         expected = codec.encode(load_image(str(source / f"{i:03d}.jpg"), 32)[None])[0]
-        assert samples[i]["caption"] == f"picture {i}"
+        assert samples[i]["caption"] == f"image {i}"
         assert torch.equal(samples[i]["latents"], expected.half().float())
     with pytest.raises(IndexError):
         LatentsDataset(out, 3)[COUNT - 3]
@@ -103,34 +96,35 @@ def test_latents_are_the_codecs_and_the_folder_is_a_data_set(made: tuple[Path, P
     assert torch.equal(plain._part(0, None)[4]["latents"], samples[4]["latents"])  # read as any source, too
 
 
-def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
+class Vision:
+    feature_dim, dtype = 3, torch.float32
+
+    def to(self, device):
+        return self
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
+
+
+def test_features_kept_images_and_several_captions(tmp_path: Path) -> None:
     columns = {
-        "picture": [{"bytes": jpeg(picture(i)), "path": None} for i in range(3)],
+        "photo": [{"bytes": jpeg(noise(i)), "path": None} for i in range(3)],
         "long": ["a long one", "", "long 2"],
         "short": [["one", "two"], ["three", "four"], []],
     }
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
 
-    class Vision:
-        feature_dim, dtype = 5, torch.float32
-
-        def to(self, device):
-            return self
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return images.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 4, 5)
-
     class Text(Vision):
         def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
             return {"encoder_hidden_states": torch.tensor([[[len(c)]] for c in captions], dtype=torch.bfloat16)}
 
-    options = dict(image_column="picture", caption_columns=("long", "short"), keep_images=90, dtype="bfloat16")
+    options = dict(image_column="photo", caption_columns=("long", "short"), keep_images=90, dtype="bfloat16")
     run(tmp_path / "rows.parquet", tmp_path / "out", vision=Vision(), text=Text(), **options)
     rows = datasets.load_from_disk(str(tmp_path / "out"))
     assert rows["caption"][:] == ["a long one", "three", "long 2"]
     assert rows["captions"][:] == [["a long one", "one", "two"], ["", "three", "four"], []]
     sample = LatentsDataset(tmp_path / "out")[1]
-    assert sample["features"].shape == (4, 5) and sample["image"].shape == (3, 32, 32)
+    assert sample["features"].shape == (32, 3) and sample["image"].shape == (3, 32, 32)
     assert sample["latents"].dtype == torch.float32 and sample["latents"].shape == (32, 8, 8)
     spec = read_manifest(tmp_path / "out")["columns"]["text.encoder_hidden_states"]
     assert spec == {"dtype": "bfloat16", "shape": [1, 1]}
@@ -138,38 +132,7 @@ def test_features_kept_pictures_and_several_captions(tmp_path: Path) -> None:
     assert length.tolist() == [10.0]
 
 
-def test_reading_in_batches_is_reading_one_by_one(tmp_path: Path) -> None:
-    """Of latents of several sizes and features, in any order and more than once."""
-    (tmp_path / "source").mkdir()
-    for i in range(9):
-        (tmp_path / f"source/{i}.jpg").write_bytes(jpeg(picture(0).resize((48 + 24 * (i % 3), 72))))
-        (tmp_path / f"source/{i}.txt").write_text(f"picture {i}")
-
-    class Vision:
-        feature_dim, dtype = 3, torch.float32
-
-        def to(self, device):
-            return self
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return images.flatten(2)[:, :, : images.shape[-1]].movedim(1, 2)
-
-    run(tmp_path / "source", tmp_path / "out", vision=Vision(), buckets=Buckets(8), min_side=1)
-    rows = LatentsDataset(tmp_path / "out")
-    order = [8, 0, 3, 3, 7, 1, 2, 6, 5, 4]
-    batch = rows.__getitems__(order)
-    assert len({tuple(sample["latents"].shape) for sample in batch}) == 3
-    for index, sample in zip(order, batch, strict=True):
-        alone = rows[index]
-        assert sample.keys() == alone.keys() and sample["sample_id"] == index
-        assert sample["caption"] == alone["caption"] == f"picture {index}"
-        for name in ("latents", "features"):
-            assert torch.equal(sample[name], alone[name]) and sample[name].dtype == torch.float32
-        stored = np.frombuffer(rows.table[index]["latents"], np.float16)
-        assert (sample["latents"].numpy().ravel() == stored).all()
-
-
-# -- kill and go on ----------------------------------------------------------------------------------
+# -- kill and resume ----------------------------------------------------------------------------------
 
 
 def killed(source: Path, out: Path, rank: int, world: int, after: int, where: str) -> None:
@@ -206,9 +169,7 @@ def killed(source: Path, out: Path, rank: int, world: int, after: int, where: st
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
-    made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_resume_after_kill_9_on_other_ranks_is_the_unbroken_run(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, whole = made
     out = tmp_path / "out"
     killed(source, out, 0, 2, 3, "encode")  # dies within its second unit
@@ -227,23 +188,6 @@ def test_kill_9_and_go_on_with_another_number_of_ranks_is_the_unbroken_run(
     assert not list(out.glob(".data-*"))
     again = run(source, out)  # nothing left to do
     assert again == read_manifest(out)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_union_over_ranks_is_the_data_set_and_no_row_is_in_two(
-    made: tuple[Path, Path], tmp_path: Path, world: int
-) -> None:
-    source, whole = made
-    for rank in range(world):
-        run(source, tmp_path / "out", rank=rank, world=world)
-    units = [
-        {json.loads(line)["unit"] for line in file.read_text().splitlines()}
-        for file in sorted((tmp_path / "out/journal").glob("*.jsonl"))
-    ]
-    assert sum(map(len, units)) == len(set().union(*units)) == 6
-    rows = datasets.load_from_disk(str(tmp_path / "out"))
-    assert rows["sample_id"][:] == list(range(COUNT))
-    assert read_manifest(tmp_path / "out")["sha256"] == read_manifest(whole)["sha256"]
 
 
 def test_a_shard_that_got_lost_is_made_again(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ class Batch(TypedDict):
 
     caption: list[str]
     sample_id: torch.Tensor
-    """(B,) int64, index in the data set."""
+    """(B,) int64, index in the dataset."""
     position: NotRequired[torch.Tensor]
     """(B,) int64, global position in the training stream."""
     image: NotRequired[torch.Tensor]

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: the few sizes that images are resized to, so that a batch has one shape and little is cropped.
 
-A data set whose images have several sizes has a method `buckets()`: the sizes, (height, width) in pixels, in rising
+A dataset whose images have several sizes has a method `buckets()`: the sizes, (height, width) in pixels, in rising
 order, and for each sample an index into them (see `bucketing`).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from emmdit.data.images import image_size
-from emmdit.data.readers.open import value
+from emmdit.data.readers.open import select_columns, value
 from emmdit.data.readers.protocol import Rows
 from emmdit.files import atomic_path
 
@@ -60,7 +60,7 @@ class Buckets:
 
 
 def bucketing(dataset: Any) -> Bucketing:
-    """`dataset.buckets()`; one bucket of unknown size for a data set that has no such method."""
+    """`dataset.buckets()`; one bucket of unknown size for a dataset that has no such method."""
     return dataset.buckets() if hasattr(dataset, "buckets") else one_bucket((0, 0), len(dataset))
 
 
@@ -70,7 +70,7 @@ def one_bucket(size: tuple[int, int], count: int) -> Bucketing:
 
 
 def concatenated(parts: Sequence[Bucketing]) -> Bucketing:
-    """The bucketing of several data sets in a row."""
+    """The bucketing of several datasets in a row."""
     sizes = sorted({size for part, _ in parts for size in part})
     if len(sizes) == 1:
         return one_bucket(sizes[0], sum(len(index) for _, index in parts))
@@ -90,15 +90,19 @@ def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | Non
     From `size_columns` (height, width) where they are given; else from the images' headers, which are read once
     and cached in `$EMMDIT_CACHE/sizes`. No image is decoded; but all files are read, so large sets should have columns.
     """
+    found = np.zeros((len(rows), 2), np.int32)
     if size_columns is not None:
-        columns = [np.asarray(_column(rows, name), dtype=np.float64) for name in size_columns]  # None becomes NaN
-        return np.stack([np.nan_to_num(column).astype(np.int32) for column in columns], axis=1)
+        rows = select_columns(rows, {"size": size_columns}, "the source", "size_columns")
+        for first in range(0, len(rows), 10_000):
+            part = rows.__getitems__(list(range(first, min(first + 10_000, len(rows)))))
+            sizes = np.array([[value(row, name) for name in size_columns] for row in part], float)  # None becomes NaN
+            found[first : first + len(part)] = np.nan_to_num(sizes)
+        return found
     name = f"{rows.fingerprint} {len(rows)} {image_column}"
     folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "sizes").expanduser()
     kept = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
     if kept.is_file():
         return np.load(kept, allow_pickle=False)
-    found = np.zeros((len(rows), 2), np.int32)
     for number in range(len(rows)):
         try:
             found[number] = image_size(value(rows[number], image_column))
@@ -110,13 +114,3 @@ def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | Non
     except OSError:
         pass  # a full or read-only home is no reason to stop
     return found
-
-
-def _column(rows: Rows, column: str) -> Sequence[Any]:
-    name = column if column in rows.column_names else column.partition(".")[0]
-    if name not in rows.column_names:
-        raise ValueError(f"There is no size column '{column}': choose among {', '.join(rows.column_names)}.")
-    if name == column:
-        return rows.column(name)
-    rows = rows.select_columns([name])
-    return [value(rows[number], column) for number in range(len(rows))]

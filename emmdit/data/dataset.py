@@ -1,4 +1,4 @@
-"""Captioned data set: rows of a table as training samples, with images or precomputed latents."""
+"""Captioned dataset: rows of a table as training samples, with images or precomputed latents."""
 
 from __future__ import annotations
 
@@ -68,26 +68,24 @@ class CaptionedDataset(Dataset):
         Raises:
             ValueError: the row cannot be read; names its number, and its file where that is known.
         """
-        number = self._number(index)
-        try:
-            row = self.rows[number]
-        except Exception as error:
-            raise ValueError(f"{self._named(number)}: {first_line(error)}: fix or remove the row.") from error
-        return self._sample(index, row)
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """A batch at once, which is faster for Arrow tables."""
-        numbers = [self._number(index) for index in indices]
+        if outside := [index for index in indices if not 0 <= index < len(self)]:
+            raise IndexError(f"sample {outside[0]} is outside this dataset of {len(self)} rows.")
+        numbers = [self.first + int(index) for index in indices]
         try:
             rows = self.rows.__getitems__(numbers)
-        except Exception:  # one by one, to find the row and name it
-            return [self[index] for index in indices]
+        except Exception:
+            rows = [self._row(number) for number in numbers]  # one by one, to find the bad one and name it
         return [self._sample(index, row) for index, row in zip(indices, rows, strict=True)]
 
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is outside this data set of {len(self)} rows.")
-        return self.first + int(index)
+    def _row(self, number: int) -> dict[str, Any]:
+        try:
+            return self.rows[number]
+        except Exception as error:
+            raise ValueError(f"{self._named(number)}: {first_line(error)}: fix or remove the row.") from error
 
     def _sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
         sample: dict[str, Any] = {"sample_id": torch.tensor(index, dtype=torch.int64)}
@@ -103,7 +101,7 @@ class CaptionedDataset(Dataset):
                     sample |= self._caption(found, row)
             except Exception as error:
                 raise ValueError(
-                    f"{self._named(self._number(index))}: the {kind} in column '{column}' cannot be read "
+                    f"{self._named(self.first + index)}: the {kind} in column '{column}' cannot be read "
                     f"({first_line(error)}): fix or remove the row."
                 ) from error
         return sample

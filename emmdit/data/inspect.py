@@ -7,7 +7,7 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class Inspected:
     """
 
     items: Dataset
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
     resolution: int | None = None
     buckets: Buckets | None = None
     latents: LatentsDataset | None = None
@@ -78,7 +78,7 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 class SampleItems(Dataset):
-    """Samples of any data set: where images are rendered, or latents are stored."""
+    """Samples of any dataset: where images are rendered, or latents are stored."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.sizes = dataset, getattr(dataset, "sizes", None)
@@ -115,35 +115,34 @@ def summary(
 ) -> tuple[dict[str, Any], list[Item]]:
     """`good`, `rejected`, `rejects`, `sizes` (of rejected ones, too), `captions` and `buckets` of the good ones; and
     the items that have a thumbnail or a fault."""
-    rejects, kept, captions = [], [], []
-    sizes, used = [], []  # height, width: of all, of the good ones
-    counts: Counter[int] = Counter()
+    rejects, kept, captions, sizes, good = [], [], [], [], []
     for item in items:
-        size = [(item.original[1], item.original[0])] * (item.original != (0, 0))
-        sizes += size
+        size = item.original[::-1]  # height, width
+        if size != (0, 0):
+            sizes.append(size)
         if item.reason:
             rejects.append(item.reject())
         else:
-            texts = [text for text in item.captions if text]
-            captions += texts
-            counts[len(texts)] += 1
-            used += size
+            captions += [text for text in item.captions if text]
+            good.append(size)
         if item.reason or item.pixels is not None:
             kept.append(item)
-    buckets = buckets or (default_buckets(resolution) if resolution else None)
-    found = {
-        "good": counts.total(),
+    used = np.array([size for size in good if size != (0, 0)])
+    if buckets is None and resolution:
+        step = next((step for step in STEPS if resolution % step == 0 and resolution >= 4 * step), None)
+        buckets = None if step is None else Buckets(step)
+    table = None
+    if len(used) and resolution and buckets is not None:
+        table = bucket_table(used, buckets.sizes(resolution), buckets.assign(used, resolution), resolution)
+        table = asdict(buckets) | table
+    return {
+        "good": len(good),
         "rejected": dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
         "rejects": rejects,
         "sizes": size_table(np.array(sizes)) if sizes else None,
-        "captions": caption_table(captions, counts, tokenizers),
-        "buckets": None,
-    }
-    if used and resolution and buckets is not None:
-        sizes = np.array(used)
-        table = bucket_table(sizes, buckets.sizes(resolution), buckets.assign(sizes, resolution), resolution)
-        found["buckets"] = asdict(buckets) | table
-    return found, kept
+        "captions": caption_table(captions, tokenizers),
+        "buckets": table,
+    }, kept
 
 
 def latents_summary(samples: LatentsDataset, shown: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -169,39 +168,20 @@ def quantiles(values: Any) -> dict[str, float]:
 
 def size_table(sizes: np.ndarray) -> dict[str, Any]:
     """Of (n, 2) heights and widths in pixels."""
-    sides = {
-        "width": sizes[:, 1],
-        "height": sizes[:, 0],
-        "short_side": sizes.min(1),
-        "ratio": sizes[:, 1] / sizes[:, 0],
-    }
+    height, width = sizes.T
+    sides = {"width": width, "height": height, "short_side": sizes.min(1), "ratio": width / height}
     return {name: quantiles(values) for name, values in sides.items()}
 
 
-def caption_table(captions: list[str], counts: Counter[int], tokenizers: Sequence[Tokenizer]) -> dict[str, Any]:
-    """Lengths of all captions in each unit; several captions of one image count each.
-
-    Args:
-        counts: number of captions -> images that have so many.
-    """
+def caption_table(captions: list[str], tokenizers: Sequence[Tokenizer]) -> dict[str, Any]:
+    """Lengths of all captions in each unit; several captions of one image count each."""
     rows = []
     for unit, lengths_of, max_length in tokenizers:
         lengths = [n for i in range(0, len(captions), 1000) for n in lengths_of(captions[i : i + 1000])]
         cut = None if max_length is None else sum(n > max_length for n in lengths)
-        rows.append({"unit": unit, "max_length": max_length, "cut": cut})
-        rows[-1]["lengths"] = quantiles(lengths) if lengths else None
-    return {
-        "captions": len(captions),
-        "an_image": {str(count): images for count, images in sorted(counts.items())},
-        "repeated": len(captions) - len(set(captions)),
-        "in": rows,
-    }
-
-
-def default_buckets(resolution: int) -> Buckets | None:
-    """With the largest usual step that has at least four to a side; None where none fits."""
-    step = next((step for step in STEPS if resolution % step == 0 and resolution >= 4 * step), None)
-    return None if step is None else Buckets(step)
+        found = quantiles(lengths) if lengths else None
+        rows.append({"unit": unit, "max_length": max_length, "cut": cut, "lengths": found})
+    return {"captions": len(captions), "repeated": len(captions) - len(set(captions)), "in": rows}
 
 
 def bucket_table(
@@ -224,13 +204,9 @@ def bucket_table(
 
 def as_text(report: dict[str, Any], rejects: int = 20) -> str:
     """The report as YAML, with the first rejects alone."""
-    lines = []
-    for reject in report["rejects"]:
-        key = f" ({reject['key']})" if reject["key"] else ""
-        lines.append(f"row {reject['row']}{key}: {reject['reason']}: {reject['detail']}")
     short = {key: found for key, found in report.items() if found not in (None, "", {}, [])}
-    if lines:
-        short["rejects"] = lines[:rejects] + [f"and {len(lines) - rejects:,} more"] * (len(lines) > rejects)
+    if "rejects" in short:
+        short["rejects"] = short["rejects"][:rejects]
     return to_yaml(short)
 
 

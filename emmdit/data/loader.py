@@ -35,26 +35,22 @@ class _Positioned(Dataset):
 
 
 class ResumableLoader:
-    """Endless, resumable stream of training batches over a map-style data set of dicts.
+    """Endless, resumable stream of training batches over a map-style dataset of dicts.
 
-    Iterating gives `len(self)` batches from the current position; the next iteration continues from there, so passes
-    follow each other without repeating or dropping a sample (see `emmdit.data.stream`). Samples are counted here, in
-    the main process, as batches are handed out: what workers have prefetched is not counted. The batches do not depend
-    on `num_workers`, as long as `dataset[i]` is a function of i alone.
+    Iterating gives `len(self)` batches from the current position; the next iteration continues from there (see
+    `emmdit.data.stream`). Samples are counted as batches are handed out: what workers have prefetched is not counted,
+    and the batches do not depend on `num_workers`. Where a sample has `captions`, pairs of text and weight, one
+    becomes its `caption`, by seed and position.
 
-    Where a sample has `captions`, pairs of text and weight, one becomes its `caption`, by seed and position.
-
-    Use it for training only: validation wants the same samples every time. With Lightning set
-    `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning itself restores a
-    loader's state only when it resumes in mid epoch or trains by `max_steps`. Its `overfit_batches` has no effect on
-    the samples drawn; use a smaller data set.
+    With Lightning set `use_distributed_sampler: false`, and give `samples_seen` in `train_dataloader()`: Lightning
+    restores a loader's state only when it resumes mid-epoch or trains by `max_steps`.
 
     Args:
         dataset: map-style, `dataset[i] -> dict`.
         order: of the samples; its seed also chooses among captions.
         global_batch: samples in one forward pass of all ranks together; a multiple of `world_size`.
         rank, world_size: this process among all processes.
-        num_workers, persistent_workers: as in torch's DataLoader.
+        num_workers: as in torch's DataLoader; the workers live as long as it.
         samples_seen: position to begin at.
     """
 
@@ -66,7 +62,6 @@ class ResumableLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        persistent_workers: bool = True,
         samples_seen: int = 0,
     ) -> None:
         if global_batch % world_size:
@@ -82,7 +77,7 @@ class ResumableLoader:
             _Positioned(dataset, order.seed),
             batch_sampler=self.sampler,
             num_workers=num_workers,
-            persistent_workers=persistent_workers and num_workers > 0,
+            persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -1,4 +1,4 @@
-"""Mixture of data sets: several in a row as one."""
+"""Mixture of datasets: several in a row as one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Mixture(Dataset):
     """The samples of the first source, then of the second, ...; `emmdit.data.stream.Order` mixes them.
 
     Args:
-        sources: name -> map-style data set.
+        sources: name -> map-style dataset.
         weights: name -> share of the draws, in any unit; None: each sample once an epoch.
     """
 
@@ -34,7 +34,7 @@ class Mixture(Dataset):
         """Each source reads its part of a batch at once. `sample_id` is the index here."""
         numbers = np.asarray(indices)
         if numbers.min() < 0 or numbers.max() >= len(self):
-            raise IndexError(f"sample {numbers.max()} is outside this data set of {len(self)} samples.")
+            raise IndexError(f"sample {numbers.max()} is outside this dataset of {len(self)} samples.")
         places = np.searchsorted(self._starts, numbers, side="right") - 1
         out: list[Any] = [None] * len(numbers)
         for place, source in enumerate(self.sources.values()):

@@ -1,4 +1,4 @@
-"""The training stream: which sample of the data set stands at which position, as a pure function of (seed, position).
+"""The training stream: which sample of the dataset stands at which position, as a pure function of (seed, position).
 
 The training data are one endless stream. *Position* p is the number of samples that all ranks together drew before it;
 data epoch e covers the positions [e * length, (e + 1) * length). A global batch is the next `global_batch` positions
@@ -15,7 +15,7 @@ for any number of ranks.
 - **Which sample?** Where sources are mixed by weights, a bucket's epoch holds as many draws of each source as its
   weight asks for; a source gives its samples evenly, each as often as any other, or once more.
 
-With one bucket and no weights this is a permutation of the data set for each epoch.
+With one bucket and no weights this is a permutation of the dataset for each epoch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from emmdit.data.buckets import cropped
 
 WINDOW = 16  # blocks whose samples are mixed with each other in a block shuffle
 
@@ -73,7 +76,7 @@ class Group:
     bucket: int
     counts: list[int]
     draws: list[int]
-    members: np.ndarray | None  # indices in the data set; None: all of it
+    members: np.ndarray | None  # indices in the dataset; None: all of it
 
     @property
     def length(self) -> int:
@@ -104,7 +107,7 @@ class Order:
         length: number of samples.
         seed: of the order.
         block: see `epoch_order`.
-        counts: samples of each source, where the data set is several sources in a row.
+        counts: samples of each source, where the dataset is several sources in a row.
         weights: share of the draws that each source gets, in any unit; None: each sample once an epoch.
         buckets: (length,) the number of each sample's bucket; None: all images have one size.
         chunk: consecutive samples of one bucket; the global batch divides it.
@@ -124,12 +127,12 @@ class Order:
         chunk: int | None = None,
     ) -> None:
         if length < 1:
-            raise ValueError("The data set is empty: check its path and filters.")
+            raise ValueError("The dataset is empty: check its path and filters.")
         if block is not None and block < 1:
             raise ValueError(f"shuffle_block must be at least 1 sample, got {block}.")
         counts = [length] if counts is None else [int(count) for count in counts]
         if sum(counts) != length or min(counts) < 1:
-            raise ValueError(f"The sources have {counts} samples, the data set {length}: every source needs some.")
+            raise ValueError(f"The sources have {counts} samples, the dataset {length}: every source needs some.")
         if weights is not None and (len(weights) != len(counts) or not all(0 < w < float("inf") for w in weights)):
             raise ValueError(f"weights {list(weights)} must be {len(counts)} positive numbers, one for each source.")
         self.seed, self.block, self.counts = seed, block, counts
@@ -280,3 +283,38 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         start = self.start
         for n in range(len(self)):
             yield self.batch(start + n * self.global_batch)
+
+
+def stream_report(
+    order: Order, names: Sequence[str] = (), buckets: Sequence[tuple[int, int]] = (), sizes: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What an epoch holds: `sources` and `buckets`, a dict for each.
+
+    Sources: `samples`, `draws` an epoch, `share` of all draws, `passes` (draws per sample and epoch).
+    Buckets: `height`, `width`, `samples`, `draws` and `chunks` an epoch, `carried_over` (samples that the first epoch
+    leaves to the next, because they do not fill a chunk), `cropped` (mean part of an image's area; None where the sizes
+    are unknown).
+
+    Args:
+        names: of the sources, where the order mixes some.
+        buckets: (height, width) of each bucket.
+        sizes: (samples, 2) height and width of the images before the crop.
+    """
+    sources = []
+    for place, name in enumerate(names):
+        draws = sum(group.draws[place] for group in order.groups)
+        count = order.counts[place]
+        row = {"name": name, "samples": count, "draws": draws, "share": draws / order.length, "passes": draws / count}
+        sources.append(row)
+    rows = []
+    for group in order.groups if order.chunk is not None else ():
+        lost = None
+        if sizes is not None:
+            known = sizes[group.members]
+            known = known[known.min(1) > 0]
+            lost = float(cropped(known, buckets[group.bucket]).mean()) if len(known) else None
+        height, width = buckets[group.bucket]
+        row = {"height": height, "width": width, "samples": sum(group.counts), "draws": group.length}
+        row |= {"chunks": group.length / order.chunk, "carried_over": group.length % order.chunk, "cropped": lost}
+        rows.append(row)
+    return {"epoch": order.length, "chunk": order.chunk, "sources": sources, "buckets": rows}

@@ -1,4 +1,4 @@
-"""Command `emmdit generate-dataset`: prompts to a data set of images, by any text-to-image pipeline, on all ranks."""
+"""Command `emmdit generate-dataset`: prompts to a dataset of images, by any text-to-image pipeline, on all ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from lightning_modules.runs import instantiate
 def generate_parser() -> ArgumentParser:
     parser = ArgumentParser("emmdit generate-dataset", description=generate_dataset.__doc__, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with these options, a trainer's file")
-    parser.add_argument(
-        "--model", required=True, help="run folder, export, folder of a diffusers pipeline, or hub id of one"
-    )
+    parser.add_argument("--model", required=True, help="run, export, folder of a diffusers pipeline, or hub id of one")
     parser.add_argument("--revision", type=str | None, help="of a hub id")
     parser.add_class_arguments(Prompts, "prompts", help="prompts of the images")
     parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
-    parser.add_argument(
-        "--steps", type=int | None, help="sampling steps; the model's own by default, as the next three"
-    )
+    parser.add_argument("--steps", type=int | None, help="sampling; the model's own by default, as the next three")
     parser.add_argument("--guidance", type=float | None)
     parser.add_argument("--height", type=int | None)
     parser.add_argument("--width", type=int | None)
@@ -41,30 +37,19 @@ def generate_parser() -> ArgumentParser:
 
 
 def generate_dataset(argv: list[str]) -> None:
-    """Generate an image for each prompt, as webdataset tars or parquet: a data set to train on."""
+    """Generate an image for each prompt, as webdataset tars or parquet: a dataset to train on."""
     parser = generate_parser()
     args = parser.parse_args(argv)
     prompts = instantiate(parser, args).prompts
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in ("seed", "batch_size", "quality", "rows_per_shard")}
 
     def work(device: torch.device, rank: int, world: int) -> None:
         model = open_model(args.model, settings=settings, revision=args.revision)
         model.to(device, args.dtype)
         made_with = {"model": model.source, "sampling": model.sampling, "dtype": args.dtype}
-        manifest = generate(
-            prompts,
-            model.generate,
-            args.out,
-            made_with,
-            args.seed,
-            args.batch_size,
-            args.quality,
-            args.rows_per_shard,
-            args.format,
-            rank,
-            world,
-            None if rank else counter("prompts of rank 0"),
-        )
+        common = dict(rank=rank, world=world, progress=None if rank else counter("prompts of rank 0"))
+        manifest = generate(prompts, model.generate, args.out, made_with, kind=args.format, **options, **common)
         if manifest is not None:
             report(manifest, Path(args.out))
 

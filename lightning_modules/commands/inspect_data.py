@@ -17,19 +17,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from torch.utils.data import DataLoader
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule, TextImageDataModule
+from emmdit.data import inspect
 from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
-from emmdit.data.inspect import (
-    WORDS,
-    Thumbnails,
-    Tokenizer,
-    as_text,
-    chosen_rows,
-    contact_sheet,
-    latents_summary,
-    summary,
-    thumbnail,
-)
 from emmdit.data.precompute.manifest import KIND
 from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source
@@ -46,9 +36,7 @@ SIDE = 160
 def inspect_data(argv: list[str]) -> None:
     """Inspect data before training: counts, sizes, caption lengths, buckets, rejected rows, a contact sheet."""
     parser = argparse.ArgumentParser("emmdit inspect-data", description=inspect_data.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "-c", "--config", action="append", default=[], help="a file of experiments/data, or an experiment"
-    )
+    parser.add_argument("-c", "--config", action="append", default=[], help="file of experiments/data, or experiment")
     parser.add_argument("--source", help="in place of files: folder, file, glob or hub id")
     parser.add_argument("--image_column", help="with --source; by default found by its name")
     parser.add_argument("--caption_column", help="with --source; by default found by its name")
@@ -59,9 +47,7 @@ def inspect_data(argv: list[str]) -> None:
     parser.add_argument("--resolution", type=int, help="in pixels; by default the data's")
     parser.add_argument("--min_side", type=int, help="in pixels: smaller images are rejected; default: the resolution")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
-    parser.add_argument(
-        "--bucket_step", type=int, help="crop to buckets of this step in place of the square, in pixels"
-    )
+    parser.add_argument("--bucket_step", type=int, help="crop to buckets of this step, in pixels, not to the square")
     parser.add_argument("--tokenizer", help="folder or hub id; by default the experiment's, else words are counted")
     parser.add_argument("--max_length", type=int, help="with --tokenizer: captions are cut to so many tokens")
     parser.add_argument("--images", type=int, default=24, help="on the contact sheet")
@@ -118,22 +104,24 @@ def open_any(args: argparse.Namespace) -> TextImageDataModule:
     return CaptionedImagesDataModule(args.source, image, caption)
 
 
-def tokenizers(module: Any, args: argparse.Namespace) -> list[Tokenizer]:
+def tokenizers(module: Any, args: argparse.Namespace) -> list[inspect.Tokenizer]:
     """--tokenizer's, or those of the experiment's text encoders; else words."""
     if args.tokenizer is not None:
         return [_tokenizer(args.tokenizer, load_tokenizer(args.tokenizer), args.max_length)]
     text = getattr(module, "text", None)
+    if text is None:
+        return [inspect.WORDS]
     try:
-        encoders = [] if text is None else getattr(text, "encoders", None) or [text]
-        names = [getattr(encoder, "source", type(encoder).__name__) for encoder in encoders]
-        found = zip(names, encoders, strict=True)
-        return [_tokenizer(name, encoder.tokenizer, encoder.max_length) for name, encoder in found] or [WORDS]
+        return [
+            _tokenizer(getattr(part, "source", type(part).__name__), part.tokenizer, part.max_length)
+            for part in getattr(text, "encoders", None) or [text]
+        ]
     except (ValueError, OSError) as error:
         print(f"emmdit inspect-data: captions are counted in words: {error}", file=sys.stderr)
-        return [WORDS]
+        return [inspect.WORDS]
 
 
-def _tokenizer(name: str, tokenizer: Any, max_length: int | None) -> Tokenizer:
+def _tokenizer(name: str, tokenizer: Any, max_length: int | None) -> inspect.Tokenizer:
     def lengths(captions: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
@@ -141,20 +129,19 @@ def _tokenizer(name: str, tokenizer: Any, max_length: int | None) -> Tokenizer:
 
 
 def inspect_part(
-    data: TextImageDataModule, out: Path, tokenizers: list[Tokenizer], codec: Any, args: argparse.Namespace
+    data: TextImageDataModule, out: Path, tokenizers: list[inspect.Tokenizer], codec: Any, args: argparse.Namespace
 ) -> None:
     """Report and contact sheet of one source into `out`."""
     buckets = None if args.bucket_step is None else Buckets(args.bucket_step)
     found = data.inspected(args.resolution, min_side=args.min_side, max_pixels=args.max_pixels, buckets=buckets)
-    numbers = chosen_rows(len(found.items), args.limit, args.sample or None, args.seed)
+    numbers = inspect.chosen_rows(len(found.items), args.limit, args.sample or None, args.seed)
     shown = numbers[:: max(1, len(numbers) // max(1, args.images))][: args.images]
-    loader = DataLoader(
-        Thumbnails(found.items, shown, SIDE), None, sampler=numbers, num_workers=args.num_workers, collate_fn=_same
-    )
-    report, kept = summary(_counted(loader, len(numbers)), tokenizers, found.resolution, found.buckets)
+    items = inspect.Thumbnails(found.items, shown, SIDE)
+    loader = DataLoader(items, batch_size=None, sampler=numbers, num_workers=args.num_workers)
+    report, kept = inspect.summary(_counted(loader, len(numbers)), tokenizers, found.resolution, found.buckets)
     kept = [item for item in kept if item.row in set(shown)]
     if found.latents is not None:
-        known, latents = latents_summary(found.latents, shown)
+        known, latents = inspect.latents_summary(found.latents, shown)
         report["rejected"] = known.pop("rejected") | report["rejected"]
         report["rejects"] = known.pop("rejects") + report["rejects"]
         report |= known
@@ -163,25 +150,21 @@ def inspect_part(
             for item, tensor in zip(kept, latents, strict=True):
                 with torch.no_grad():
                     images = codec.to(args.device).decode(tensor[None].to(args.device))
-                item.pixels = thumbnail(to_uint8(images)[0], SIDE)
+                item.pixels = inspect.thumbnail(to_uint8(images)[0], SIDE)
     about = {"source": data.source, "license": data.license, "card": data.card} | found.about
     looked = {"rows": len(found.items), "inspected": len(numbers), "limit": args.limit, "sample": args.sample}
     report = about | looked | {"seed": args.seed} | report
 
     out.mkdir(parents=True, exist_ok=True)
-    text = as_text(report)
+    text = inspect.as_text(report)
     print(text, flush=True)
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if any(item.pixels is not None for item in kept):
-        save_png(contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})
+        save_png(inspect.contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})
     elif args.images:
         way = "; --decode decodes its latents, with -c of its experiment" * (found.latents is not None)
         print(f"No contact sheet: there are no images in it{way}.")
     print(f"written: {out}", flush=True)
-
-
-def _same(item: Item) -> Item:
-    return item
 
 
 def _counted(loader: DataLoader, total: int) -> Iterator[Item]:

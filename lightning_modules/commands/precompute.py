@@ -20,22 +20,12 @@ from lightning_modules.runs import instantiate
 
 def precompute_parser() -> ArgumentParser:
     parser = ArgumentParser("emmdit precompute", description=precompute.__doc__, exit_on_error=False)
-    parser.add_argument(
-        "-c",
-        "--config",
-        action=ActionConfigFile,
-        help="experiments/data, then experiments/precompute and a trainer's file",
-    )
-    parser.add_subclass_arguments(
-        CaptionedImagesDataModule, "data", required=True, help="the source, as a file of experiments/data"
-    )
+    use = "files of experiments/data, then experiments/precompute and experiments/trainer"
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=use)
+    parser.add_subclass_arguments(CaptionedImagesDataModule, "data", required=True, help="the source")
     parser.add_argument("--codec", type=ImageCodec, help="autoencoder that encodes the images")
-    parser.add_argument(
-        "--text", type=TextConditioner | None, help="encoder of text features to store, too: 512 KiB a sample"
-    )
-    parser.add_argument(
-        "--vision", type=VisionFeatures | None, help="encoder of vision features to store, too: 384 KiB a sample"
-    )
+    parser.add_argument("--text", type=TextConditioner | None, help="stores text features, too: 512 KiB a sample")
+    parser.add_argument("--vision", type=VisionFeatures | None, help="stores vision features, too: 384 KiB a sample")
     parser.add_argument("--out", required=True, help="folder of the result; rerun with the same folder to resume")
     parser.add_class_arguments(Settings, skip={"image_column", "caption_columns"})
     parser.add_argument("--caption_columns", type=list[str] | None, help="several captions; by default the data's")
@@ -75,13 +65,8 @@ def precompute(argv: list[str]) -> None:
 
 def report(manifest: dict, out: Path) -> None:
     """Printed by the rank that ends last; by several, if they end together."""
-    counts = manifest["counts"]
-    rejected = sum(counts["rejected"].values())
-    print(
-        f"{counts['samples']:,} samples of {counts['rows']:,} rows in {len(manifest['shards'])} shards: {out}",
-        flush=True,
-    )
-    if rejected:
-        print(
-            f"{rejected:,} rows rejected, listed in {out}/rejects.jsonl: {json.dumps(counts['rejected'])}", flush=True
-        )
+    counts, shards = manifest["counts"], len(manifest["shards"])
+    print(f"{counts['samples']:,} samples of {counts['rows']:,} rows in {shards} shards: {out}", flush=True)
+    if rejected := sum(counts["rejected"].values()):
+        reasons = json.dumps(counts["rejected"])
+        print(f"{rejected:,} rows rejected, listed in {out}/rejects.jsonl: {reasons}", flush=True)

@@ -1,4 +1,4 @@
-"""Generated data set: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
+"""Generated dataset: prompts to images in webdataset tars or parquet files, each image a function of its own seed.
 
 Unlike `emmdit.evaluation.image_set.ImageSet`, which keeps one folder a prompt in GenEval's layout, this writes shards:
 ten million images are ten thousand files.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emmdit.data.images import InvalidSample, first_line
 from emmdit.data.precompute.job import ResumableJob
+from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source, select_columns, value
 from emmdit.files import to_uint8
 
@@ -47,7 +48,7 @@ class Prompts:
     ) -> None:
         rows = open_source(source, split, data_files, revision)
         self.column = "prompt" if rows.column_names == ["prompt"] else column
-        self.rows = select_columns(rows, {"prompt": self.column}, source)
+        self.rows = select_columns(rows, {"prompt": self.column}, source, "prompts.column")
         last = len(self.rows) if count is None else min(first + count, len(self.rows))
         if first < 0 or first >= last:
             raise ValueError(f"'{source}' has {len(self.rows)} prompts: there are none from number {first} on.")
@@ -90,7 +91,7 @@ def generate(
 
     Args:
         model: prompts and seeds to images (B, 3, H, W) in [-1, 1].
-        made_with: pipeline, weights and sampling settings, fit for JSON: a folder begun with others is refused.
+        made_with: pipeline, weights and sampling settings, fit for JSON: a folder started with others is refused.
         quality: of the JPEGs.
         rows_per_shard: prompts in one file; a kill costs each rank at most one file.
         kind: "tar" or "parquet".
@@ -112,7 +113,7 @@ def generate(
                 try:
                     good.append((row, prompts[row]))
                 except InvalidSample as error:
-                    rejects.append(_reject(row, error.reason, first_line(error)))
+                    rejects.append(Item(row, f"{row:09d}", error.reason, first_line(error)).reject())
             done += len(rejects)
             for first in range(0, len(good), batch_size):
                 chunk = good[first : first + batch_size]
@@ -122,7 +123,7 @@ def generate(
                 pixels = to_uint8(images.nan_to_num())
                 for (row, prompt), image, fine in zip(chunk, pixels, finite, strict=True):
                     if not fine or image.min() == image.max():  # overflow in float16, or a safety checker
-                        rejects.append(_reject(row, "blank image", prompt[:80]))
+                        rejects.append(Item(row, f"{row:09d}", "blank image", prompt[:80]).reject())
                     else:
                         made.append(_record(row, prompt, seed + row, image, quality))
                 done += len(chunk)
@@ -130,10 +131,6 @@ def generate(
                     progress(done, total)
             job.commit(unit, lambda path, made=made: WRITERS[kind](path, made), len(made), rejects)
         return job.manifest(about)
-
-
-def _reject(row: int, reason: str, detail: str) -> dict[str, Any]:
-    return {"row": row, "key": f"{row:09d}", "reason": reason, "detail": detail}
 
 
 def _record(row: int, prompt: str, seed: int, image: np.ndarray, quality: int) -> dict[str, Any]:

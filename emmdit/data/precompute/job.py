@@ -31,7 +31,7 @@ class ResumableJob:
 
     Args:
         folder: of the result; made if need be.
-        plan: all that determines the result, fit for JSON. A folder begun with another plan is refused.
+        plan: all that determines the result, fit for JSON. A folder started with another plan is refused.
         total: number of rows in the source.
         rows_per_shard: rows in a unit. A kill costs each rank at most one.
         suffix: of the files.
@@ -93,7 +93,7 @@ class ResumableJob:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{self.folder} was begun with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
+                    f"{self.folder} was started with {key} {found.get(key)!r}, now it is {wanted.get(key)!r}: choose "
                     "another folder, or resume with the same settings."
                 )
 
@@ -122,12 +122,7 @@ class ResumableJob:
         return [unit for unit in range(self.rank, self.units, self.world) if unit not in self.done]
 
     def commit(
-        self,
-        unit: int,
-        write: Callable[[Path], None],
-        samples: int,
-        rejects: list[dict[str, Any]],
-        **more: Any,
+        self, unit: int, write: Callable[[Path], None], samples: int, rejects: list[dict[str, Any]], **more: Any
     ) -> None:
         """Write the unit's file by `write(path)` (none where no sample is left), and record it in the journal."""
         rows = self.rows(unit)
@@ -152,21 +147,19 @@ class ResumableJob:
 
     # -- the result ----------------------------------------------------------------------------------
 
-    def records(self) -> list[dict[str, Any]] | None:
-        """Of all units in their order, by all ranks; None as long as some are not done."""
-        self.done = self._read_journals()
-        return [self.done[unit] for unit in range(self.units)] if len(self.done) == self.units else None
-
     def manifest(self, about: dict[str, Any]) -> dict[str, Any] | None:
-        """Write manifest.json and rejects.jsonl when all units are done, else None.
+        """Write manifest.json and rejects.jsonl when all ranks' units are done, else None.
 
         Several ranks may do it at once: they write the same.
         """
-        records = self.records()
-        if records is None:
+        self.done = self._read_journals()
+        if len(self.done) < self.units:
             return None
+        records = [self.done[unit] for unit in range(self.units)]
         rejects = [reject for record in records for reject in record["rejects"]]
         shards = [record for record in records if record["file"]]
+        if shards and "tensors" in shards[0]:
+            about = about | {"columns": shards[0]["tensors"]}
         manifest = {
             **about,
             "counts": {

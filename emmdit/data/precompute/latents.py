@@ -1,4 +1,4 @@
-"""Latents data set: a folder made by `emmdit precompute` as training samples."""
+"""Latents dataset: a folder made by `emmdit precompute` as training samples."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LatentsDataset(Dataset):
         """Reads and decodes a batch at once: a call for each row costs more than its bytes."""
         for index in indices:
             if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} is outside this data set of {len(self)} samples.")
+                raise IndexError(f"sample {index} is outside this dataset of {len(self)} samples.")
         numbers = [self.first + int(index) for index in indices]
         stored = self.rows[numbers]
         codec, columns = self.manifest["codec"], self.manifest["columns"]
@@ -95,25 +95,19 @@ class LatentsDataset(Dataset):
         if "height" in stored:
             sizes = list(zip(stored["height"], stored["width"], strict=True))
         grids = [(codec["latent_channels"], h // codec["downsample"], w // codec["downsample"]) for h, w in sizes]
-        samples: list[dict[str, Any]] = [
-            {"sample_id": index, "caption": caption, "latents": latents}
-            for index, caption, latents in zip(
-                indices, stored["caption"], self._tensors("latents", stored, grids, numbers, torch.float32), strict=True
-            )
-        ]
+        texts = zip(indices, stored["caption"], strict=True)
+        samples: list[dict[str, Any]] = [{"sample_id": index, "caption": caption} for index, caption in texts]
         for sample, captions in zip(samples, stored.get("captions", ()), strict=False):
             if pairs := candidates(captions, self.caption_weights):
                 sample |= {"caption": pairs[0][0], "captions": pairs}
+        shapes: dict[str, list[tuple[int, ...]]] = {"latents": grids}
         if "features" in stored:  # their number depends on the image's size
-            shapes = [(-1, columns["features"]["shape"][-1])] * len(numbers)
-            found = self._tensors("features", stored, shapes, numbers, torch.float32)
-            for sample, features in zip(samples, found, strict=True):
-                sample["features"] = features
-        for name in stored:
-            if name.startswith("text."):
-                found = self._tensors(name, stored, [tuple(columns[name]["shape"])] * len(numbers), numbers)
-                for sample, tensor in zip(samples, found, strict=True):
-                    sample.setdefault("condition", {})[name.removeprefix("text.")] = tensor
+            shapes["features"] = [(-1, columns["features"]["shape"][-1])] * len(numbers)
+        shapes |= {name: [tuple(columns[name]["shape"])] * len(numbers) for name in stored if name.startswith("text.")}
+        for name, each in shapes.items():
+            for sample, tensor in zip(samples, self._tensors(name, stored[name], each, numbers), strict=True):
+                into = sample.setdefault("condition", {}) if name.startswith("text.") else sample
+                into[name.removeprefix("text.")] = tensor
         if "image" in stored:
             for sample, image, size, number in zip(samples, stored["image"], sizes, numbers, strict=True):
                 try:
@@ -123,24 +117,17 @@ class LatentsDataset(Dataset):
         return samples
 
     def _tensors(
-        self,
-        name: str,
-        stored: dict[str, list[Any]],
-        shapes: list[tuple[int, ...]],
-        numbers: list[int],
-        dtype: torch.dtype | None = None,
+        self, name: str, stored: list[bytes | None], shapes: list[tuple[int, ...]], numbers: list[int]
     ) -> list[torch.Tensor]:
-        """One column's tensors, decoded (and brought to `dtype`) together."""
+        """One column's tensors, decoded together; text keeps its type, the others become float32."""
         kept = getattr(torch, self.manifest["columns"][name]["dtype"])
-        for data, shape, number in zip(stored[name], shapes, numbers, strict=True):
-            unit = kept.itemsize * abs(math.prod(shape))
-            if data is None or not len(data) or (len(data) % unit if -1 in shape else len(data) != unit):
-                held = 0 if data is None else len(data)
+        for data, shape, number in zip(stored, shapes, numbers, strict=True):
+            unit, held = kept.itemsize * abs(math.prod(shape)), len(data or b"")
+            if not held or (held % unit if -1 in shape else held != unit):
                 raise ValueError(self._unreadable(number, f"its {name} of {held:,} bytes are not of shape {shape}"))
-        lengths = [len(data) // kept.itemsize for data in stored[name]]
-        values = torch.frombuffer(bytearray().join(stored[name]), dtype=kept).to(dtype or kept)
-        if len(set(shapes)) == len(set(lengths)) == 1:
-            return list(values.view(len(shapes), *shapes[0]).unbind())
+        lengths = [len(data) // kept.itemsize for data in stored]
+        values = torch.frombuffer(bytearray().join(stored), dtype=kept)
+        values = values if name.startswith("text.") else values.float()
         return [part.view(shape) for part, shape in zip(values.split(lengths), shapes, strict=True)]
 
     def _unreadable(self, number: int, why: str) -> str:

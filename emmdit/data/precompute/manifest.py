@@ -40,13 +40,9 @@ def describe(encoder: Any) -> dict[str, Any]:
     hashes = [weights_hash(part.model) for part in parts if isinstance(getattr(part, "model", None), nn.Module)]
     found["dtype"] = str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch.")
     found["weights_sha256"] = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    for name in ("latent_channels", "downsample", "scaling_factor", "shift_factor", "sample", "tiling"):
-        if hasattr(encoder, name):
-            found[name] = getattr(encoder, name)
-    for name in ("max_length", "caption_channels", "feature_dim", "image_size", *TEXT_SETTINGS):
-        if hasattr(encoder, name):
-            found[name] = getattr(encoder, name)
-    return found
+    names = ("latent_channels", "downsample", "scaling_factor", "shift_factor", "sample", "tiling")
+    names += ("max_length", "caption_channels", "feature_dim", "image_size", *TEXT_SETTINGS)
+    return found | {name: getattr(encoder, name) for name in names if hasattr(encoder, name)}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,7 @@ def precompute(
             f"Images of resolution {settings.resolution} do not fit {type(codec).__name__}, whose sides divide by "
             f"{codec.downsample}: change the resolution."
         )
-    columns = {"image": settings.image_column}
-    columns |= {f"caption {i}" if i else "caption": name for i, name in enumerate(settings.caption_columns)}
+    columns = {"image": settings.image_column, "caption": settings.caption_columns}
     rows = select_columns(rows, columns, str(source.get("source", "the source")))
     encoders = {"codec": codec, "text": text, "vision": vision}
     encoders = {name: encoder.to(device) for name, encoder in encoders.items() if encoder is not None}
@@ -187,47 +186,32 @@ def precompute(
         "scaling": "as codec.encode gives them: (raw - shift_factor) * scaling_factor",
     }
     with ResumableJob(out, about, len(rows), settings.rows_per_shard, ".arrow", rank, world) as job:
-        _work(job, Items(rows, settings), settings, encoders, torch.device(device), num_workers, progress)
+        # Batches never span units, so they are the same for any number of ranks.
+        batches = [
+            (unit, job.rows(unit)[first : first + settings.batch_size])
+            for unit in job.pending()
+            for first in range(0, len(job.rows(unit)), settings.batch_size)
+        ]
+        total, done = sum(len(part) for _, part in batches), 0
+        sampler = [part for _, part in batches]
+        loader = DataLoader(Items(rows, settings), batch_sampler=sampler, num_workers=num_workers, collate_fn=list)
+        kept: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        tensors: dict[str, Any] = {}
+        for (unit, part), batch in zip(batches, loader, strict=True):
+            good = [item for item in batch if not item.reason]
+            for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
+                alike = [item for item in good if item.pixels.shape == shape]
+                tensors |= _encode(alike, settings, encoders, torch.device(device), kept, part[0])
+            rejects += [item.reject() for item in batch if item.reason]
+            done += len(batch)
+            if part.stop == job.rows(unit).stop:
+                made = sorted(kept, key=lambda record: record["sample_id"])
+                job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
+                kept, rejects = [], []
+            if progress is not None:
+                progress(done, total)
         return finish(job, about)
-
-
-def _batches(job: ResumableJob, units: list[int], size: int) -> Iterator[tuple[int, bool, list[int]]]:
-    """(unit, whether it ends here, rows): batches never span units, so they are the same for any number of ranks."""
-    for unit in units:
-        rows = job.rows(unit)
-        for first in range(0, len(rows), size):
-            yield unit, first + size >= len(rows), list(rows[first : first + size])
-
-
-def _work(
-    job: ResumableJob,
-    items: Items,
-    settings: Settings,
-    encoders: dict[str, Any],
-    device: torch.device,
-    num_workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    units = job.pending()
-    total, done = sum(len(job.rows(unit)) for unit in units), 0
-    numbers = (rows for *_, rows in _batches(job, units, settings.batch_size))
-    loader = DataLoader(items, batch_sampler=numbers, num_workers=num_workers, collate_fn=list)
-    kept: list[dict[str, Any]] = []
-    rejects: list[dict[str, Any]] = []
-    tensors: dict[str, Any] = {}
-    for (unit, last, rows), batch in zip(_batches(job, units, settings.batch_size), loader, strict=True):
-        good = [item for item in batch if not item.reason]
-        for shape in sorted({item.pixels.shape for item in good}):  # one, or that of each bucket
-            alike = [item for item in good if item.pixels.shape == shape]
-            tensors |= _encode(alike, settings, encoders, device, kept, rows[0])
-        rejects += [item.reject() for item in batch if item.reason]
-        done += len(batch)
-        if last:
-            made = sorted(kept, key=lambda record: record["sample_id"])
-            job.commit(unit, lambda path, made=made: write_arrow(path, made), len(made), rejects, tensors=tensors)
-            kept, rejects = [], []
-        if progress is not None:
-            progress(done, total)
 
 
 def _encode(
@@ -259,16 +243,9 @@ def _encode(
             item.reason, item.detail = "non-finite latents", f"in {settings.dtype}"
             continue
         height, width = item.pixels.shape[:2]
-        record = {
-            "sample_id": item.row,
-            "key": item.key,
-            "caption": caption,
-            "captions": item.captions if len(item.captions) > 1 else [],
-            "width": width,
-            "height": height,
-            "original_width": item.original[0],
-            "original_height": item.original[1],
-        }
+        record = {"sample_id": item.row, "key": item.key, "caption": caption}
+        record |= {"captions": item.captions if len(item.captions) > 1 else [], "width": width, "height": height}
+        record |= {"original_width": item.original[0], "original_height": item.original[1]}
         if settings.keep_images is not None:
             buffer = io.BytesIO()
             Image.fromarray(item.pixels).save(buffer, "JPEG", quality=settings.keep_images)
@@ -283,53 +260,34 @@ def _encode(
 
 def write_arrow(path: Path, records: list[dict[str, Any]], batch_bytes: int = 32 << 20) -> None:
     """An Arrow stream file as `datasets` keeps it, in record batches that are mapped one by one."""
+    import datasets
     import pyarrow as pa
 
-    schema = features_of(records[0]).arrow_schema
+    kinds = {int: datasets.Value("int64"), str: datasets.Value("string"), bytes: datasets.Value("binary")}
+    kinds |= {list: datasets.List(datasets.Value("string")), dict: datasets.Image()}
+    types = {name: kinds[type(found)] for name, found in records[0].items()}
+    types |= {name: datasets.Value("int32") for name in types if name.endswith(("width", "height"))}
+    schema = datasets.Features(types).arrow_schema
     size = sum(len(v) for v in records[0].values() if isinstance(v, (bytes, str))) + 64
     step = max(1, min(1000, batch_bytes // size))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for first in range(0, len(records), step):
-            chunk = records[first : first + step]
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-
-
-def features_of(record: dict[str, Any]) -> Any:
-    """The columns' types as `datasets` names them."""
-    import datasets
-
-    kinds = {int: "int64", str: "string", bytes: "binary"}
-    features: dict[str, Any] = {}
-    for name, found in record.items():
-        if name == "image":
-            features[name] = datasets.Image()
-        elif isinstance(found, list):
-            features[name] = datasets.List(datasets.Value("string"))
-        else:
-            kind = "int32" if name.endswith(("width", "height")) else kinds[type(found)]
-            features[name] = datasets.Value(kind)
-    return datasets.Features(features)
+            writer.write_table(pa.Table.from_pylist(records[first : first + step], schema=schema))
 
 
 def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
     import datasets
-    import pyarrow as pa
 
-    records = job.records()
-    if records is None:
-        return None
-    shards = [record for record in records if record["file"]]
-    tensors = shards[0]["tensors"] if shards else {}
-    manifest = job.manifest({**about, "columns": tensors})
-    if shards:
-        with pa.memory_map(str(job.folder / shards[0]["file"])) as source:
-            schema = pa.ipc.open_stream(source).schema
-        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
-        info.write_to_directory(str(job.folder))
-        state = {name: None for name in ("_format_columns", "_format_type", "_split")}
-        state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
-        state["_data_files"] = [{"filename": shard["file"]} for shard in shards]
-        with atomic_path(job.folder / "state.json") as part:
-            part.write_text(json.dumps(state, indent=1) + "\n")
+    manifest = job.manifest(about)
+    if manifest is None or not manifest["shards"]:
+        return manifest
+    files = [shard["file"] for shard in manifest["shards"]]
+    features = datasets.Dataset.from_file(str(job.folder / files[0])).features
+    datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
+    state = {name: None for name in ("_format_columns", "_format_type", "_split")}
+    state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
+    state["_data_files"] = [{"filename": file} for file in files]
+    with atomic_path(job.folder / "state.json") as part:
+        part.write_text(json.dumps(state, indent=1) + "\n")
     return manifest

@@ -30,18 +30,15 @@ class FolderRows(Rows):
         self.column_names = ["image", "file_name", "caption", "json"]
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        """A folder with at least one image with a caption file, and no metadata file, which `datasets` reads."""
+    def open(cls, source: Source) -> FolderRows | None:
+        """Of a folder with at least one image with a caption file, and no metadata file, which `datasets` reads."""
         path = source.path
         if not path.is_dir() or source.data_files is not None or any(path.rglob("metadata.*")):
-            return False
+            return None
         if any(source.files(suffix) for suffix in (".parquet", ".arrow")):
-            return False
-        return any(image.with_suffix(kind).is_file() for image in _images(path) for kind in (".txt", ".json"))
-
-    @classmethod
-    def open(cls, source: Source) -> FolderRows:
-        return cls(source.path)
+            return None
+        captioned = (image.with_suffix(kind) for image in _images(path) for kind in (".txt", ".json"))
+        return cls(path) if any(file.is_file() for file in captioned) else None
 
     @property
     def fingerprint(self) -> str:

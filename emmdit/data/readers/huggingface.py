@@ -32,10 +32,6 @@ class HuggingFaceRows(Rows):
         self.column_names = table.column_names
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        return True
-
-    @classmethod
     def open(cls, source: Source) -> HuggingFaceRows:
         return cls(_open(source))
 
@@ -49,9 +45,6 @@ class HuggingFaceRows(Rows):
 
     def select_columns(self, names: Sequence[str]) -> HuggingFaceRows:
         return HuggingFaceRows(self.table.select_columns(list(names)))
-
-    def column(self, name: str) -> Sequence[Any]:
-        return self.table.select_columns([name]).with_format("numpy")[:][name]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -100,12 +93,12 @@ def _load(source: Source, **how: Any) -> Any:
         return _guarded(name, files, lambda: datasets.load_dataset(split=source.split, **how))
     except ConnectionError as error:
         raise OSError(
-            f"The data set '{name}' is not in the local cache and the hub cannot be reached: check the "
+            f"The dataset '{name}' is not in the local cache and the hub cannot be reached: check the "
             "network and HF_HUB_OFFLINE, or give a local folder or parquet files."
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"'{name}' is not a data set of the Hugging Face hub that you may read: check the spelling, or "
+            f"'{name}' is not a dataset of the Hugging Face hub that you may read: check the spelling, or "
             f"accept its terms at https://huggingface.co/datasets/{name} and run `hf auth login`."
         ) from error
 
@@ -120,7 +113,7 @@ def _guarded(name: str, files: Iterable[Any], load: Callable[[], Any]) -> Any:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         broken = next(filter(None, map(_fault, sorted(map(str, files)))), first_line(error))
-        raise ValueError(f"'{name}' cannot be opened as a data set: {broken}.") from error
+        raise ValueError(f"'{name}' cannot be opened as a dataset: {broken}.") from error
 
 
 def _fault(file: str) -> str | None:

@@ -16,11 +16,9 @@ class TextLines(Rows):
         self.lines = lines
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        return source.path.suffix == ".txt" and source.path.is_file()
-
-    @classmethod
-    def open(cls, source: Source) -> TextLines:
+    def open(cls, source: Source) -> TextLines | None:
+        if source.path.suffix != ".txt" or not source.path.is_file():
+            return None
         return cls(source.path.read_text(encoding="utf-8").splitlines())
 
     @property

@@ -15,6 +15,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,17 +56,17 @@ class MDSDataset(Rows):
         if not indices[0].is_file():
             indices = sorted(self.root.rglob("index.json"))
         if not indices:
-            raise FileNotFoundError(f"There is no index.json in '{root}': name the folder of an MDS data set.")
+            raise FileNotFoundError(f"There is no index.json in '{root}': name the folder of an MDS dataset.")
         self.shards = [_Shard(index.parent, entry) for index in indices for entry in _entries(index)]
         self.shards = [shard for shard in self.shards if shard.samples]
         if not self.shards:
-            raise ValueError(f"The MDS data set '{root}' has no samples.")
+            raise ValueError(f"The MDS dataset '{root}' has no samples.")
         self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
         first = self.shards[0]
         for shard in self.shards:
             if shard.encodings != first.encodings:
                 raise ValueError(
-                    f"{shard.path} has other columns ({_listed(shard)}) than {first.path.name} ({_listed(first)}): "
+                    f"{shard.path} has other columns ({shard.encodings}) than {first.path.name} ({first.encodings}): "
                     "read their folders one by one."
                 )
         self.column_names = list(first.encodings)
@@ -76,20 +77,16 @@ class MDSDataset(Rows):
             self.column_names = list(columns)
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        """A folder with an index, or with folders that have one and no files of another format."""
+    def open(cls, source: Source) -> MDSDataset | None:
+        """Of a folder with an index, or with folders that have one and no files of another format."""
         path = source.path
         if not path.is_dir() or source.data_files is not None:
-            return False
-        if any((folder / "index.json").is_file() for folder in (path / source.split, path)):
-            return True
+            return None
+        for folder in (path / source.split, path):
+            if (folder / "index.json").is_file():
+                return cls(folder)
         others = any(source.files(suffix) for suffix in (".parquet", ".tar", ".arrow"))
-        return not others and any(path.glob("*/index.json"))
-
-    @classmethod
-    def open(cls, source: Source) -> MDSDataset:
-        split = source.path / source.split
-        return cls(split if (split / "index.json").is_file() else source.path)
+        return cls(path) if not others and any(path.glob("*/index.json")) else None
 
     @property
     def fingerprint(self) -> str:
@@ -106,9 +103,9 @@ class MDSDataset(Rows):
             try:
                 row[name] = shard.decoders[name](data)
             except Exception as error:
-                raise InvalidSample(
-                    f"{shard.path.name}, sample {sample}, column '{name}': {first_line(error)}"
-                ) from error
+                why = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else "corrupt"
+                where = f"{shard.path.name}, sample {sample}, column '{name}'"
+                raise InvalidSample(f"{where}: {first_line(error)}", why) from error
         return row
 
     def raw(self, index: int) -> dict[str, bytes]:
@@ -125,7 +122,7 @@ class MDSDataset(Rows):
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside this data set of {len(self)} rows.")
+            raise IndexError(f"row {index} is outside this dataset of {len(self)} rows.")
         number = bisect_right(self._starts, index) - 1
         return self.shards[number], index - self._starts[number]
 
@@ -163,9 +160,7 @@ class _Shard:
             _unpack(self.packed, self.path)
         if self.path.stat().st_size < 4 * (self.samples + 2):
             raise InvalidSample(f"the shard {self.path} is truncated: not even its table of samples is whole")
-        data = np.asarray(
-            np.memmap(self.path, mode="r")
-        )  # a plain array: a slice of a memmap costs more than its bytes
+        data = np.asarray(np.memmap(self.path, mode="r"))  # a slice of a memmap costs more than its bytes
         count = int(data[:4].view("<u4")[0])
         if count != self.samples:
             raise InvalidSample(f"the shard {self.path} has {count} samples, index.json says {self.samples}")
@@ -206,10 +201,6 @@ def _inside(name: str) -> PurePosixPath:
     return path
 
 
-def _listed(shard: _Shard) -> str:
-    return ", ".join(f"{name}: {encoding}" for name, encoding in shard.encodings.items())
-
-
 def _unpack(packed: Path, path: Path) -> None:
     """Beside the packed file, once, so that samples can be read in any order."""
     import pyarrow as pa
@@ -238,46 +229,46 @@ def _decoder(name: str, encoding: str) -> Callable[[bytes], Any]:
             f"its column '{name}' is pickled (pkl), and unpickling runs code from the file: write it as bytes or json"
         )
     if kind == "ndarray":
-        return _array_decoder(detail)
-    simple: dict[str, Callable[[bytes], Any]] = {
-        "bytes": bytes,
-        "str": lambda data: data.decode("utf-8"),
-        "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
-        "str_int": lambda data: int(data.decode("utf-8")),
-        "str_float": lambda data: float(data.decode("utf-8")),
-        "str_decimal": lambda data: Decimal(data.decode("utf-8")),
-        "json": lambda data: json.loads(data.decode("utf-8")),
-        "jpeg": lambda data: Image.open(io.BytesIO(data)),
-        "png": lambda data: Image.open(io.BytesIO(data)),
-        "pil": _pil,
-    }
-    if kind in simple:
-        return simple[kind]
+        return partial(_array, *detail.split(":")) if detail else _array
     if kind in _SCALARS:
-        dtype = _SCALARS[kind].newbyteorder("<")
-        return lambda data: np.frombuffer(data, dtype)[0]
-    raise ValueError(f"the encoding '{encoding}' of its column '{name}' is not known")
+        return lambda data: np.frombuffer(data, _SCALARS[kind].newbyteorder("<"))[0]
+    if kind not in _DECODERS:
+        raise ValueError(f"the encoding '{encoding}' of its column '{name}' is not known")
+    return _DECODERS[kind]
 
 
-def _array_decoder(detail: str) -> Callable[[bytes], np.ndarray]:
+def _array(*given: bytes | str) -> np.ndarray:
     """`ndarray`, `ndarray:float16` or `ndarray:float16:128,2048`: what is not said here stands before the values."""
-    given = detail.split(":") if detail else []
-    fixed_dtype = _SCALARS[given[0]] if given else None
-    fixed_shape = tuple(int(n) for n in given[1].split(",")) if len(given) > 1 else None
+    *said, data = given
+    dtype = _SCALARS[said[0]] if said else None
+    shape = tuple(int(n) for n in said[1].split(",")) if len(said) > 1 else None
+    if dtype is None:
+        dtype, data = _ARRAY_DTYPES[data[0]], data[1:]
+    if shape is None:  # the upper six bits: number of axes; the lower two: bytes of a length, as a power of 2
+        width, axes = 1 << (data[0] & 3), data[0] >> 2
+        shape = tuple(np.frombuffer(data, f"<u{width}", axes, offset=1).tolist())
+        data = data[1 + width * axes :]
+    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
 
-    def decode(data: bytes) -> np.ndarray:
-        dtype, shape = fixed_dtype, fixed_shape
-        if dtype is None:
-            dtype, data = _ARRAY_DTYPES[data[0]], data[1:]
-        if shape is None:  # the upper six bits: number of axes; the lower two: bytes of a length, as a power of 2
-            width, axes = 1 << (data[0] & 3), data[0] >> 2
-            shape = tuple(np.frombuffer(data, f"<u{width}", axes, offset=1).tolist())
-            data = data[1 + width * axes :]
-        return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
 
-    return decode
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
 def _pil(data: bytes) -> Image.Image:
     width, height, length = np.frombuffer(data, "<u4", 3).tolist()
     return Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "str": bytes.decode,
+    "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
+    "str_int": int,
+    "str_float": float,
+    "str_decimal": lambda data: Decimal(data.decode()),
+    "json": json.loads,
+    "jpeg": _image,
+    "png": _image,
+    "pil": _pil,
+}

@@ -1,7 +1,8 @@
-"""Opening of a data set by its name: the list of readers, and access to columns."""
+"""Opening of a dataset by its name: the list of readers, and access to columns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -34,20 +35,31 @@ def open_source(
         FileNotFoundError, OSError, ValueError: one sentence that says what to do.
     """
     named = Source(source, split, data_files, revision)
-    return next(reader for reader in READERS if reader.matches(named)).open(named)
+    return next(rows for reader in READERS if (rows := reader.open(named)) is not None)
 
 
-def select_columns(rows: Rows, columns: dict[str, str], source: str) -> Rows:
-    """Only the columns that are read. ValueError if one does not exist."""
+def select_columns(
+    rows: Rows, columns: dict[str, str | Sequence[str]], source: str, setting: str = "{}_column"
+) -> Rows:
+    """Only the columns that are read.
+
+    Args:
+        columns: what they hold (image, caption, latents, ...) to their name or names.
+        setting: that names the column of a kind, for the message.
+
+    Raises:
+        ValueError: one does not exist.
+    """
     used = set()
-    for kind, column in columns.items():
-        name = column if column in rows.column_names else column.partition(".")[0]
-        if name not in rows.column_names:
-            raise ValueError(
-                f"'{source}' has no {kind} column '{column}': set {kind}_column to one of "
-                f"{', '.join(rows.column_names)}."
-            )
-        used.add(name)
+    for kind, names in columns.items():
+        for column in [names] if isinstance(names, str) else names:
+            name = column if column in rows.column_names else column.partition(".")[0]
+            if name not in rows.column_names:
+                raise ValueError(
+                    f"'{source}' has no {kind} column '{column}': set {setting.format(kind)} to one of "
+                    f"{', '.join(rows.column_names)}."
+                )
+            used.add(name)
     return rows.select_columns(sorted(used))
 
 

@@ -22,9 +22,9 @@ class Source:
 
     Args:
         name: folder, file, glob or hub id.
-        split: of a hub data set or a saved `DatasetDict`; of MDS a folder of that name, if there is one.
-        data_files: a glob or list of globs inside a hub data set or a folder.
-        revision: branch, tag or commit of a hub data set.
+        split: of a hub dataset or a saved `DatasetDict`; of MDS a folder of that name, if there is one.
+        data_files: a glob or list of globs inside a hub dataset or a folder.
+        revision: branch, tag or commit of a hub dataset.
     """
 
     name: str
@@ -63,13 +63,12 @@ class Rows(Dataset, ABC):
 
     @classmethod
     @abstractmethod
-    def matches(cls, source: Source) -> bool:
-        """Whether this reader reads the source; asked in the order of `READERS`."""
+    def open(cls, source: Source) -> Rows | None:
+        """The rows; None where the source is not of this format. Readers are asked in the order of `READERS`.
 
-    @classmethod
-    @abstractmethod
-    def open(cls, source: Source) -> Rows:
-        """FileNotFoundError, OSError or ValueError: one sentence that says what to do."""
+        Raises:
+            FileNotFoundError, OSError, ValueError: one sentence that says what to do.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -91,11 +90,6 @@ class Rows(Dataset, ABC):
         rows = copy.copy(self)
         rows.column_names = list(names)
         return rows
-
-    def column(self, name: str) -> Sequence[Any]:
-        """All values of one column."""
-        rows = self.select_columns([name])
-        return [rows[index][name] for index in range(len(rows))]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Several rows at once, where a format has a faster way than one by one."""

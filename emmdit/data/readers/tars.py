@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import tarfile
 from bisect import bisect_right
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from emmdit.data.images import InvalidSample, first_line
 from emmdit.data.readers.protocol import Rows, Source
@@ -22,6 +24,7 @@ from emmdit.files import atomic_path
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")
+ARRAYS = ("rows", "headers", "members")  # of an index
 
 
 class TarRows(Rows):
@@ -43,8 +46,7 @@ class TarRows(Rows):
         if not self._starts[-1]:
             raise ValueError(f"There are no samples in {self.files[0]}{' and the others' * (len(files) > 1)}.")
         found = {extension for tar in self._tars for extension in tar["extensions"]}
-        self._extensions = sorted(found)
-        names = ["__key__", *self._extensions]
+        names = ["__key__", *sorted(found)]
         names += ["image"] * (bool(found & set(IMAGES)) and "image" not in found)
         names += ["caption"] * ("txt" in found and "caption" not in found)
         self.column_names = names
@@ -54,12 +56,9 @@ class TarRows(Rows):
         return self.__dict__ | {"_handles": {}}
 
     @classmethod
-    def matches(cls, source: Source) -> bool:
-        return bool(source.files(".tar")) and not source.files(".parquet")
-
-    @classmethod
-    def open(cls, source: Source) -> TarRows:
-        return cls(source.files(".tar"))
+    def open(cls, source: Source) -> TarRows | None:
+        files = source.files(".tar")
+        return cls(files) if files and not source.files(".parquet") else None
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +128,7 @@ class TarRows(Rows):
     def _find(self, index: int) -> tuple[int, int]:
         index = int(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is outside this data set of {len(self)} rows.")
+            raise IndexError(f"row {index} is outside this dataset of {len(self)} rows.")
         number = bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
 
@@ -142,21 +141,13 @@ def _key(name: str) -> str:
 
 
 def _indices(files: list[Path]) -> list[dict[str, Any]]:
-    """Of each tar. Ranks that start together share the work: a tar that another one is scanning is left to it, and
-    its index taken when the rest is done."""
-    found: dict[Path, dict[str, Any]] = {}
-    for wait in (False, True):
-        for file in files:
-            if file not in found and (index := _index(file, wait)) is not None:
-                found[file] = index
+    """Of each tar, in an order of each process's own, so that ranks that start together share the work."""
+    found = {file: _index(file) for file in random.SystemRandom().sample(files, len(files))}
     return [found[file] for file in files]
 
 
-def _index(file: Path, wait: bool) -> dict[str, Any] | None:
-    """Rows, members, extensions and faults of one tar; from the cache where it has not changed.
-
-    None where another process is scanning it, unless `wait`.
-    """
+def _index(file: Path) -> dict[str, Any]:
+    """Rows, members, extensions and faults of one tar; from the cache where it has not changed."""
     try:
         stat = file.stat()
     except OSError as error:
@@ -164,39 +155,26 @@ def _index(file: Path, wait: bool) -> dict[str, Any] | None:
     identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "tars").expanduser()
     kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
-    common = {"name": file.name, "size": stat.st_size}
-    if kept.is_file():
-        return common | _kept(kept)
-    lock: FileLock | None = FileLock(kept.with_suffix(".lock"), timeout=-1 if wait else 0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        return None
-    except (OSError, NotImplementedError):
-        lock = None  # a full or read-only home, or one without locks, is no reason to stop: everyone scans alone
-    try:
+    with ExitStack() as held:
+        if not kept.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(kept.with_suffix(".lock")))
+            except (OSError, NotImplementedError):
+                pass  # a full or read-only home, or one without locks, is no reason to stop: everyone scans alone
         if kept.is_file():
-            return common | _kept(kept)
-        found = _scan(file, stat.st_size)
-        about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
-        try:
-            with atomic_path(kept) as part:
-                np.savez(part, about=about, **{name: found[name] for name in ("rows", "headers", "members")})
-        except OSError:
-            pass
-        return common | found
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    with np.load(file, allow_pickle=False) as arrays:
-        about = json.loads(str(arrays["about"]))
-        faults = {int(row): tuple(fault) for row, fault in about["faults"].items()}
-        found = {name: arrays[name] for name in ("rows", "headers", "members")}
-    return found | {"extensions": about["extensions"], "faults": faults}
+            with np.load(kept, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in ARRAYS} | json.loads(str(arrays["about"]))
+            found["faults"] = {int(row): tuple(fault) for row, fault in found["faults"].items()}
+        else:
+            found = _scan(file, stat.st_size)
+            about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
+            try:
+                with atomic_path(kept) as part:
+                    np.savez(part, about=about, **{name: found[name] for name in ARRAYS})
+            except OSError:
+                pass
+    return found | {"name": file.name, "size": stat.st_size}
 
 
 def _scan(file: Path, size: int) -> dict[str, Any]:
