@@ -233,13 +233,7 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_dataset(
-        self,
-        name: str,
-        source: str,
-        license: str,
-        digest: str = "",
-        context: str = "training",
-        card: str = "",
+        self, name: str, source: str, license: str, digest: str = "", context: str = "training", card: str = ""
     ) -> None:
         """Log the data of a run: their origin, license and card, and a digest of their contents."""
         about = {"uri": mask_secrets(source), "license": license, "card": card}

@@ -92,11 +92,7 @@ def save(folder: Path, config: dict, logger=None, **options) -> None:
     callback = SaveConfig(Parser(), config)
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     run = trainer(
-        folder,
-        [callback, checkpoint],
-        max_steps=config["steps"],
-        enable_checkpointing=True,
-        logger=logger or False,
+        folder, [callback, checkpoint], max_steps=config["steps"], enable_checkpointing=True, logger=logger or False
     )
     run.fit(Toy(), **options)
 
@@ -104,10 +100,7 @@ def save(folder: Path, config: dict, logger=None, **options) -> None:
 def test_save_config_twice(tmp_path):
     logger = Metrics(tmp_path)
     save(tmp_path, {"steps": 1, "lr": 0.1}, logger)
-    assert latest_config(tmp_path).read_text() == "steps: 1\nlr: 0.1\n" and logger.params == {
-        "steps": 1,
-        "lr": 0.1,
-    }
+    assert latest_config(tmp_path).read_text() == "steps: 1\nlr: 0.1\n" and logger.params == {"steps": 1, "lr": 0.1}
     last = str(tmp_path / "last.ckpt")
     save(tmp_path, {"steps": 2, "lr": 0.1, "ckpt_path": last}, ckpt_path=last)
     assert (tmp_path / "config.yaml").read_text() == "steps: 1\nlr: 0.1\n"
@@ -115,11 +108,7 @@ def test_save_config_twice(tmp_path):
     save(tmp_path, {"steps": 2, "lr": 0.1, "ckpt_path": None}, ckpt_path=last)  # as before but for the path
     assert latest_config(tmp_path).name == "config-1.yaml"
     save(tmp_path, {"steps": 1, "lr": 0.3})  # a fresh start
-    assert {p.name for p in tmp_path.glob("config*")} == {
-        "config.yaml",
-        "config.yaml.old",
-        "config-1.yaml.old",
-    }
+    assert {p.name for p in tmp_path.glob("config*")} == {"config.yaml", "config.yaml.old", "config-1.yaml.old"}
     assert latest_config(tmp_path).read_text() == "steps: 1\nlr: 0.3\n"
 
 

@@ -184,12 +184,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        (
-            "model_index.json",
-            '"with_mask": false',
-            '"with_mask": true',
-            "with_mask.*False.*True",
-        ),
+        ("model_index.json", '"with_mask": false', '"with_mask": true', "with_mask.*False.*True"),
         ("model_index.json", "emmdit.flow.RectifiedFlow", "emmdit.flow.EpsilonDDPM", "RectifiedFlow.*EpsilonDDPM"),
         ("model_index.json", '"whitening": 0.25', '"whitening": 0.5', r"whitening.*\b0\.25\b.*\b0\.5\b"),
         ("model_index.json", '"cache_size": 4096', '"cache_size": 8', None),

@@ -59,14 +59,7 @@ class Toy(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(
-    folder: Path,
-    steps: int,
-    ckpt_path: str | None = None,
-    model: Toy | None = None,
-    callbacks=(),
-    params=None,
-):
+def fit(folder: Path, steps: int, ckpt_path: str | None = None, model: Toy | None = None, callbacks=(), params=None):
     logger = MLflowLogger(folder, experiment_name="test")
     trainer = pl.Trainer(
         max_steps=steps,
@@ -338,10 +331,7 @@ def test_flatten_config():
     config = {
         "model": {
             "class_path": "x.TextToImage",
-            "init_args": {
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-                "size": [1, 2],
-            },
+            "init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "size": [1, 2]},
         },
         "trainer": {
             "callbacks": [

@@ -48,27 +48,14 @@ def fit(
 ) -> subprocess.CompletedProcess:
     """`emmdit fit` in its own process, as a user would start it."""
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "lightning_modules",
-            "fit",
-            "-c",
-            "experiments/shapes/emmdit.yaml",
-            *TINY,
-        ),
+        *(sys.executable, "-m", "lightning_modules", "fit", "-c", "experiments/shapes/emmdit.yaml", *TINY),
         f"--trainer.default_root_dir={run_dir}",
         f"--trainer.callbacks+={{class_path: tests.recorder.Recorder, init_args: {{folder: {run_dir}/record}}}}",
         f"--trainer.devices={ranks}",
         *extra,
     ]
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -110,11 +97,7 @@ def emmdit(*args: str) -> tuple[int, str]:
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    schedule = (
-        "--trainer.max_steps=8",
-        "--checkpoint.every_n_train_steps=3",
-        "--trainer.val_check_interval=4",
-    )
+    schedule = ("--trainer.max_steps=8", "--checkpoint.every_n_train_steps=3", "--trainer.val_check_interval=4")
     fit(tmp_path / "whole", *schedule)
     kill = f"{{class_path: tests.recorder.Recorder, init_args: {{folder: {tmp_path}/unused, kill_at: 5}}}}"
     killed = fit(tmp_path / "broken", *schedule, f"--trainer.callbacks+={kill}", check=False)
@@ -164,12 +147,7 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
     fit(tmp_path / "ddp", *two, "--trainer.strategy=ddp", ranks=2)
-    fit(
-        tmp_path / "fsdp",
-        *two,
-        "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}",
-        ranks=2,
-    )
+    fit(tmp_path / "fsdp", *two, "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}", ranks=2)
 
     one = read(tmp_path / "one/record")
     for name in ("ddp", "fsdp"):

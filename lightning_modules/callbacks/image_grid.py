@@ -88,12 +88,7 @@ class ImageGrid(Callback):
                 name = f"step_{step:07d}" + (f"_{weights}" if weights else "")
                 path = Path(trainer.default_root_dir, "samples", f"{name}.png")
                 image = grid(images, self.columns, self.scale)
-                settings = {
-                    "step": step,
-                    "seed": self.seed,
-                    "prompts": self.prompts,
-                    "weights": weights or "default",
-                }
+                settings = {"step": step, "seed": self.seed, "prompts": self.prompts, "weights": weights or "default"}
                 save_png(image, path, settings)
                 log_image(trainer, image, key=f"samples_{weights}" if weights else "samples", step=step)
 
@@ -104,10 +99,7 @@ class ImageGrid(Callback):
         numbers = [min(i, len(self.prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
         with trainer.precision_plugin.forward_context():
             images = pl_module.sample(
-                [self.prompts[i] for i in numbers],
-                [self.seed + i for i in numbers],
-                weights=weights,
-                **self.settings,
+                [self.prompts[i] for i in numbers], [self.seed + i for i in numbers], weights=weights, **self.settings
             )
         images = images.float().contiguous()
         if world > 1:

@@ -81,12 +81,7 @@ class NonFinite(Callback):
         where = [name for name, grad in trained if not _finite(grad)][:5]
         folder = trainer.log_dir  # broadcasts
         if trainer.is_global_zero and folder is not None:
-            row = {
-                "step": pl_module.training_steps,
-                "grad_norm": str(norm),
-                "sample_id": ids,
-                "position": positions,
-            }
+            row = {"step": pl_module.training_steps, "grad_norm": str(norm), "sample_id": ids, "position": positions}
             Path(folder).mkdir(parents=True, exist_ok=True)
             with open(Path(folder) / "non_finite.jsonl", "a") as file:
                 file.write(json.dumps({**row, "parameters_on_rank_zero": where}) + "\n")

@@ -114,13 +114,7 @@ def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
     axes = figure.subplots()
     for name, curve in curves.items():
         if curve:
-            axes.plot(
-                list(curve),
-                list(curve.values()),
-                label=name,
-                lw=1,
-                alpha=0.6 if name.startswith("train") else 1,
-            )
+            axes.plot(list(curve), list(curve.values()), label=name, lw=1, alpha=0.6 if name.startswith("train") else 1)
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

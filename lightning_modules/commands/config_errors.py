@@ -5,13 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 
-_WRAPPERS = (
-    "Parser key ",
-    "Does not validate",
-    "Problem with given class_path",
-    "Type typing.",
-    "Type collections.",
-)
+_WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
 _EXPECTED = ("Expected a ", "Expected <class ")
 _BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
 _NOTHING_NAMED = re.compile(r"the following arguments are required: (?:\w+\.)?(?:data|model)\b")

@@ -17,13 +17,7 @@ from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import one_sentence
 from emmdit.legacy import modernize
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import (
-    checkpoint_progress,
-    find_checkpoint,
-    is_diffusers_folder,
-    is_hub_id,
-    sha256_of,
-)
+from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, is_hub_id, sha256_of
 from lightning_modules.commands import options
 from lightning_modules.runs import build_module, read_config
 
