@@ -195,7 +195,9 @@ def _latency(times: Mapping[str, Any]) -> tuple[str, str, list[str], Table]:
     if "peak_memory_mib" in times["student"]:
         columns["peak_memory_mib"] = "peak MiB beyond the weights"
     cells = {name: [times[name][key] for key in columns] for name in ("student", "teacher")}
-    table = [(name, False, [f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in row]) for name, row in cells.items()]
+    table = [
+        (name, False, [f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in row]) for name, row in cells.items()
+    ]
     return "Latency", note, ["network", *columns.values()], table
 
 
