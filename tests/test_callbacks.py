@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.callbacks import NonFinite, ProgressBar, SaveConfig, Throughput
-from lightning_modules.callbacks.progress import clock
 from lightning_modules.callbacks.save_config import write_config
 from lightning_modules.callbacks.throughput import peak_tflops
 from lightning_modules.runs import latest_config
@@ -88,13 +87,11 @@ class Parser:
         return "".join(f"{key}: {value}\n" for key, value in config.items())
 
 
-def save(folder: Path, config: dict, logger=None, **options) -> None:
-    callback = SaveConfig(Parser(), config)
-    checkpoint = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
-    run = trainer(
-        folder, [callback, checkpoint], max_steps=config["steps"], enable_checkpointing=True, logger=logger or False
+def save(folder: Path, config: dict, logger=False, **options) -> None:
+    callbacks = [SaveConfig(Parser(), config), ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)]
+    trainer(folder, callbacks, max_steps=config["steps"], enable_checkpointing=True, logger=logger).fit(
+        Toy(), **options
     )
-    run.fit(Toy(), **options)
 
 
 def test_save_config_twice(tmp_path):
@@ -191,9 +188,6 @@ def test_progress_lines(tmp_path, capsys):
     ]
     assert "images/s" in lines[1] and ":" in lines[1] and " loss " in lines[1]  # a clock
     assert ":" not in lines[4] and lines[5] == "step 5  val/loss 0.25"
-
-
-def test_progress_is_quiet_between(tmp_path, capsys):
     trainer(tmp_path, [ProgressBar(every=1e9)], max_steps=5).fit(Toy())
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
     assert [line.split("  ")[0] for line in lines] == ["step 1/5", "step 5/5"]
@@ -211,7 +205,3 @@ def test_progress_redraws_on_a_terminal(tmp_path, monkeypatch):
         and out.count("\r") >= 3
         and "[####################] step 3/3" in out
     )
-
-
-def test_clock():
-    assert [clock(s) for s in (7, 75, 3675, 90000)] == ["0:07", "1:15", "1:01:15", "1d 1:00:00"]
