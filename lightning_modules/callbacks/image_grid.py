@@ -8,7 +8,6 @@ from pathlib import Path
 
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
 from torch import Tensor
 
 from emmdit.files import grid, save_png
@@ -90,7 +89,9 @@ class ImageGrid(Callback):
                 image = grid(images, self.columns, self.scale)
                 settings = {"step": step, "seed": self.seed, "prompts": self.prompts, "weights": weights or "default"}
                 save_png(image, path, settings)
-                log_image(trainer, image, key=f"samples_{weights}" if weights else "samples", step=step)
+                for logger in trainer.loggers:
+                    if hasattr(logger, "log_image"):
+                        logger.log_image(f"samples_{weights}" if weights else "samples", image, step)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule, weights: str | None) -> Tensor:
         """All images, on every rank."""
@@ -105,9 +106,3 @@ class ImageGrid(Callback):
         if world > 1:
             images = pl_module.all_gather(images).flatten(0, 1)
         return images[: len(self.prompts)].cpu()
-
-
-def log_image(trainer: Trainer, image: Image.Image, key: str, step: int) -> None:
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, image, step)

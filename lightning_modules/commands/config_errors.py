@@ -45,12 +45,8 @@ def sentence(error: BaseException) -> str:
         if following is None or not text.startswith(_WRAPPERS):
             break
         link = following
-    if (
-        text.startswith(("Expected a ", "Expected <class ")) and choices
-    ):  # of the types of a union, the nearest says more
-        text = choices[-1]
-    elif text.startswith(("Expected a ", "Expected <class ")) and types:
-        text = types
+    if text.startswith(_EXPECTED):  # of the types of a union, the nearest says more
+        text = choices[-1] if choices else types or text
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem
 

@@ -6,7 +6,6 @@ are generated and measured in the same way.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -22,7 +21,6 @@ from mlflow.exceptions import MlflowException
 from emmdit.config_text import mask_secrets
 from emmdit.evaluation import ledger
 from emmdit.evaluation.compare import compared
-from emmdit.evaluation.geneval import summary, write_results
 from emmdit.evaluation.image_set import Generate, ImageSet
 from emmdit.evaluation.measure import measure, prepare
 from emmdit.evaluation.metrics.base import ImageMetric
@@ -172,20 +170,12 @@ def run(
         }
     if args.bounds:
         result["columns"] = {name: scores[name].metrics for name in columns if name not in ("model", "teacher")}
-    write(args, result, own.rows, out)
-
-
-def write(args: Namespace, result: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    """The files of an evaluation, its row of the ledger, and its numbers in MLflow."""
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    if rows:
-        write_results(out / "geneval_results.jsonl", rows)
-        (out / "geneval_summary.txt").write_text(f"{summary(rows)}\n")
-    report = write_report(out, result, rows, out / "images")
+    own.write(out, result)
+    report = write_report(out, result, own.rows, out / "images")
     print(text_table(result))
     if args.mlflow:
-        numbers, source = result["metrics"] | pair_metrics(result.get("pair")), result["source"]
-        log_evaluation(training_run(args.ckpt), numbers, source.get("step", 0), report, source)
+        numbers = own.metrics | pair_metrics(result.get("pair"))
+        log_evaluation(training_run(args.ckpt), numbers, model.source.get("step", 0), report, model.source)
     if args.ledger is not None:
         ledger.append(args.ledger, ledger_row(args, result))
     print(report, file=sys.stderr)
