@@ -242,10 +242,10 @@ def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> N
     assert status == 0, told
     expected = json.loads((alone / "evaluation.json").read_text())
     assert pair["metrics"] == expected["metrics"] and pair["teacher"] == expected["source"]
-    drawn = {path.relative_to(alone / "images"): path.read_bytes() for path in (alone / "images").rglob("*.png")}
-    assert len(drawn) == 6
-    assert all((tmp_path / "teacher" / path).read_bytes() == content for path, content in drawn.items())
-    assert any((out / "images" / path).read_bytes() != content for path, content in drawn.items())
+    generated = {path.relative_to(alone / "images"): path.read_bytes() for path in (alone / "images").rglob("*.png")}
+    assert len(generated) == 6
+    assert all((tmp_path / "teacher" / path).read_bytes() == content for path, content in generated.items())
+    assert any((out / "images" / path).read_bytes() != content for path, content in generated.items())
     for name, value in result["metrics"].items():
         assert pair["difference"][name] == value - pair["metrics"][name]
 

@@ -225,16 +225,15 @@ def test_ranks_of_a_sharded_network_generate_equally_often(tmp_path: Path) -> No
     prompts = ShapesPrompts(per_task=1, images=3)
     calls = []
     for rank in range(4):  # shares of 5, 5, 4 and 4
-        images = ImageSet(tmp_path / str(rank), prompts, 0, {}, rank, 4)
-        drawn: list[int] = []
+        images, sizes = ImageSet(tmp_path / str(rank), prompts, 0, {}, rank, 4), []
 
-        def draw(asked: list[str], seeds: list[int], drawn: list[int] = drawn) -> torch.Tensor:
-            drawn.append(len(asked))
+        def generate(asked: list[str], seeds: list[int], sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(asked))
             return torch.zeros(len(asked), 3, 4, 4)
 
-        assert images.make(draw, batch_size=4, together=True) == len(images.samples)
+        assert images.make(generate, batch_size=4, together=True) == len(images.samples)
         assert not images.missing()
-        calls.append(len(drawn))
+        calls.append(len(sizes))
     assert calls == [2, 2, 2, 2]
 
 

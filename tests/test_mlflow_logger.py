@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,30 +266,17 @@ def test_the_record_in_the_run_folder_comes_first(tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import sys, torch, lightning.pytorch as pl
-from lightning_modules.mlflow_logger import MLflowLogger
-class Toy(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-    def training_step(self, batch, batch_idx):
-        loss = self.layer(batch).square().mean()
-        self.log("train/loss", loss, sync_dist=True)
-        return loss
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-folder, devices = sys.argv[1], int(sys.argv[2])
-logger = MLflowLogger(folder, experiment_name="test")
-trainer = pl.Trainer(max_steps=2, logger=logger, accelerator="cpu", devices=devices, log_every_n_steps=1,
-                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                     strategy="ddp" if devices > 1 else "auto")
-trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=2))
+import sys
+from pathlib import Path
+from tests.test_mlflow_logger import fit
+devices = int(sys.argv[2])
+fit(Path(sys.argv[1]), 2, devices=devices, strategy="ddp" if devices > 1 else "auto")
 """
 
 
 def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(SCRIPT)
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, str(script), str(tmp_path / name), str(devices)]
