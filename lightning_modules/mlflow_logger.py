@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,11 @@ class MLflowLogger(MLFlowLogger):
         """The MLflow client (a silent dummy on other ranks). Using it does not begin a run, `run_id` does."""
         if self._mlflow_client is None:
             with self._store_lock():
-                self._mlflow_client = MlflowClient(self._tracking_uri)
-                found = self._mlflow_client.get_experiment_by_name(self._experiment_name)
+                client = self._mlflow_client = MlflowClient(self._tracking_uri)
+                found = client.get_experiment_by_name(self._experiment_name)
+                name = self._experiment_name
                 self._experiment_id = (
-                    found.experiment_id
-                    if found is not None
-                    else self._mlflow_client.create_experiment(self._experiment_name, self._artifacts())
+                    found.experiment_id if found else client.create_experiment(name, self._artifacts())
                 )
         return self._mlflow_client
 
@@ -146,9 +145,8 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_graph(self, model: LightningModule, input_array: Any = None) -> None:
-        # Called by the Trainer before each of its runs. Only `trainer.ckpt_path` tells a resume from a fresh
-        # start, and under FSDP2 it is set later than this: so keep the trainer and ask it when the run
-        # begins.
+        # Called by the Trainer before each of its runs. Only `trainer.ckpt_path` tells a resume from a fresh start, and
+        # under FSDP2 it is set later than this: so keep the trainer and ask it when the run begins.
         self._trainer = model.trainer
         if self._initialized and self._is_fit():  # a second fit with this logger
             self._sets_status = True
@@ -184,10 +182,6 @@ class MLflowLogger(MLFlowLogger):
             self.experiment.log_batch(run_id, metrics=entities)
 
     @rank_zero_only
-    def save(self) -> None:
-        """Nothing is buffered, so there is nothing to write."""
-
-    @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         path = getattr(checkpoint_callback, "last_model_path", "") or checkpoint_callback.best_model_path
         if path:
@@ -215,8 +209,7 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_image(self, key: str, image: torch.Tensor | np.ndarray | Image.Image, step: int) -> None:
-        """Log an image or a grid under `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or
-        PIL."""
+        """Log an image or a grid under `key`: (B,3,H,W) or (3,H,W) in [-1, 1], uint8 array (H,W,3), or PIL."""
         if isinstance(image, torch.Tensor):
             image = image[None] if image.ndim == 3 else image
             image = grid(image, columns=math.ceil(math.sqrt(len(image))))
@@ -233,13 +226,7 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_dataset(
-        self,
-        name: str,
-        source: str,
-        license: str,
-        digest: str = "",
-        context: str = "training",
-        card: str = "",
+        self, name: str, source: str, license: str, digest: str = "", context: str = "training", card: str = ""
     ) -> None:
         """Log the data of a run: their origin, license and card, and a digest of their contents."""
         about = {"uri": mask_secrets(source), "license": license, "card": card}
@@ -247,7 +234,7 @@ class MLflowLogger(MLFlowLogger):
         tags = [InputTag("mlflow.data.context", context)]
         tags += [InputTag(k, v[:500]) for k, v in (("license", license), ("card", card)) if v]
         run_id = self.run_id
-        with self._survive(f"data set {name}"):
+        with self._survive(f"dataset {name}"):
             dataset = Dataset(name, digest[:36], "uri", json.dumps(about))
             self.experiment.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
@@ -287,12 +274,8 @@ class MLflowLogger(MLFlowLogger):
         self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         self._initialized = True
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {
-            "run_id": self._run_id,
-            "experiment_id": self._experiment_id,
-            "experiment_name": self._experiment_name,
-        }
-        contents["tracking_uri"] = mask_secrets(self._tracking_uri)
+        contents = {"run_id": self._run_id, "experiment_id": self._experiment_id}
+        contents |= {"experiment_name": self._experiment_name, "tracking_uri": mask_secrets(self._tracking_uri)}
         record.write_text(json.dumps(contents, indent=2) + "\n")
         self._flush_params()
 
@@ -332,16 +315,13 @@ class MLflowLogger(MLFlowLogger):
             return self._artifact_location
         return (database.parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", self._experiment_name)).as_uri()
 
-    @contextmanager
-    def _store_lock(self) -> Iterator[None]:
+    def _store_lock(self) -> AbstractContextManager:
         logging.getLogger("alembic").setLevel(logging.WARNING)  # a line for each table of a fresh store
         database = self._database()
         if database is None:
-            yield
-            return
+            return nullcontext()
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):
-            yield
+        return FileLock(f"{database}.lock")
 
 
 def git_tags() -> dict[str, str]:

@@ -75,12 +75,12 @@ def log_evaluation(
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or known.get("tracking_uri"),
     )
     try:
-        client = logger.experiment
-        run_id = _existing(client, known.get("run_id"))
-        if run_id is None:
+        client, run_id = logger.experiment, known.get("run_id")
+        if run_id is None or not _active(client, run_id):
             experiment = client.get_experiment_by_name(logger._experiment_name)
-            created = client.create_run(experiment.experiment_id, tags=git_tags(), run_name=report.parent.name)
-            run_id = created.info.run_id
+            run_id = client.create_run(
+                experiment.experiment_id, tags=git_tags(), run_name=report.parent.name
+            ).info.run_id
             client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in about.items()])
             client.set_terminated(run_id)
         now = int(time.time() * 1000)
@@ -90,10 +90,8 @@ def log_evaluation(
         rank_zero_warn(f"MLflow did not accept the evaluation: {error}")
 
 
-def _existing(client: Any, run_id: str | None) -> str | None:
-    if run_id is None:
-        return None
+def _active(client: MlflowClient, run_id: str) -> bool:
     try:
-        return run_id if client.get_run(run_id).info.lifecycle_stage == "active" else None
+        return client.get_run(run_id).info.lifecycle_stage == "active"
     except MlflowException:
-        return None
+        return False

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -42,12 +43,10 @@ trainer: {max_steps: 3, val_check_interval: 3, precision: 32-true, log_every_n_s
 checkpoint: {every_n_train_steps: 3}
 samples: {every_n_steps: 3, steps: 2, prompts: [a photo of a circle, a photo of two squares]}
 """
-CAPTIONS = [
-    "a photo of a red circle",
-    "a photo of two squares",
-    "a photo of a star left of a cross",
-    "a photo of a cross",
-]
+CAPTIONS = [f"a photo of {what}" for what in ("a red circle", "two squares", "a star left of a cross", "a cross")]
+
+
+ONE_PROCESS = SimpleNamespace(world_size=1, global_rank=0, precision="32-true")
 
 
 def sd3() -> SD3Transformer2DModel:
@@ -73,7 +72,7 @@ def batch() -> dict:
 
 
 def inputs_of(student: AttentionDistillation) -> LossInputs:
-    student._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0, "precision": "32-true"})()
+    student._trainer = ONE_PROCESS
     return student.forward_step(batch())
 
 
@@ -113,7 +112,7 @@ def test_the_losses_are_distances_to_the_teacher() -> None:
     student = module()
     distillation, inputs = student.components["distillation"], inputs_of(student)
     losses = distillation.by_name(inputs)
-    assert losses.keys() == {"output", "features"} and losses["features"] > 1e-3
+    assert losses.keys() == {"output", "features"} and losses["features"] > 1e-3 and losses["output"] > 1e-6
     difference = inputs.prediction - distillation.predict(inputs.x_t, inputs.t, inputs.condition)
     squares = difference.square().flatten(1).mean(1)
     torch.testing.assert_close(losses["output"], squares.mean())
@@ -127,8 +126,6 @@ def test_a_student_with_the_teachers_attention_has_nothing_to_learn() -> None:
     identity = dict(baseline="kv_compression", key="linear", value="linear")  # softmax over all tokens
     losses = losses_of(module(attention=identity, train="all"))
     assert losses["output"] < 1e-10 and losses["features"] < 1e-10
-    losses = losses_of(module())
-    assert losses["output"] > 1e-6 and losses["features"] > 1e-3
 
 
 @pytest.mark.parametrize("part", ["new", "attention", "all"])
@@ -190,7 +187,7 @@ def test_what_contradicts_itself_is_said_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("name", "teacher", "bound"),
     [
-        ("mm_edit", "assets/shapes_mmdit", 0.21),  # 0.18: the loss of the flow on pictures that it has not seen
+        ("mm_edit", "assets/shapes_mmdit", 0.21),  # 0.18: the flow-matching loss on images that it has not seen
         ("emmdit_hybrid", "assets/shapes_emmdit", 0.20),  # 0.17
         ("edit", "assets/shapes_pixart", 0.03),  # of the noise
     ],
@@ -200,7 +197,7 @@ def test_the_teachers_that_lie_in_assets_are_trained(name: str, teacher: str, bo
     run = cli(*files(f"shapes/{name}.yaml"), *ON_CPU, f"--model.init_args.teacher={ROOT / teacher}")
     assert model_args(cli(*files(f"shapes/{name}.yaml"), *ON_CPU)).teacher == teacher
     run.model.configure_model()
-    run.model._trainer = type("OneProcess", (), {"world_size": 1, "global_rank": 0, "precision": "32-true"})()
+    run.model._trainer = ONE_PROCESS
     data = run.datamodule.validation_dataset()
     samples = [data[i] for i in range(64)]
     images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
@@ -342,7 +339,7 @@ def test_the_published_stages_hand_over_their_student(name: str) -> None:
             cli(*given[1:]).model.teacher_factory().save_pretrained("teacher")
         main([*given, f"--trainer.default_root_dir=runs/{name}_{stage}"])
         state = checkpoint_state(find_checkpoint(f"runs/{name}_{stage}"))
-        for key, value in last.items():  # two small steps from what the stage before left (its average)
+        for key, value in last.items():  # two small steps from what the stage before left (its EMA)
             assert (state[key.removeprefix("ema_")] - value).abs().max() < 1e-3, key
         last = {
             k: v for k, v in state.items() if k.startswith("ema_") and v.is_floating_point() and "pos_embed" not in k

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,12 +59,7 @@ class Toy(pl.LightningModule):
 
 
 def fit(
-    folder: Path,
-    steps: int,
-    ckpt_path: str | None = None,
-    model: Toy | None = None,
-    callbacks=(),
-    params=None,
+    folder: Path | None, steps: int, ckpt_path=None, model: Toy | None = None, callbacks=(), params=None, **options
 ):
     logger = MLflowLogger(folder, experiment_name="test")
     trainer = pl.Trainer(
@@ -77,6 +71,7 @@ def fit(
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     if params:
         logger.log_hyperparams(params)
@@ -100,8 +95,15 @@ def test_fit_then_resume_is_one_run(tmp_path):
     assert run.data.tags["checkpoint"] == str(folder / "checkpoints" / "last.ckpt")
     assert Path(run.data.tags["checkpoint"]).exists()
 
-    fit(folder, 7, ckpt_path="last")
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.logger.experiment.get_run(trainer.logger.run_id).info.status)
+
+    fit(folder, 7, ckpt_path="last", callbacks=[Look()])
     (run,) = runs()
+    assert seen == ["RUNNING"] * 3
     assert run.info.status == "FINISHED" and run.data.tags["resume.count"] == "1"
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(7))
@@ -118,18 +120,6 @@ def test_last_without_a_checkpoint_is_a_new_run(tmp_path):
     (tmp_path / "a" / "mlflow_run.json").write_text('{"run_id": "none"}')
     fit(tmp_path / "a", 2, ckpt_path="last")  # nothing to resume from: Lightning warns and starts over
     assert len(runs()) == 1
-
-
-def test_status_is_running_while_a_resume_trains(tmp_path):
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            seen.append(trainer.logger.experiment.get_run(trainer.logger.run_id).info.status)
-
-    fit(tmp_path / "a", 2)
-    fit(tmp_path / "a", 4, ckpt_path="last", callbacks=[Look()])
-    assert seen == ["RUNNING", "RUNNING"]
 
 
 @pytest.mark.parametrize(
@@ -210,19 +200,9 @@ def test_images_text_and_data_sets(tmp_path, monkeypatch):
 
 
 def test_the_run_folder_is_the_trainers_by_default(tmp_path):
-    logger = MLflowLogger(experiment_name="test")
-    checkpoint = ModelCheckpoint(every_n_train_steps=1, save_last=True)
-    trainer = pl.Trainer(
-        max_steps=1,
-        logger=logger,
-        callbacks=[checkpoint],
-        accelerator="cpu",
-        enable_progress_bar=False,
-        default_root_dir=tmp_path / "b",
-    )
-    trainer.fit(Toy(), DataLoader(torch.randn(2, 2)))
+    fit(None, 2, default_root_dir=tmp_path / "b")
     assert (tmp_path / "b" / "mlflow_run.json").exists() and (tmp_path / "b" / "checkpoints" / "last.ckpt").exists()
-    assert runs()[0].info.run_name == "b" and trainer.log_dir == str(tmp_path / "b")
+    assert runs()[0].info.run_name == "b"
 
 
 def test_a_dead_store_costs_metrics_not_training(tmp_path, monkeypatch):
@@ -286,30 +266,17 @@ def test_the_record_in_the_run_folder_comes_first(tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import sys, torch, lightning.pytorch as pl
-from lightning_modules.mlflow_logger import MLflowLogger
-class Toy(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-    def training_step(self, batch, batch_idx):
-        loss = self.layer(batch).square().mean()
-        self.log("train/loss", loss, sync_dist=True)
-        return loss
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-folder, devices = sys.argv[1], int(sys.argv[2])
-logger = MLflowLogger(folder, experiment_name="test")
-trainer = pl.Trainer(max_steps=2, logger=logger, accelerator="cpu", devices=devices, log_every_n_steps=1,
-                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                     strategy="ddp" if devices > 1 else "auto")
-trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=2))
+import sys
+from pathlib import Path
+from tests.test_mlflow_logger import fit
+devices = int(sys.argv[2])
+fit(Path(sys.argv[1]), 2, devices=devices, strategy="ddp" if devices > 1 else "auto")
 """
 
 
 def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(SCRIPT)
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, str(script), str(tmp_path / name), str(devices)]
@@ -317,31 +284,22 @@ def start(tmp_path: Path, name: str, devices: int) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_ranks_on_a_fresh_store(tmp_path):
-    process = start(tmp_path, "a", devices=2)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    (run,) = runs()
-    assert run.info.status == "FINISHED" and "train/loss" in run.data.metrics
-
-
-@pytest.mark.slow
-def test_two_jobs_on_a_fresh_store(tmp_path):
-    processes = [start(tmp_path, name, devices=1) for name in "ab"]
+@pytest.mark.parametrize(("names", "devices"), [("a", 2), ("ab", 1)], ids=["two ranks", "two jobs"])
+def test_two_processes_on_a_fresh_store(tmp_path, names, devices):
+    processes = [start(tmp_path, name, devices) for name in names]
     for process in processes:
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
-    assert {run.info.run_name for run in runs()} == {"a", "b"}
+    found = {run.info.run_name: run for run in runs()}
+    assert set(found) == set(names) and len(runs()) == len(names)
+    assert all(run.info.status == "FINISHED" and "train/loss" in run.data.metrics for run in found.values())
 
 
 def test_flatten_config():
     config = {
         "model": {
             "class_path": "x.TextToImage",
-            "init_args": {
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-                "size": [1, 2],
-            },
+            "init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, "size": [1, 2]},
         },
         "trainer": {
             "callbacks": [

@@ -99,25 +99,20 @@ def test_images_of_several_sizes_and_kinds(folder: Path, capsys: pytest.CaptureF
     np.testing.assert_allclose(np.load(feats)["feats"], expected, rtol=1e-5)
 
 
-def test_renders_of_the_shapes_world(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_renders_of_the_shapes_world_and_rows_of_a_dataset(folder: Path, capsys: pytest.CaptureFixture) -> None:
     stats, feats = made(capsys, "--shapes", "7", "--seed", "3", "--feats")
     assert stats.name.startswith("shapes_32_tiny_7_")
     scenes = ShapesDataset(seed=3, length=7)
     images = torch.stack([((scenes[i]["image"] + 1) * 127.5).round().byte() for i in range(7)])
     np.testing.assert_allclose(np.load(feats)["feats"], TinyFeatures(dim=8)(images).numpy(), rtol=1e-5)
 
-
-def test_rows_of_a_data_set(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    write_folder(folder / "real", pictures(5, seed=1, height=16, width=16))
+    images = pictures(5, seed=1, height=16, width=16)
+    write_folder(folder / "real", images)
     rows = [{"bytes": file.read_bytes(), "path": None} for file in sorted(Path("real").iterdir())]
-    Dataset.from_dict({"picture": rows, "caption": ["x"] * 5}).to_parquet("rows.parquet")
-    (table, feats) = made(
-        capsys, "--data", "rows.parquet", "--image_column", "picture", "--resolution", "16", "--feats"
-    )
-    assert table.name.startswith("rows_16_tiny_5_")
-    np.testing.assert_allclose(
-        np.load(feats)["feats"], TinyFeatures(dim=8)(pictures(5, seed=1, height=16, width=16)).numpy(), rtol=1e-5
-    )
+    Dataset.from_dict({"photo": rows, "caption": ["x"] * 5}).to_parquet("rows.parquet")
+    stats, feats = made(capsys, "--data", "rows.parquet", "--image_column", "photo", "--resolution", "16", "--feats")
+    assert stats.name.startswith("rows_16_tiny_5_")
+    np.testing.assert_allclose(np.load(feats)["feats"], TinyFeatures(dim=8)(images).numpy(), rtol=1e-5)
 
 
 def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -48,27 +48,14 @@ def fit(
 ) -> subprocess.CompletedProcess:
     """`emmdit fit` in its own process, as a user would start it."""
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "lightning_modules",
-            "fit",
-            "-c",
-            "experiments/shapes/emmdit.yaml",
-            *TINY,
-        ),
+        *(sys.executable, "-m", "lightning_modules", "fit", "-c", "experiments/shapes/emmdit.yaml", *TINY),
         f"--trainer.default_root_dir={run_dir}",
         f"--trainer.callbacks+={{class_path: tests.recorder.Recorder, init_args: {{folder: {run_dir}/record}}}}",
         f"--trainer.devices={ranks}",
         *extra,
     ]
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -110,11 +97,7 @@ def emmdit(*args: str) -> tuple[int, str]:
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    schedule = (
-        "--trainer.max_steps=8",
-        "--checkpoint.every_n_train_steps=3",
-        "--trainer.val_check_interval=4",
-    )
+    schedule = ("--trainer.max_steps=8", "--checkpoint.every_n_train_steps=3", "--trainer.val_check_interval=4")
     fit(tmp_path / "whole", *schedule)
     kill = f"{{class_path: tests.recorder.Recorder, init_args: {{folder: {tmp_path}/unused, kill_at: 5}}}}"
     killed = fit(tmp_path / "broken", *schedule, f"--trainer.callbacks+={kill}", check=False)
@@ -164,12 +147,7 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
     fit(tmp_path / "one", *common)
     two = (*common, "--data.init_args.batch_size=4")
     fit(tmp_path / "ddp", *two, "--trainer.strategy=ddp", ranks=2)
-    fit(
-        tmp_path / "fsdp",
-        *two,
-        "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}",
-        ranks=2,
-    )
+    fit(tmp_path / "fsdp", *two, "--trainer.strategy={class_path: lightning_modules.parallel.FSDP2Strategy}", ranks=2)
 
     one = read(tmp_path / "one/record")
     for name in ("ddp", "fsdp"):
@@ -181,15 +159,15 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
             for rank in ranks:
                 assert rank[step]["ema"] == pytest.approx(line["ema"], rel=1e-6)
                 assert rank[step]["raw"] == pytest.approx(line["raw"], rel=1e-6)
-        pictures = [Image.open(tmp_path / run / "samples/step_0000004.png") for run in ("one", name)]
-        a, b = (np.asarray(picture).astype(int) for picture in pictures)
-        assert np.abs(a - b).max() <= 2, f"{name} draws other pictures"
+        paths = [tmp_path / run / "samples/step_0000004.png" for run in ("one", name)]
+        a, b = (np.asarray(Image.open(path)).astype(int) for path in paths)
+        assert np.abs(a - b).max() <= 2, f"{name} generates other images"
     client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     values = {run.info.run_name: run.data.metrics for run in client.search_runs(["1"])}
     for name in ("ddp", "fsdp"):
         for metric in ("train/loss", "val/loss_ema", "val/loss_raw"):
             assert values[name][metric] == pytest.approx(values["one"][metric], rel=1e-5), (name, metric)
-        for metric in ("eval/clip_score_shapes", "eval/fid_clip_shapes_5"):  # pictures differ by 2 of 255
+        for metric in ("eval/clip_score_shapes", "eval/fid_clip_shapes_5"):  # images differ by 2 of 255
             assert values[name][metric] == pytest.approx(values["one"][metric], rel=0.02), (name, metric)
         assert values[name]["eval/geneval_shapes_colors"] == values["one"]["eval/geneval_shapes_colors"]
     # the sharded checkpoint is read back by one process
@@ -201,11 +179,21 @@ def test_one_process_ddp_and_fsdp_agree(tmp_path: Path, optimizer: str) -> None:
         torch.testing.assert_close(value, b[f"ema_denoiser.{key}"], rtol=1e-3, atol=1e-4)
 
 
-def test_an_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Folder of a run with a checkpoint at step 2 and one of the end, its MLflow store, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        schedule = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--checkpoint.every_n_train_steps=2")
+        done = fit(folder / "run", *schedule, "--samples.prompts=[a photo of a circle, a photo of two squares]")
+    return folder / "run", f"sqlite:///{folder}/mlflow.db", done.stdout
+
+
+def test_an_evaluation_leaves_the_training_alone(tmp_path: Path, trained: tuple[Path, str, str]) -> None:
     schedule = ("--trainer.max_steps=3", "--trainer.val_check_interval=3")
-    fit(tmp_path / "plain", *schedule)
     fit(tmp_path / "measured", *schedule, evaluation(tmp_path, every_n_steps=1))
-    assert read(tmp_path / "measured/record") == read(tmp_path / "plain/record")
+    assert read(tmp_path / "measured/record") == read(trained[0] / "record")
 
     folder = tmp_path / "measured/evaluation"
     for step in (1, 2, 3):
@@ -247,46 +235,28 @@ def test_eight_samples_are_learnt_by_heart(tmp_path: Path) -> None:
     assert {i for line in record for i in line["ids"]} == set(range(8))
 
 
-def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
-    done = fit(  # a checkpoint at step 2, and one of the end
-        tmp_path / "run",
-        *("--trainer.max_steps=3", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2"),
-        "--samples.prompts=[a photo of a circle, a photo of two squares]",
-    )
-    for told in (
-        "curve.png",
-        "step_0000003.png",
-        "last.ckpt",
-        "sqlite:///",
-        f"emmdit sample --ckpt {tmp_path}/run --prompt 'a photo of a circle' ",
-    ):
-        assert told in done.stdout
-    rows = (tmp_path / "run/curve.csv").read_text().splitlines()
+def test_checkpoint_to_export_to_sample(tmp_path: Path, trained: tuple[Path, str, str]) -> None:
+    run, store, printed = trained
+    prompts = f"emmdit sample --ckpt {run} --prompt 'a photo of a circle' "
+    for told in ("curve.png", "step_0000003.png", "last.ckpt", "sqlite:///", prompts):
+        assert told in printed
+    rows = (run / "curve.csv").read_text().splitlines()
     assert rows[0] == "step,train/loss,val/loss_ema,val/loss_raw" and len(rows) >= 4
-    assert Image.open(tmp_path / "run/curve.png").width > 300
-    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    (run,) = client.search_runs(["1"])
-    assert any("images" in artifact.path for artifact in client.list_artifacts(run.info.run_id))
-    assert client.get_run(run.info.run_id).inputs.dataset_inputs[0].dataset.name == "ShapesDataModule"
-    grids = sorted((tmp_path / "run/samples").glob("*.png"))
+    assert Image.open(run / "curve.png").width > 300
+    client = mlflow.MlflowClient(store)
+    (tracked,) = client.search_runs(["1"])
+    assert any("images" in artifact.path for artifact in client.list_artifacts(tracked.info.run_id))
+    assert tracked.inputs.dataset_inputs[0].dataset.name == "ShapesDataModule"
+    grids = sorted((run / "samples").glob("*.png"))
     assert [path.name for path in grids] == ["step_0000003.png"]
     assert read_settings(grids[0])["step"] == 3
 
-    prompt = (
-        "--prompt",
-        "a photo of a red circle",
-        "--prompt",
-        "a photo of two squares",
-        "--seed",
-        "5",
-        "--steps",
-        "4",
-    )
-    run, folder = str(tmp_path / "run"), str(tmp_path / "export")
+    prompt = ("--prompt", "a photo of a red circle", "--prompt", "a photo of two squares", "--seed", "5")
+    run, folder = str(run), str(tmp_path / "export")
     for command in (
-        ("sample", "--ckpt", run, *prompt, "--out", str(tmp_path / "from_run")),
+        ("sample", "--ckpt", run, *prompt, "--steps", "4", "--out", str(tmp_path / "from_run")),
         ("export", "--ckpt", run, "--out", folder),
-        ("sample", "--ckpt", folder, *prompt, "--out", str(tmp_path / "from_export")),
+        ("sample", "--ckpt", folder, *prompt, "--steps", "4", "--out", str(tmp_path / "from_export")),
         ("sample", "--ckpt", run, *prompt, "--weights", "raw", "--out", str(tmp_path / "raw")),
     ):
         status, output = emmdit(*command)
@@ -295,35 +265,31 @@ def test_checkpoint_to_export_to_sample(tmp_path: Path) -> None:
         a, b = (np.asarray(Image.open(tmp_path / source / name)) for source in ("from_run", "from_export"))
         assert np.array_equal(a, b)
     card = (tmp_path / "export/README.md").read_text()
-    assert all(word in card for word in ("3 optimizer steps", "24 samples", "seed 0")) and "MuonAdamW(lr=0.003" in card
-    assert {"grid.png", "curve.csv", "curve.png", "config.yaml"} <= {
-        path.name for path in (tmp_path / "export").iterdir()
-    }
+    assert all(word in card for word in ("3 optimizer steps", "24 samples", "seed 0", "MuonAdamW(lr=0.003"))
+    files = {path.name for path in (tmp_path / "export").iterdir()}
+    assert {"grid.png", "curve.csv", "curve.png", "config.yaml"} <= files
     settings = read_settings(tmp_path / "from_run/00001.png")
-    assert settings["prompt"] == "a photo of two squares" and settings["seed"] == 6
-    assert settings["steps"] == 4 and settings["guidance"] == 3.0 and settings["weights"] == "ema"
-
+    expected = {"prompt": "a photo of two squares", "seed": 6, "steps": 4, "guidance": 3.0, "weights": "ema"}
+    assert {key: settings[key] for key in expected} == expected
     assert read_settings(tmp_path / "raw/00001.png")["weights"] == "raw"
+
+    nowhere = ("--out", str(tmp_path / "no"))
     for command, words in (
         (("export", "--ckpt", run, "--out", folder), (folder, "--out")),
-        (
-            ("sample", "--ckpt", folder, "--prompt", "a photo of a giraffe", "--out", str(tmp_path / "no")),
-            ("giraffe", "circle"),
-        ),
-        (("sample", "--ckpt", str(tmp_path / "nothing"), *prompt, "--out", str(tmp_path / "no")), ("nothing",)),
+        (("sample", "--ckpt", folder, "--prompt", "a photo of a giraffe", *nowhere), ("giraffe", "circle")),
+        (("sample", "--ckpt", str(tmp_path / "nothing"), *prompt, *nowhere), ("nothing",)),
     ):
         status, output = emmdit(*command)
         assert status == 2 and all(word in output for word in words), output
 
 
-def test_validate_repeats_what_fit_measured(tmp_path: Path) -> None:
-    fit(tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
-    saved = (tmp_path / "config.yaml").read_text()
-    assert f"default_root_dir: {tmp_path}" in saved and "dirpath: null" in saved
-    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    (run,) = client.search_runs(["1"])
+def test_validate_repeats_what_fit_measured(trained: tuple[Path, str, str]) -> None:
+    folder, store, _ = trained
+    saved = (folder / "config.yaml").read_text()
+    assert f"default_root_dir: {folder}" in saved and "dirpath: null" in saved
+    (run,) = mlflow.MlflowClient(store).search_runs(["1"])
     status, output = emmdit(
-        *("validate", "-c", str(tmp_path / "config.yaml"), "--ckpt_path", str(find_checkpoint(tmp_path))),
+        *("validate", "-c", str(folder / "config.yaml"), "--ckpt_path", str(find_checkpoint(folder))),
         "--trainer.logger=false",
     )
     assert status == 0, output
@@ -333,7 +299,7 @@ def test_validate_repeats_what_fit_measured(tmp_path: Path) -> None:
 
 
 def latents_of_two_sizes(folder: Path, rows: int = 40) -> Path:
-    """Random pictures as latents in buckets, read back by `LatentsDataModule`."""
+    """Random images as latents in buckets, read back by `LatentsDataModule`."""
     pixels = np.random.default_rng(0).integers(0, 256, (rows, 48, 48, 3), dtype=np.uint8)
     images = [Image.fromarray(p[:, : 48 if i % 3 else 16]) for i, p in enumerate(pixels)]
     captions = [f"a photo of a {'red' if i % 2 else 'blue'} circle" for i in range(rows)]

@@ -28,7 +28,7 @@ class Points(torch.utils.data.Dataset):
 
 
 class Unshuffled(Order):
-    """The samples as they stand in the data set, epoch after epoch."""
+    """The samples as they stand in the dataset, epoch after epoch."""
 
     def indices(self, positions):
         return positions % self.length

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,11 +24,6 @@ from emmdit.timing import interleaved, peak_memory
 from emmdit.types import Condition
 
 PARTS = ("image", "prompt")  # outputs of a joint attention layer; any other has the first alone
-WIDTHS = {
-    "latent channels": ("in_channels",),
-    "text features": ("caption_channels", "joint_attention_dim"),
-    "pooled text features": ("pooled_projection_dim",),
-}
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
@@ -36,22 +33,23 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
             f"The student ({type(student).__name__}) and the teacher ({type(teacher).__name__}) have no attention "
             "layers in common: name the teacher that the student was made from."
         )
-    for what, keys in WIDTHS.items():
-        widths = [
-            next((network.config[key] for key in keys if network.config.get(key) is not None), None)
-            for network in (student, teacher)
-        ]
-        if widths[0] != widths[1]:
+    own, other = _widths(student), _widths(teacher)
+    for what in own:
+        if own[what] != other[what]:
             raise ValueError(
-                f"The student takes {widths[0]} {what} and the teacher {widths[1]}: they need the same "
-                f"{'image codec' if what.startswith('latent') else 'text conditioning'}."
+                f"The student has {own[what]} {what} and the teacher {other[what]}: name the teacher that the student "
+                "was made from."
             )
-    widths = [n.config.num_attention_heads * n.config.attention_head_dim for n in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise ValueError(
-            f"The student's attention is {widths[0]} wide and the teacher's {widths[1]}: name the teacher that the "
-            "student was made from."
-        )
+
+
+def _widths(network: nn.Module) -> dict[str, int | None]:
+    config = network.config
+    return {
+        "latent channels": config.get("in_channels"),
+        "text features": config.get("caption_channels") or config.get("joint_attention_dim"),
+        "pooled text features": config.get("pooled_projection_dim"),
+        "attention channels": config.num_attention_heads * config.attention_head_dim,
+    }
 
 
 def common_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -127,21 +125,19 @@ def feature_errors(student: nn.Module, teacher: nn.Module, trajectories: Iterabl
             for key, pair in _squares(student, teacher, call).items():
                 found = sums.setdefault(key, [torch.zeros(2, dtype=torch.float64) for _ in timesteps])
                 found[step] += pair
-    errors: dict[str, Any] = {"timesteps": timesteps, **{part: {} for part in PARTS}}
+    errors: dict[str, dict[str, list[float]]] = {part: {} for part in (*PARTS, "prediction")}
     for (part, layer), pairs in sums.items():
-        values = [math.sqrt(d / max(t, 1e-30)) for d, t in (pair.tolist() for pair in pairs)]
-        if part == "prediction":
-            errors[part] = values
-        else:
-            errors[part][layer] = values
-    errors["mean"] = {part: _mean(errors[part].values()) for part in PARTS if errors[part]}
-    errors["mean"]["prediction"] = _mean([errors["prediction"]])
-    return errors
+        errors[part][layer] = [math.sqrt(d / max(t, 1e-30)) for d, t in (pair.tolist() for pair in pairs)]
+    means = {part: fmean(chain(*of_layer.values())) for part, of_layer in errors.items() if of_layer}
+    return {"timesteps": timesteps, **errors, "prediction": errors["prediction"][""], "mean": means}
 
 
 def _squares(student: nn.Module, teacher: nn.Module, call: Call) -> dict[tuple[str, str], Tensor]:
     """(part, layer) -> sum of squares of the difference, and of the teacher's."""
-    (prediction, outputs), (expected, teacher_outputs) = (_run(network, call) for network in (student, teacher))
+    with OutputRecorder(attention_layers(student), when="always") as recorder:
+        prediction, outputs = call(student), recorder.take()
+    with OutputRecorder(attention_layers(teacher), when="always") as recorder:
+        expected, teacher_outputs = call(teacher), recorder.take()
     found = {("prediction", ""): _two_sums(prediction, expected)}
     for layer in common_layers(student, teacher):
         # One of both may lack the prompt: nothing reads it after the last block.
@@ -150,20 +146,9 @@ def _squares(student: nn.Module, teacher: nn.Module, call: Call) -> dict[tuple[s
     return found
 
 
-def _run(network: nn.Module, call: Call) -> tuple[Tensor, Mapping[str, tuple[Tensor, ...]]]:
-    """The prediction, and the outputs of all attention layers by name."""
-    with OutputRecorder(attention_layers(network), when="always") as recorder:
-        return call(network), recorder.take()
-
-
 def _two_sums(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = student.float(), teacher.float()
     return torch.stack([(student - teacher).square().sum(), teacher.square().sum()]).double().cpu()
-
-
-def _mean(rows: Iterable[Sequence[float]]) -> float:
-    values = [value for row in rows for value in row]
-    return sum(values) / len(values)
 
 
 # -- time and memory ---------------------------------------------------------------------------------

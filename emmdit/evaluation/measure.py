@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from emmdit.evaluation.geneval import GenEval
+from emmdit.evaluation.geneval import GenEval, summary, write_results
 from emmdit.evaluation.image_set import ImageSet, Progress
 from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.metrics.clip_score import CLIPScore
@@ -29,13 +31,19 @@ class Scores:
     families: dict[str, float]
     rows: list[dict[str, Any]]
 
+    def write(self, folder: Path, result: Mapping[str, Any]) -> None:
+        """`evaluation.json` with `result` in it, and GenEval's official files where it was measured."""
+        (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        if self.rows:
+            write_results(folder / "geneval_results.jsonl", self.rows)
+            (folder / "geneval_summary.txt").write_text(f"{summary(self.rows)}\n")
+
 
 def prepare(metrics: Sequence[ImageMetric], images: ImageSet, device: torch.device | str = "cpu") -> None:
     """Load and check everything, so that errors show before an image is generated."""
     names = [metric.name for metric in metrics]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"The metric {name} is asked for twice: leave one out.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"The metric {twice} is asked for twice: leave one out.")
     for metric in metrics:
         metric.begin(images.all)
         metric.prepare(device)

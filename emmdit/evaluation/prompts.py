@@ -52,12 +52,7 @@ class PromptSet(ABC):
         ]
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "prompts": len(self.lines),
-            "images_per_prompt": self.images,
-        }
+        return {"name": self.name, "sha256": self.sha256, "prompts": len(self.lines), "images_per_prompt": self.images}
 
 
 class GenEvalPrompts(PromptSet):

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from PIL import Image, UnidentifiedImageError
 
 from emmdit.config_text import flatten_config
-from emmdit.evaluation.pair_report import Table, pair_tables
 
 Row = Mapping[str, Any]
+Table = list[tuple[str, bool, list[str]]]  # first cell, whether it is part of the one above, other cells
 
 THUMBNAIL = 192  # pixels: larger images are shrunk before they are embedded
 SHOWN = 112  # pixels on the page
+STRIP = 8  # images of a task that were judged wrong, and as many judged correct
 NO_SETTINGS = ("metrics", "ledger_metrics", "columns", "pair")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
-PAIR_COLUMNS = {"teacher": "metrics", "difference": "difference", "ratio": "ratio"}
-PAIR_TITLE = "Teacher (above) and student, from the same prompt and noise"
-STYLE = """
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+{% macro table(headings, rows) %}
+<table><tr>{% for text in headings %}<th{{ "" if loop.first else number }}>{{ text }}</th>{% endfor %}</tr>
+{% for name, part, values in rows %}
+<tr><td{{ ' class="part"'|safe if part }}>{{ name }}</td>
+{%- for value in values %}<td{{ number }}>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endmacro %}
+{% macro image(path, alt) %}
+{% set uri, kind = thumbnail(path) %}
+{% if uri %}<img class="{{ kind }}" src="{{ uri }}" alt="{{ alt }}">
+{% else %}<div class="missing">image missing</div>
+{% endif %}
+{% endmacro %}
+{% set number = ' class="number"'|safe %}
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1040px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
@@ -35,7 +51,42 @@ th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
 .strip { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 112px; font-size: 12px; }
 figure img, .missing { width: 112px; min-height: 112px; display: block; background: #eee; }
 .small { image-rendering: pixelated; } .why { color: #a22; white-space: pre-line; } summary { cursor: pointer; }
-"""
+</style></head><body>
+<h1>{{ title }}</h1>
+{{ table(headings, metrics) }}
+{% if pair %}
+<h2>Teacher (above) and student, from the same prompt and noise</h2>
+<div class="strip">
+{% for row in pair.shown %}
+<figure>{% for name in ("teacher", "student") %}{{ image(folder / row[name], name ~ ": " ~ row.prompt) }}{% endfor %}
+<figcaption>{{ row.prompt }}</figcaption></figure>
+{% endfor %}
+</div>
+{% for title, note, headings, rows in pair_tables %}
+<h2>{{ title }}</h2><p>{{ note }}</p>
+{{ table(headings, rows) }}
+{% endfor %}
+{% endif %}
+{% for heading, strips in tasks %}
+<h2>{{ heading }}</h2>
+{% for title, rows in strips %}
+<h3>{{ title }}</h3>
+{% if rows %}<div class="strip">{% else %}<p>None.</p>{% endif %}
+{% for row in rows %}
+<figure>{{ image(images / row.filename, row.prompt) }}
+<figcaption>{{ row.prompt }}{{ " (%.3g)" % row.clip_score if row.clip_score is number }}
+{%- if not row.correct %}<div class="why">{{ row.reason }}</div>{% endif %}</figcaption></figure>
+{% endfor %}
+{% if rows %}</div>{% endif %}
+{% endfor %}
+{% endfor %}
+<details open><summary><b>How it was made</b></summary><table>
+{% for key, value in settings.items() %}
+<tr><td>{{ key }}</td><td class="value">{{ value }}</td></tr>
+{% endfor %}
+</table></details>
+</body></html>
+""")
 
 
 def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[Row], images: str | Path) -> Path:
@@ -48,10 +99,28 @@ def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[R
             similarity of image and prompt is known: then it picks the images shown.
         images: folder that the file names lie in.
     """
-    folder, images = Path(folder), Path(images)
+    folder, pair = Path(folder), result.get("pair")
+    source = result.get("source", {}).get("source", "")
+    settings = {key: value for key, value in result.items() if key not in NO_SETTINGS}
+    headings, metrics = metric_table(result)
+    tasks: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["filename"]):
+        tasks[row["tag"]].append(row)
+    text = PAGE.render(
+        title=f"Evaluation of {source}" + (f" beside {pair['teacher']['source']}" if pair else ""),
+        headings=headings,
+        metrics=metrics,
+        pair=pair,
+        pair_tables=[_features(pair["features"]), _latency(pair["latency"])] if pair else [],
+        tasks=[_task(tag, of_task) for tag, of_task in tasks.items()],
+        settings=flatten(settings | ({"teacher": pair["teacher"]} if pair else {})),
+        thumbnail=_thumbnail,
+        folder=folder,
+        images=Path(images),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
-    page.write_text(_html(folder, result, rows, images), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     return page
 
 
@@ -66,21 +135,82 @@ def text_table(result: Mapping[str, Any]) -> str:
     )
 
 
-def metric_table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, bool, list[str]]]]:
-    """Headings, and for each metric its name, whether it is a part of the one above, and its values as text."""
+def metric_table(result: Mapping[str, Any]) -> tuple[list[str], Table]:
+    """Headings, and the row of each metric."""
     columns = {"this model": result["metrics"], **(result.get("columns") or {})}
-    if "pair" in result:
-        pair = {name: result["pair"][key] for name, key in PAIR_COLUMNS.items()}
-        columns = {"student": columns.pop("this model"), **pair, **columns}
-    names = list(dict.fromkeys(name for values in columns.values() for name in values))
-    table, headline = [], None
-    for name in names:
+    if pair := result.get("pair"):
+        beside = {"teacher": pair["metrics"], "difference": pair["difference"], "ratio": pair["ratio"]}
+        columns = {"student": columns.pop("this model"), **beside, **columns}
+    table: Table = []
+    headline = None
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
         part = headline is not None and name.startswith(f"{headline}_")
-        if not part:
+        if part:
+            shown = name.removeprefix(f"{headline}_")
+        else:
             headline = name
-        shown = name.removeprefix(f"{headline}_") if part else name + _direction(name)
+            shown = name + (" (lower is better)" if name.split("_")[0] in LOWER_IS_BETTER else "")
         table.append((shown, part, [_number(v.get(name), heading == "difference") for heading, v in columns.items()]))
     return ["metric", *columns], table
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    plus = "+" if sign else ""
+    return f"{value:{plus}.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{plus}.3g}"
+
+
+def flatten(settings: Mapping[str, Any]) -> dict[str, str]:
+    """{"sampling.steps": "20", ...}; lists and empty values as JSON."""
+    flat = flatten_config(settings)
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in flat.items()}
+
+
+# -- a student beside its teacher ------------------------------------------------------------------------
+
+
+def _features(errors: Mapping[str, Any]) -> tuple[str, str, list[str], Table]:
+    """Title, note, headings and rows of the table of `pair["features"]`."""
+    note = (
+        "Relative L2 error |student - teacher| / |teacher| of each attention layer's output and of the prediction, "
+        "both networks on the inputs of the teacher's own sampling; by timestep (1000 is noise)."
+    )
+    rows = [("prediction", False, errors["prediction"])]
+    for layer, values in errors["image"].items():
+        rows.append((layer, False, values))
+        if layer in errors["prompt"]:
+            rows.append(("prompt tokens", True, errors["prompt"][layer]))
+    table = [(name, part, [f"{v:.3f}" for v in [*values, sum(values) / len(values)]]) for name, part, values in rows]
+    return "Error of each layer", note, ["layer", *(f"t = {t:.0f}" for t in errors["timesteps"]), "mean"], table
+
+
+def _latency(times: Mapping[str, Any]) -> tuple[str, str, list[str], Table]:
+    """The same of `pair["latency"]`."""
+    note = (
+        f"One call of the network on latents {' x '.join(map(str, times['latents']))}, both in turn in one process, "
+        f"median of {times['rounds']} rounds. Teacher's time / student's: {times['speedup']:.2f}."
+    )
+    columns = {"ms": "ms", "ms_low": "fastest round", "ms_high": "slowest", "parameters": "parameters"}
+    if "peak_memory_mib" in times["student"]:
+        columns["peak_memory_mib"] = "peak MiB beyond the weights"
+    cells = {name: [times[name][key] for key in columns] for name in ("student", "teacher")}
+    table = [
+        (name, False, [f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in row]) for name, row in cells.items()
+    ]
+    return "Latency", note, ["network", *columns.values()], table
+
+
+# -- images ----------------------------------------------------------------------------------------------
+
+
+def _task(tag: str, rows: list[Row]) -> tuple[str, list[tuple[str, list[Row]]]]:
+    """Heading of a GenEval task, and its two strips of images with their titles."""
+    right = sum(bool(row["correct"]) for row in rows)
+    heading = f"{tag.replace('_', ' ')}: {right:,} of {len(rows):,} correct ({right / len(rows):.1%})"
+    how = "{} similar to their prompt by CLIP" if ranked(rows) else "arbitrary choice"
+    wrong = "Judged wrong, " + how.format("least"), pick(rows, False, STRIP)
+    return heading, [wrong, ("Judged correct, " + how.format("most"), pick(rows, True, STRIP))]
 
 
 def pick(rows: Sequence[Row], correct: bool, n: int) -> list[Row]:
@@ -94,13 +224,12 @@ def pick(rows: Sequence[Row], correct: bool, n: int) -> list[Row]:
         found.sort(key=lambda row: (-row["clip_score"] if correct else row["clip_score"], row["filename"]))
     else:
         found.sort(key=lambda row: hashlib.sha256(row["filename"].encode()).digest())
-    seen: dict[str, int] = defaultdict(int)
+    seen: Counter[str] = Counter()
     rounds = []
     for row in found:
-        rounds.append(seen[row["prompt"]])
+        rounds.append((seen[row["prompt"]], len(rounds)))
         seen[row["prompt"]] += 1
-    order = sorted(range(len(found)), key=rounds.__getitem__)  # stable: the first of every prompt, then the second
-    return [found[i] for i in order[:n]]
+    return [found[place] for _, place in sorted(rounds)[:n]]  # the first of every prompt, then the second
 
 
 def ranked(rows: Sequence[Row]) -> bool:
@@ -108,123 +237,15 @@ def ranked(rows: Sequence[Row]) -> bool:
     return all(isinstance(row.get("clip_score"), int | float) for row in rows)
 
 
-def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    tasks: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["filename"]):  # prompts of a task follow each other in GenEval's files
-        tasks.setdefault(row["tag"], []).append(row)
-    return tasks
-
-
-def flatten(settings: Mapping[str, Any]) -> dict[str, str]:
-    """{"sampling.steps": "20", ...}; lists and empty values as JSON."""
-    flat = flatten_config(settings)
-    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in flat.items()}
-
-
-# -- HTML --------------------------------------------------------------------------------------------
-
-
-def _html(folder: Path, result: Mapping[str, Any], rows: Sequence[Row], images: Path, n: int = 8) -> str:
-    e = html.escape
-    body = [f"<h1>{e(_title(result))}</h1>", *_html_table(*metric_table(result))]
-    if "pair" in result:
-        figures = "".join(_pair_figure(row, folder) for row in result["pair"]["shown"])
-        body += [f"<h2>{e(PAIR_TITLE)}</h2>", f'<div class="strip">{figures}</div>']
-        for title, note, headings, table in pair_tables(result["pair"]):
-            body += [f"<h2>{e(title)}</h2>", f"<p>{e(note)}</p>", *_html_table(headings, table)]
-    for task, of_task in by_task(rows).items():
-        body.append(f"<h2>{e(_task_line(task, of_task))}</h2>")
-        for correct in (False, True):
-            body.append(f"<h3>{e(_strip_title(of_task, correct))}</h3>")
-            chosen = pick(of_task, correct, n)
-            figures = "".join(_figure(row, images) for row in chosen)
-            body.append(f'<div class="strip">{figures}</div>' if chosen else "<p>None.</p>")
-    body.append("<details open><summary><b>How it was made</b></summary><table>")
-    for key, value in _settings(result).items():
-        body.append(f'<tr><td>{e(key)}</td><td class="value">{e(value)}</td></tr>')
-    body.append("</table></details>")
-    head = f'<meta charset="utf-8"><title>{e(_title(result))}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
-
-
-def _html_table(headings: Sequence[str], rows: Table) -> list[str]:
-    e = html.escape
-    numbers = "".join(f'<th class="number">{e(h)}</th>' for h in headings[1:])
-    lines = [f"<table><tr><th>{e(headings[0])}</th>{numbers}</tr>"]
-    for name, part, values in rows:
-        cells = "".join(f'<td class="number">{e(v)}</td>' for v in values)
-        first = '<td class="part">' if part else "<td>"
-        lines.append(f"<tr>{first}{e(name)}</td>{cells}</tr>")
-    return [*lines, "</table>"]
-
-
-def _pair_figure(row: Row, folder: Path) -> str:
-    images = "".join(_embedded(folder / row[name], f"{name}: {row['prompt']}") for name in ("teacher", "student"))
-    return f"<figure>{images}<figcaption>{html.escape(row['prompt'])}</figcaption></figure>"
-
-
-def _embedded(path: Path, alt: str) -> str:
-    found = _thumbnail(path)
-    if found is None:
-        return '<div class="missing">image missing</div>'
-    uri, small = found
-    return f'<img class="{"small" if small else "large"}" src="{uri}" alt="{html.escape(alt)}">'
-
-
-def _figure(row: Row, images: Path) -> str:
-    image = _embedded(images / row["filename"], row["prompt"])
-    score = f" ({row['clip_score']:.3g})" if isinstance(row.get("clip_score"), int | float) else ""
-    why = "" if row["correct"] else f'<div class="why">{html.escape(row["reason"])}</div>'
-    return f"<figure>{image}<figcaption>{html.escape(row['prompt'])}{score}{why}</figcaption></figure>"
-
-
-def _thumbnail(path: Path) -> tuple[str, bool] | None:
-    """A PNG as data URI and whether it is shown enlarged; None where there is no image."""
+def _thumbnail(path: Path) -> tuple[str, str]:
+    """A PNG as data URI, "" where there is no image; and its class: small ones are shown enlarged."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except (OSError, UnidentifiedImageError):  # one broken image must not lose the report
-        return None
+        return "", ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", image.width < SHOWN
-
-
-# -- text --------------------------------------------------------------------------------------------
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    source = result.get("source") or ""
-    if isinstance(source, Mapping):
-        source = next((source[key] for key in ("source", "checkpoint", "ckpt") if source.get(key)), "")
-    beside = f" beside {result['pair']['teacher']['source']}" if "pair" in result else ""
-    return f"Evaluation of {source}{beside}" if source else "Evaluation"
-
-
-def _settings(result: Mapping[str, Any]) -> dict[str, str]:
-    teacher = {"teacher": result["pair"]["teacher"]} if "pair" in result else {}
-    return flatten({key: value for key, value in result.items() if key not in NO_SETTINGS} | teacher)
-
-
-def _task_line(task: str, rows: Sequence[Row]) -> str:
-    right = sum(bool(row["correct"]) for row in rows)
-    return f"{task.replace('_', ' ')}: {right:,} of {len(rows):,} correct ({right / len(rows):.1%})"
-
-
-def _strip_title(rows: Sequence[Row], correct: bool) -> str:
-    title = "Judged correct" if correct else "Judged wrong"
-    how = "most similar to their prompt" if correct else "least similar to their prompt"
-    return f"{title}, {how} by CLIP" if ranked(rows) else f"{title}, arbitrary choice"
-
-
-def _direction(name: str) -> str:
-    """A note on metrics that are better when lower."""
-    return " (lower is better)" if name.split("_")[0] in LOWER_IS_BETTER else ""
-
-
-def _number(value: Any, sign: bool = False) -> str:
-    if value is None:
-        return ""
-    plus = "+" if sign else ""
-    return f"{value:{plus}.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{plus}.3g}"
+    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return uri, "small" if image.width < SHOWN else "large"

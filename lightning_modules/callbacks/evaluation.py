@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from emmdit.evaluation.geneval import GenEval, summary, write_results
+from emmdit.evaluation.geneval import GenEval
 from emmdit.evaluation.geneval.detectors import Detector
 from emmdit.evaluation.image_set import ImageSet
 from emmdit.evaluation.measure import Scores, measure, prepare
@@ -125,11 +125,7 @@ class Evaluation(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"eval/{name}": value for name, value in scores.metrics.items()}, step=step)
         settings = {metric.name: metric.settings() for metric in self.metrics}
-        result = {**images.made_with, "metrics": scores.metrics, "settings": settings}
-        (images.folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        if scores.rows:
-            write_results(images.folder / "geneval_results.jsonl", scores.rows)
-            (images.folder / "geneval_summary.txt").write_text(f"{summary(scores.rows)}\n")
+        scores.write(images.folder, {**images.made_with, "metrics": scores.metrics, "settings": settings})
 
 
 class FIDCallback(Evaluation):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
 from torch import Tensor
 
 from emmdit.files import grid, save_png
@@ -88,14 +87,11 @@ class ImageGrid(Callback):
                 name = f"step_{step:07d}" + (f"_{weights}" if weights else "")
                 path = Path(trainer.default_root_dir, "samples", f"{name}.png")
                 image = grid(images, self.columns, self.scale)
-                settings = {
-                    "step": step,
-                    "seed": self.seed,
-                    "prompts": self.prompts,
-                    "weights": weights or "default",
-                }
+                settings = {"step": step, "seed": self.seed, "prompts": self.prompts, "weights": weights or "default"}
                 save_png(image, path, settings)
-                log_image(trainer, image, key=f"samples_{weights}" if weights else "samples", step=step)
+                for logger in trainer.loggers:
+                    if hasattr(logger, "log_image"):
+                        logger.log_image(f"samples_{weights}" if weights else "samples", image, step)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule, weights: str | None) -> Tensor:
         """All images, on every rank."""
@@ -104,18 +100,9 @@ class ImageGrid(Callback):
         numbers = [min(i, len(self.prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
         with trainer.precision_plugin.forward_context():
             images = pl_module.sample(
-                [self.prompts[i] for i in numbers],
-                [self.seed + i for i in numbers],
-                weights=weights,
-                **self.settings,
+                [self.prompts[i] for i in numbers], [self.seed + i for i in numbers], weights=weights, **self.settings
             )
         images = images.float().contiguous()
         if world > 1:
             images = pl_module.all_gather(images).flatten(0, 1)
         return images[: len(self.prompts)].cpu()
-
-
-def log_image(trainer: Trainer, image: Image.Image, key: str, step: int) -> None:
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, image, step)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -14,9 +12,8 @@ class MLflowSystemMetrics(Callback):
     """Starts MLflow's monitor thread on the first process of each node while training.
 
     MLflow's own switch (`enable_system_metrics_logging`) works on runs begun by `mlflow.start_run`, which
-    Lightning does not use. Metrics need psutil (CPU), nvidia-ml-py (NVIDIA) or pyrsmi (AMD); what is missing
-    is left out. With an sqlite
-    store only the first node reports: such a file must not be written from two machines.
+    Lightning does not use. Metrics need psutil (CPU), nvidia-ml-py (NVIDIA) or pyrsmi (AMD); what is missing is left
+    out. With an sqlite store only the first node reports: such a file must not be written from two machines.
 
     Args:
         interval: seconds between samples.
@@ -44,16 +41,13 @@ class MLflowSystemMetrics(Callback):
         )
         self._monitor.start()
 
-    def _stop(self) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+        self.on_train_end(trainer, pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any) -> None:
-        self._stop()
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.on_train_end(trainer, pl_module)

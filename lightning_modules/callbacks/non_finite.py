@@ -16,15 +16,12 @@ from torch import Tensor
 class NonFinite(Callback):
     """Looks at the gradient norm before each optimizer step; skips the step, or stops, if it is not finite.
 
-    Works in `on_before_optimizer_step`, which Lightning calls after backward, when gradients are unscaled and
-    not yet clipped, so that the logged `grad_norm` is the true one. To skip, gradients are set to None:
-    optimizers then leave their parameters and their own state untouched (with zeros, momentum and weight
-    decay would still move them). Otherwise the step counts as done: global step, learning rate schedule and
-    samples seen move on.
+    `on_before_optimizer_step` comes when gradients are unscaled and not yet clipped: the logged `grad_norm` is the true
+    one. To skip, gradients are set to None, so that optimizers leave parameters and their own state untouched (with
+    zeros, momentum and weight decay would still move them); global step, schedule and samples seen move on.
 
-    It costs one pass over the gradients and one wait for the device at each optimizer step, for the host must
-    know whether to step. All ranks decide alike: under DDP gradients are equal, under FSDP2 the norm is over
-    all shards, and the flag is summed over the ranks besides.
+    It costs one pass over the gradients and one wait for the device at each optimizer step. All ranks decide alike:
+    under DDP gradients are equal, under FSDP2 the norm is over all shards, and the flag is summed over the ranks.
 
     What was in the batches of a skipped step, on all ranks, goes to `non_finite.jsonl` in the run folder.
 
@@ -81,12 +78,7 @@ class NonFinite(Callback):
         where = [name for name, grad in trained if not _finite(grad)][:5]
         folder = trainer.log_dir  # broadcasts
         if trainer.is_global_zero and folder is not None:
-            row = {
-                "step": pl_module.training_steps,
-                "grad_norm": str(norm),
-                "sample_id": ids,
-                "position": positions,
-            }
+            row = {"step": pl_module.training_steps, "grad_norm": str(norm), "sample_id": ids, "position": positions}
             Path(folder).mkdir(parents=True, exist_ok=True)
             with open(Path(folder) / "non_finite.jsonl", "a") as file:
                 file.write(json.dumps({**row, "parameters_on_rank_zero": where}) + "\n")

@@ -97,17 +97,13 @@ class ProgressBar(LightningProgressBar):
         self._close_line()
 
     def _write(self, line: str, redraw: bool) -> None:
-        if redraw:
-            sys.stdout.write(f"\r\x1b[K{line}")  # to the start of the line, and clear it
-        else:
-            sys.stdout.write(("\r\x1b[K" if self._open_line else "") + line + "\n")
-        sys.stdout.flush()
+        start = "\r\x1b[K" if redraw or self._open_line else ""  # to the start of the line, and clear it
+        print(start + line, end="" if redraw else "\n", flush=True)
         self._open_line = redraw
 
     def _close_line(self) -> None:
         if self._open_line:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            print(flush=True)
             self._open_line = False
 
 

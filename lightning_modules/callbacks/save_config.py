@@ -1,5 +1,4 @@
-"""The resolved configuration of a run: in its folder, as an MLflow artifact, and as parameters of its
-loggers."""
+"""The resolved configuration of a run: in its folder, as an MLflow artifact, and as parameters of its loggers."""
 
 from __future__ import annotations
 

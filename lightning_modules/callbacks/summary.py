@@ -51,8 +51,16 @@ class Summary(Callback):
             curves = {name: metric_history(client, run_id, name) for name in CURVES + PARTS}
             curves = {name: curve for name, curve in curves.items() if curve or name in CURVES}
             write_csv(curves, run_dir / "curve.csv")
-            record = training_record(client, run_id, pl_module.training_steps)
-            write_record(run_dir / "train.json", {"steps": pl_module.training_steps, **record}, trainer)
+            record = {
+                "steps": pl_module.training_steps,
+                **training_record(client, run_id, pl_module.training_steps),
+                "hardware": hardware(trainer.strategy.root_device),
+                "devices": trainer.world_size,
+                "commit": git_commit(),
+                "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
+            }
+            with atomic_path(run_dir / "train.json") as part:
+                part.write_text(json.dumps(record, indent=1) + "\n")
             if any(curves.values()):
                 plot(curves, run_dir / "curve.png")
                 lines.append(f"Loss curve   {run_dir / 'curve.png'}  (curve.csv)")
@@ -65,7 +73,8 @@ class Summary(Callback):
         if logger is not None:
             lines.append(f"MLflow run   {logger.run_id} in {logger.tracking_uri}")
         store = logger.tracking_uri if logger else "sqlite:///mlflow.db"
-        prompt = example_prompt(trainer) or textwrap.shorten(self.caption, 120, placeholder="") or PROMPT
+        prompts = [c.prompts[0] for c in trainer.callbacks if isinstance(c, ImageGrid) and c.prompts]
+        prompt = next(iter(prompts), textwrap.shorten(self.caption, 120, placeholder="") or PROMPT)
         commands = (
             ("emmdit", "sample", "--ckpt", str(run_dir), "--prompt", prompt, "--num_images", "8", "--out", "out"),
             ("emmdit", "export", "--ckpt", str(run_dir), "--out", "exported"),
@@ -73,23 +82,6 @@ class Summary(Callback):
         )
         lines += ["\nNext:", *(f"  {shlex.join([program(name), *rest])}" for name, *rest in commands)]
         print("\n".join(lines), flush=True)
-
-
-def example_prompt(trainer: Trainer) -> str:
-    """The first prompt of the run's sample grid, if it has one."""
-    prompts = [c.prompts[0] for c in trainer.callbacks if isinstance(c, ImageGrid) and c.prompts]
-    return prompts[0] if prompts else ""
-
-
-def write_record(path: Path, record: dict[str, float | None], trainer: Trainer) -> None:
-    about = {
-        "hardware": hardware(trainer.strategy.root_device),
-        "devices": trainer.world_size,
-        "commit": git_commit(),
-        "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
-    }
-    with atomic_path(path) as part:
-        part.write_text(json.dumps({**record, **about}, indent=1) + "\n")
 
 
 def program(name: str) -> str:
@@ -113,14 +105,7 @@ def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
-        if curve:
-            axes.plot(
-                list(curve),
-                list(curve.values()),
-                label=name,
-                lw=1,
-                alpha=0.6 if name.startswith("train") else 1,
-            )
+        axes.plot(list(curve), list(curve.values()), label=name, lw=1, alpha=0.6 if name.startswith("train") else 1)
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

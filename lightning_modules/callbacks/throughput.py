@@ -42,10 +42,10 @@ class Throughput(Callback):
 
     - `images_per_second` of all ranks together and `seconds_per_step`, by the wall clock;
     - `data_wait`: share of that time spent waiting for the loader (if the loader counts `wait_seconds`);
-    - `mfu`: model FLOPs utilisation, if the FLOPs of a sample and the device's peak are known;
+    - `mfu`: model FLOPs utilization, if the FLOPs of a sample and the device's peak are known;
     - `peak_memory_gib`: the most the allocator of rank zero's device has held since the start.
 
-    Nothing is synchronised: the device's queue is short against a window. Steps that a validation or a
+    Nothing is synchronized: the device's queue is short against a window. Steps that a validation or a
     checkpoint fell into are left out; a callback that does other work between steps should say so, by
     `Throughput.exclude(trainer)`.
 
@@ -97,26 +97,19 @@ class Throughput(Callback):
         if self._steps and trainer._logger_connector.should_update_logs:
             if self.flops_per_sample is None:
                 self.flops_per_sample = getattr(pl_module, "flops_per_sample", None)
-            self.latest = self.measure(trainer.world_size)
-            if not hasattr(trainer.train_dataloader, "wait_seconds"):
-                self.latest.pop("data_wait")
+            seconds, samples, waited = (sum(column) for column in zip(*self._steps, strict=True))
+            speed = samples / seconds
+            self.latest = {"images_per_second": speed, "seconds_per_step": seconds / len(self._steps)}
+            if hasattr(trainer.train_dataloader, "wait_seconds"):
+                self.latest["data_wait"] = waited / seconds
+            if self.peak_tflops and self.flops_per_sample:
+                peak = self.peak_tflops * 1e12 * trainer.world_size
+                self.latest["mfu"] = speed * self.flops_per_sample / peak
             if pl_module.device.type == "cuda":
                 self.latest["peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that Lightning logs by
             for logger in trainer.loggers:
                 logger.log_metrics({f"throughput/{k}": v for k, v in self.latest.items()}, step=step)
-
-    def measure(self, world_size: int = 1) -> dict[str, float]:
-        """The window's figures."""
-        seconds, samples, waited = (sum(column) for column in zip(*self._steps, strict=True))
-        out = {
-            "images_per_second": samples / seconds,
-            "seconds_per_step": seconds / len(self._steps),
-            "data_wait": waited / seconds,
-        }
-        if self.peak_tflops and self.flops_per_sample:
-            out["mfu"] = out["images_per_second"] * self.flops_per_sample / (self.peak_tflops * 1e12 * world_size)
-        return out
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.exclude_step()

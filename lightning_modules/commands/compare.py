@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from emmdit.evaluation.compare import Call, check_pair, feature_errors, latency, spread_over, trajectory_calls
 from emmdit.evaluation.image_set import ImageSet
-from emmdit.evaluation.metrics.base import Sample
 from emmdit.files import grid, save_png
 from emmdit.pipeline import TextToImagePipeline
 from lightning_modules.commands.load_model import DTYPES, Model, open_model
@@ -62,25 +61,19 @@ def check_parts(student: Any, teacher: Any) -> None:
 
     Of a stock diffusers pipeline only the prediction type is compared: it does not say how it encodes.
     """
+    compared = [("prediction", {"prediction": _prediction(student)}, {"prediction": _prediction(teacher)})]
     if isinstance(student, TextToImagePipeline) and isinstance(teacher, TextToImagePipeline):
-        for name, words in PARTS.items():
-            (kind, own), (other_kind, other) = (_part(pipeline, name) for pipeline in (student, teacher))
-            if kind is not other_kind:
-                raise ValueError(_refusal(words, f"{kind.__name__} and {other_kind.__name__}"))
-            differ = [key for key in own | other if own.get(key) != other.get(key)]
-            if differ:
-                values = "; ".join(f"{key} {own.get(key)} and {other.get(key)}" for key in differ)
-                raise ValueError(_refusal(words, values))
-    predict = [_prediction(pipeline) for pipeline in (student, teacher)]
-    if predict[0] != predict[1]:
-        raise ValueError(_refusal("prediction", " and ".join(predict)))
+        compared = [(words, _part(student, name), _part(teacher, name)) for name, words in PARTS.items()] + compared
+    for what, own, other in compared:
+        differ = [key for key in own | other if own.get(key) != other.get(key)]
+        if differ:
+            values = "; ".join(f"{key} {own.get(key)} and {other.get(key)}" for key in differ)
+            raise ValueError(
+                f"Student and teacher differ in their {what} ({values}): they may differ in the network alone."
+            )
 
 
-def _refusal(what: str, values: str) -> str:
-    return f"Student and teacher differ in their {what} ({values}): they may differ in the network alone."
-
-
-def _part(pipeline: TextToImagePipeline, name: str) -> tuple[type, dict[str, Any]]:
+def _part(pipeline: TextToImagePipeline, name: str) -> dict[str, Any]:
     """Class and arguments, defaults included, of a part that determines the network's inputs."""
     kind = type(getattr(pipeline, name))
     parameters = inspect.signature(kind).parameters.items()
@@ -89,7 +82,8 @@ def _part(pipeline: TextToImagePipeline, name: str) -> tuple[type, dict[str, Any
     arguments = {key: value for key, value in arguments.items() if key not in MAY_DIFFER}
     if arguments.get("source") is not None:  # a hub id and its copy in some folder
         arguments["source"] = Path(str(arguments["source"])).name
-    return kind, json.loads(json.dumps(arguments, default=str))  # tuples of defaults as the lists of a YAML
+    plain = json.loads(json.dumps(arguments, default=str))  # tuples of defaults as the lists of a YAML
+    return {"class": kind.__name__, **plain}
 
 
 def _prediction(pipeline: Any) -> str:
@@ -102,8 +96,7 @@ def decisive_parts(student: Model) -> dict[str, Any]:
     """What, beside network and sampling, determines the images of the student's pipeline; fit for JSON."""
     if not isinstance(student.pipeline, TextToImagePipeline):
         return student.source  # its encoders are known by the hash of the whole pipeline alone
-    parts = {name: _part(student.pipeline, name) for name in PARTS}
-    return {name: {"class": kind.__name__, **arguments} for name, (kind, arguments) in parts.items()}
+    return {name: _part(student.pipeline, name) for name in PARTS}
 
 
 # -- measurements --------------------------------------------------------------------------------------
@@ -113,7 +106,9 @@ def measure_pair(
     student: Model, teacher: Model, images: ImageSet, teacher_images: ImageSet, out: Path, device: torch.device
 ) -> dict[str, Any]:
     """The teacher's source, errors of layers and prediction, latency; and the images shown, also in `pair.png`."""
-    samples = chosen_samples(images.all)
+    firsts = [sample for sample in images.all if sample.number == 0]
+    n = min(SHOWN, len(firsts))
+    samples = [firsts[i * len(firsts) // n] for i in range(n)]  # evenly over the prompts
     folders = {"teacher": teacher_images.folder, "student": images.folder}
     shown = [
         {
@@ -165,13 +160,6 @@ def recorded_calls(network: nn.Module) -> Iterator[list[Call]]:
         handle.remove()
 
 
-def chosen_samples(samples: Sequence[Sample], n: int = SHOWN) -> list[Sample]:
-    """The first images of `n` prompts, evenly over the set."""
-    firsts = [sample for sample in samples if sample.number == 0]
-    n = min(n, len(firsts))
-    return [firsts[i * len(firsts) // n] for i in range(n)]
-
-
 def write_grid(out: Path, shown: Sequence[dict[str, Any]]) -> None:
     """`pair.png`: the teacher's images above the student's, each column of one prompt and one noise."""
     rows = ("teacher", "student")
@@ -194,10 +182,9 @@ def pair_metrics(pair: Mapping[str, Any] | None) -> dict[str, float]:
 
 def teacher_row(pair: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's part of a student's row in the ledger."""
-    errors = {part: value for part, value in pair["features"]["mean"].items() if math.isfinite(value)}
     return {
         "metrics": pair["ledger_metrics"],
-        "errors": errors,
+        "errors": {part: value for part, value in pair["features"]["mean"].items() if math.isfinite(value)},
         "speedup": pair["latency"]["speedup"],
         **{key: pair["teacher"].get(key) for key in ("source", "weights", "sha256")},
     }

@@ -5,13 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 
-_WRAPPERS = (
-    "Parser key ",
-    "Does not validate",
-    "Problem with given class_path",
-    "Type typing.",
-    "Type collections.",
-)
+_WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
 _EXPECTED = ("Expected a ", "Expected <class ")
 _BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
 _NOTHING_NAMED = re.compile(r"the following arguments are required: (?:\w+\.)?(?:data|model)\b")
@@ -51,12 +45,8 @@ def sentence(error: BaseException) -> str:
         if following is None or not text.startswith(_WRAPPERS):
             break
         link = following
-    if (
-        text.startswith(("Expected a ", "Expected <class ")) and choices
-    ):  # of the types of a union, the nearest says more
-        text = choices[-1]
-    elif text.startswith(("Expected a ", "Expected <class ")) and types:
-        text = types
+    if text.startswith(_EXPECTED):  # of the types of a union, the nearest says more
+        text = choices[-1] if choices else types or text
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem
 

@@ -6,12 +6,10 @@ are generated and measured in the same way.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,12 @@ from mlflow.exceptions import MlflowException
 from emmdit.config_text import mask_secrets
 from emmdit.evaluation import ledger
 from emmdit.evaluation.compare import compared
-from emmdit.evaluation.geneval import summary, write_results
 from emmdit.evaluation.image_set import Generate, ImageSet
-from emmdit.evaluation.measure import Scores, measure, prepare
+from emmdit.evaluation.measure import measure, prepare
 from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
-from emmdit.provenance import hardware, machine
+from emmdit.provenance import git_commit, hardware
 from emmdit.shapes import ShapesWorld
 from emmdit.shapes.metrics import noise, renders
 from emmdit.weights import is_diffusers_folder, run_folder
@@ -77,29 +74,18 @@ def evaluate(argv: list[str]) -> None:
 
 def evaluation_parser() -> ArgumentParser:
     parser = command_parser(evaluate)
-    parser.add_argument(
-        "-c",
-        "--config",
-        action=ActionConfigFile,
-        help="a file of experiments/evaluation, and one of experiments/trainer",
-    )
-    parser.add_argument(
-        "--ckpt",
-        required=True,
-        help="run folder, checkpoint, export, diffusers pipeline (folder or hub id), Nitro-E file",
-    )
+    config_help = "a file of experiments/evaluation, and one of experiments/trainer"
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=config_help)
+    ckpt_help = "run folder, checkpoint, export, diffusers pipeline (folder or hub id), Nitro-E file"
+    parser.add_argument("--ckpt", required=True, help=ckpt_help)
     add_released_arguments(parser)
     parser.add_argument("--teacher", help="model to compare this student with, side by side; anything --ckpt may be")
     parser.add_argument("--teacher_weights", choices=["ema", "raw"], help="weights of a teacher's checkpoint")
-    parser.add_argument(
-        "--teacher_images", help="folder of the teacher's images; several students may share it, to generate them once"
-    )
+    parser.add_argument("--teacher_images", help="folder of the teacher's images, which several students may share")
     parser.add_argument("--prompts", type=PromptSet, help="prompt set to generate")
     parser.add_argument("--metrics", type=list[ImageMetric], help="metrics of the image set")
     parser.add_argument("--out", help="folder of images and results; by default below the run, or in evaluations/")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the image set; no two seeds share an image's noise"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the image set; no two share an image's noise")
     parser.add_argument("--weights", choices=["ema", "raw"], help="weights of a checkpoint; EMA if available")
     add_sampling_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
@@ -113,37 +99,8 @@ def evaluation_parser() -> ArgumentParser:
     return parser
 
 
-@dataclass
-class Column:
-    """An image set of the report, and what generates it."""
-
-    images: ImageSet
-    generate: Generate
-    to: Callable[[torch.device, str], None] = lambda device, dtype: None
-    seconds: float | None = None  # of generating all images, if that happened now
-
-    def score(
-        self, name: str, metrics: Sequence[ImageMetric], device: torch.device, dtype: str, batch_size: int
-    ) -> Scores:
-        """Generate what is missing, and measure. Every process must call it: metrics are reduced over all."""
-        self.to(device, dtype)
-        progress = [
-            None if self.images.rank else counter(f"images {done}, {name}") for done in ("generated", "measured")
-        ]
-        started = time.perf_counter()
-        made = self.images.make(self.generate, batch_size, progress[0])
-        if made == len(self.images.samples):  # an earlier call may have made a part, at an unknown speed
-            self.seconds = time.perf_counter() - started
-        return measure(metrics, self.images, device, batch_size, progress[1])
-
-
 def run(
-    args: Namespace,
-    prompts: PromptSet,
-    metrics: Sequence[ImageMetric],
-    device: torch.device,
-    rank: int,
-    world_size: int,
+    args: Namespace, prompts: PromptSet, metrics: list[ImageMetric], device: torch.device, rank: int, world_size: int
 ) -> None:
     """The evaluation on one process; the first one writes."""
     released = given(args, RELEASED)
@@ -155,26 +112,37 @@ def run(
         return ImageSet(folder, prompts, args.seed, made_with, rank, world_size)
 
     how = {"sampling": model.sampling, "dtype": args.dtype}
-    columns = {"model": Column(images(out / "images", source=model.source, **how), model.generate, model.to)}
+    columns: dict[str, tuple[ImageSet, Generate]] = {}
+    columns["model"] = images(out / "images", source=model.source, **how), model.generate
     if teacher is not None:
         folder = args.teacher_images or out / "images_teacher"
-        teachers = images(folder, source=teacher.source, parts=decisive_parts(model), **how)
-        columns["teacher"] = Column(teachers, teacher.generate, teacher.to)
+        shared = images(folder, source=teacher.source, parts=decisive_parts(model), **how)
+        columns["teacher"] = shared, teacher.generate
     if args.bounds:
         shapes = ShapesWorld()
         for name, generate in (("real renders", renders(shapes)), ("noise", noise(shapes.image_size))):
             folder = out / f"images_{name.replace(' ', '_')}"
-            columns[name] = Column(images(folder, source={"source": name}), generate)
-    prepare(metrics, columns["model"].images, device)
-    for column in columns.values():  # a folder that is not empty is refused before anything is generated
-        column.images.open()
-    scores = {
-        name: column.score(name, metrics, device, args.dtype, args.batch_size) for name, column in columns.items()
-    }
+            columns[name] = images(folder, source={"source": name}), generate
+    own_images = columns["model"][0]
+    prepare(metrics, own_images, device)
+    for image_set, _ in columns.values():  # a folder that is not empty is refused before anything is generated
+        image_set.open()
+    for opened in (model, teacher):
+        if opened is not None:
+            opened.to(device, args.dtype)
+    scores, seconds = {}, {}
+    for name, (image_set, generate) in columns.items():
+        generated, measured = (
+            None if rank else counter(f"images {done}, {name}") for done in ("generated", "measured")
+        )
+        started = time.perf_counter()
+        if image_set.make(generate, args.batch_size, generated) == len(image_set.samples):
+            seconds[name] = time.perf_counter() - started  # unless an earlier call made a part, at an unknown speed
+        scores[name] = measure(metrics, image_set, device, args.batch_size, measured)
     if rank:
         return
 
-    own, n = scores["model"], len(columns["model"].images.all)
+    own, n = scores["model"], len(own_images.all)
     result = {
         "source": model.source,
         "prompts": prompts.describe(),
@@ -185,33 +153,29 @@ def run(
         "metrics": own.metrics,
         "ledger_metrics": own.families,
         "settings": {metric.name: metric.settings() for metric in metrics},
-        **circumstances(device),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "commit": git_commit(),
+        "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
+        "hardware": hardware(device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if columns["model"].seconds is not None:
-        result["seconds_per_image"] = columns["model"].seconds / n
+    if "model" in seconds:
+        result["seconds_per_image"] = seconds["model"] / n
     if teacher is not None:
         result["pair"] = {
             "metrics": scores["teacher"].metrics,
             "ledger_metrics": scores["teacher"].families,
             **compared(own.metrics, scores["teacher"].metrics),
-            **measure_pair(model, teacher, columns["model"].images, columns["teacher"].images, out, device),
+            **measure_pair(model, teacher, own_images, columns["teacher"][0], out, device),
         }
     if args.bounds:
         result["columns"] = {name: scores[name].metrics for name in columns if name not in ("model", "teacher")}
-    write(args, result, own.rows, out)
-
-
-def write(args: Namespace, result: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    """The files of an evaluation, its row of the ledger, and its numbers in MLflow."""
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    if rows:
-        write_results(out / "geneval_results.jsonl", rows)
-        (out / "geneval_summary.txt").write_text(f"{summary(rows)}\n")
-    report = write_report(out, result, rows, out / "images")
+    own.write(out, result)
+    report = write_report(out, result, own.rows, out / "images")
     print(text_table(result))
     if args.mlflow:
-        numbers, source = result["metrics"] | pair_metrics(result.get("pair")), result["source"]
-        log_evaluation(training_run(args.ckpt), numbers, source.get("step", 0), report, source)
+        numbers = own.metrics | pair_metrics(result.get("pair"))
+        log_evaluation(training_run(args.ckpt), numbers, model.source.get("step", 0), report, model.source)
     if args.ledger is not None:
         ledger.append(args.ledger, ledger_row(args, result))
     print(report, file=sys.stderr)
@@ -235,33 +199,17 @@ def default_folder(args: Namespace, step: int | None) -> Path:
     return Path("evaluations", Path(args.ckpt).stem, name) if run is None else run / "evaluation" / name
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Libraries, commit, command, hardware and date of the numbers."""
-    found = machine(device)
-    return {
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "commit": found["commit"],
-        "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
-        "hardware": hardware(device),
-        "date": found["date"],
-    }
-
-
 def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """What the ledger keeps of an evaluation, and of the training behind it."""
     source = result["source"]
+    settings = {key: result[key] for key in ("prompts", "sampling")}
     row = {
         "experiment": args.experiment,
         "seed": 0,
         "eval_seed": args.seed,
         "metrics": result["ledger_metrics"],
         "train_seconds": None,
-        "settings": {
-            "prompts": result["prompts"],
-            "sampling": result["sampling"],
-            "weights": source.get("weights"),
-            "sha256": source.get("sha256"),
-        },
+        "settings": settings | {key: source.get(key) for key in ("weights", "sha256")},
         **{key: result[key] for key in ("command", "commit", "hardware")},
     }
     if "pair" in result:

@@ -17,13 +17,7 @@ from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import one_sentence
 from emmdit.legacy import modernize
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import (
-    checkpoint_progress,
-    find_checkpoint,
-    is_diffusers_folder,
-    is_hub_id,
-    sha256_of,
-)
+from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, is_hub_id, sha256_of
 from lightning_modules.commands import options
 from lightning_modules.runs import build_module, read_config
 
@@ -71,7 +65,8 @@ def open_model(
         FileNotFoundError, ValueError, MissingModelError: with one sentence.
     """
     settings, path = settings or {}, Path(source).expanduser()
-    kind = _pipeline_class(path)
+    index = path / "model_index.json"
+    kind = modernize(json.loads(index.read_text()).get("_class_name")) if index.is_file() else None
     on_hub = not path.exists() and is_hub_id(source) and path.suffix != ".safetensors"
     if not (path.exists() or on_hub):
         raise FileNotFoundError(
@@ -179,22 +174,7 @@ def nitro_e_pipeline(
     return pipeline, {"source": str(file), "resolution": resolution}
 
 
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of the file(s) that hold a model's weights, in the order of their names."""
-    if path.suffix == ".safetensors":
-        return sha256_of([path])
-    if is_diffusers_folder(path):
-        return sha256_of(sorted(path.rglob("*.safetensors")))
-    checkpoint = find_checkpoint(path)
-    return sha256_of(sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint])
-
-
 # -- stock pipelines -----------------------------------------------------------------------------------
-
-
-def _pipeline_class(path: Path) -> str | None:
-    index = path / "model_index.json"
-    return modernize(json.loads(index.read_text()).get("_class_name")) if index.is_file() else None
 
 
 def _from_diffusers(
@@ -233,4 +213,11 @@ def _from_diffusers(
 def _published(path: Path, hashed: bool) -> dict[str, str]:
     """Name without an absolute path, since results are published, and hash of the weights."""
     name = {"source": path.name if path.is_absolute() else str(path)}
-    return name | ({"sha256": weights_sha256(path)} if hashed else {})
+    if not hashed:
+        return name
+    if is_diffusers_folder(path):
+        files = sorted(path.rglob("*.safetensors"))
+    else:
+        found = path if path.suffix == ".safetensors" else find_checkpoint(path)
+        files = sorted(found.iterdir()) if found.is_dir() else [found]
+    return name | {"sha256": sha256_of(files)}

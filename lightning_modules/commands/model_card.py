@@ -38,14 +38,8 @@ def write_card(
     teacher = next((value for key, value in named if key == "teacher" and isinstance(value, str)), None)
     if teacher is not None:
         rows["distilled from"] = f"`{teacher}`, whose license applies to this network, too"
-    lines = [
-        f"# {run.name}",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in rows.items()),
-        "",
-    ]
+    table = [f"| {key} | {value} |" for key, value in rows.items()]
+    lines = [f"# {run.name}", "", "| | |", "| --- | --- |", *table, ""]
     grids = sorted((run / "samples").glob("step_*.png"))
     if grids:
         shutil.copy(grids[-1], folder / "grid.png")

@@ -68,28 +68,16 @@ def reference_parser() -> ArgumentParser:
     source.add_argument("--images", help="folder of images, searched with all folders below it")
     source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
     source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
-    parser.add_argument(
-        "--per_task",
-        type=int,
-        metavar="K",
-        help="with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; all captions by default",
-    )
+    per_task_help = "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; all captions by default"
+    parser.add_argument("--per_task", type=int, metavar="K", help=per_task_help)
     parser.add_argument("--split", default="train", help="split of --data")
     parser.add_argument("--image_column", default="image", help="column of --data that holds the images")
-    parser.add_argument(
-        "--resolution",
-        type=int,
-        help="pixels: resize the short side to it and center-crop; by default images stay as they are (--shapes: 32)",
-    )
-    parser.add_argument(
-        "--num", type=int, help="number of images, chosen at random of --images or --data; all by default"
-    )
+    resolution_help = "pixels: resize the short side and center-crop; by default images stay as they are (--shapes: 32)"
+    parser.add_argument("--resolution", type=int, help=resolution_help)
+    parser.add_argument("--num", type=int, help="images, chosen at random of --images or --data; all by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes, or of the choice that --num makes")
-    parser.add_argument(
-        "--features",
-        default="clean",
-        help="clean (Inception), clip:SOURCE, or a YAML file with class_path and init_args of a FeatureExtractor",
-    )
+    features_help = "clean (Inception), clip:SOURCE, or a YAML file with class_path and init_args of a FeatureExtractor"
+    parser.add_argument("--features", default="clean", help=features_help)
     parser.add_argument("--feats", action="store_true", help="also write NAME_kid.npz, the features for KID and CMMD")
     parser.add_argument("--out", default="runs/references", help="folder of the files")
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
@@ -100,12 +88,7 @@ def reference_parser() -> ArgumentParser:
 
 
 def make_reference(
-    images: Source,
-    features: FeatureExtractor,
-    out: Path,
-    feats: bool = False,
-    batch_size: int = 64,
-    device: str = "cpu",
+    images: Source, features: FeatureExtractor, out: Path, feats: bool, batch_size: int, device: str
 ) -> list[Path]:
     """Extract, sum and write. The files' names end in a hash of the pixels and of the extractor."""
     statistics, progress = FeatureStatistics.zeros(features.dim, device), counter("images")
@@ -173,27 +156,30 @@ def open_images(args: Namespace) -> Source:
         raise ValueError("--per_task goes with --shapes.")
     if args.images is not None:
         files = image_files(Path(args.images))
-        label = Path(args.images).resolve().name
-        chosen = choose(len(files), args.num, args.seed, args.images)
-        return Source(
-            label,
-            len(chosen),
-            lambda i: read_real(files[chosen[i]], args.resolution),
-            about | {"source": label, "of": len(files)},
-        )
-    if args.resolution is None:
-        raise ValueError("--data needs --resolution, the size to which its images are cropped.")
-    columns = {"image": args.image_column}
-    table = select_columns(open_source(args.data, args.split), columns, args.data)
-    rows = CaptionedDataset(table, args.data, columns, args.resolution)
-    chosen = choose(len(rows), args.num, args.seed, args.data)
-    label = args.data.rstrip("/").split("/")[-1].removesuffix(".parquet")
-    return Source(
-        label,
-        len(chosen),
-        lambda i: _tensor(to_uint8(rows[chosen[i]]["image"][None])[0]),
-        about | {"source": label, "split": args.split, "of": len(rows)},
-    )
+        count, label = len(files), Path(args.images).resolve().name
+
+        def image(i: int) -> Tensor:
+            return read_real(files[i], args.resolution)
+
+    else:
+        if args.resolution is None:
+            raise ValueError("--data needs --resolution, the size to which its images are cropped.")
+        columns = {"image": args.image_column}
+        table = select_columns(open_source(args.data, args.split), columns, args.data)
+        rows = CaptionedDataset(table, args.data, columns, args.resolution)
+        count, label = len(rows), args.data.rstrip("/").split("/")[-1].removesuffix(".parquet")
+        about["split"] = args.split
+
+        def image(i: int) -> Tensor:
+            return _tensor(to_uint8(rows[i]["image"][None])[0])
+
+    about |= {"source": label, "of": count}
+    if args.num is None:
+        return Source(label, count, image, about)
+    if not 1 <= args.num <= count:
+        raise ValueError(f"'{args.images or args.data}' has {count} images, and --num asks for {args.num} of them.")
+    chosen = sorted(np.random.default_rng(args.seed).choice(count, args.num, replace=False).tolist())
+    return Source(label, args.num, lambda i: image(chosen[i]), about)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -215,15 +201,6 @@ def read_real(path: Path, resolution: int | None) -> Tensor:
             return _tensor(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image '{path}' cannot be read ({first_line(error)}): repair or remove it.") from error
-
-
-def choose(count: int, num: int | None, seed: int, source: str) -> list[int]:
-    """`num` of `count` indices at random, in rising order; all of them without `num`."""
-    if num is None:
-        return list(range(count))
-    if not 1 <= num <= count:
-        raise ValueError(f"'{source}' has {count} images, and --num asks for {num} of them.")
-    return sorted(np.random.default_rng(seed).choice(count, num, replace=False).tolist())
 
 
 def slug(text: str) -> str:

@@ -69,8 +69,7 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass")
     parser.add_argument("--columns", type=int, default=4, help="images per row of the grid")
     parser.add_argument("--scale", type=int, default=1, help="factor by which the images of the grid are enlarged")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the denoiser's weights")
     return parser
