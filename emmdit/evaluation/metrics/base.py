@@ -1,6 +1,6 @@
 """Base class of image metrics.
 
-A metric is a subclass of `ImageMetric` in a file of its own and a line in `_HOMES` of `emmdit/evaluation/__init__.py`.
+A metric is a subclass of `ImageMetric` in a file of its own and a line in `emmdit/evaluation/__init__.py`.
 Then YAML files name it as `emmdit.evaluation.NAME`, for `emmdit evaluate` and for the `Evaluation` callback.
 """
 
