@@ -20,7 +20,7 @@ def clip() -> CLIP:
     return CLIP(STANDIN)
 
 
-def pictures(n: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+def random_images(n: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
 
@@ -50,11 +50,11 @@ def test_vectors_are_those_of_transformers(clip: CLIP) -> None:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     with torch.no_grad():
-        seen = model.get_image_features(pixel_values=(pictures().float() / 255 - mean) / std).pooler_output
+        seen = model.get_image_features(pixel_values=(random_images().float() / 255 - mean) / std).pooler_output
         said = model.get_text_features(**tokens).pooler_output
-    torch.testing.assert_close(clip.images(pictures()), F.normalize(seen, dim=-1))
+    torch.testing.assert_close(clip.images(random_images()), F.normalize(seen, dim=-1))
     torch.testing.assert_close(clip.texts(["a red circle"]), F.normalize(said, dim=-1))
-    assert clip.dim == clip.images(pictures()).shape[1] == 32
+    assert clip.dim == clip.images(random_images()).shape[1] == 32
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 80), (100, 41), (20, 24)])
@@ -63,13 +63,13 @@ def test_preprocessing_is_that_of_pillow(clip: CLIP, size: tuple[int, int]) -> N
     from transformers import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil.from_pretrained(standin("clip_model"))
-    images = pictures(2, *size)
+    images = random_images(2, *size)
     expected = processor([image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt").pixel_values
     torch.testing.assert_close(clip.preprocess(images), expected, atol=2e-6, rtol=0)
 
 
 def test_batches_do_not_change_the_vectors(clip: CLIP) -> None:
-    images, texts = pictures(4, 50, 60), ["a star", "a photo of a red circle and a blue square", ""]
+    images, texts = random_images(4, 50, 60), ["a star", "a photo of a red circle and a blue square", ""]
     torch.testing.assert_close(clip.images(images), torch.cat([clip.images(x[None]) for x in images]))
     torch.testing.assert_close(clip.texts(texts), torch.cat([clip.texts([x]) for x in texts]))
 
@@ -87,7 +87,7 @@ def test_refusals(clip: CLIP, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="uint8.*float32"):
         clip.images(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"uint8.*\(3, 32, 32\)"):
-        clip.images(pictures()[0])
+        clip.images(random_images()[0])
     with pytest.raises(ValueError, match=r"\btexts\b"):
         clip.texts("a circle")
     with pytest.raises(MissingModelError, match="hf download openai/clip-vit-large-patch14"):
@@ -119,8 +119,8 @@ def test_patch_features_are_those_of_transformers() -> None:
     from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(standin("clip_model")).eval()
-    images = pictures(2).float() / 127.5 - 1
-    pixels = CLIP(STANDIN).preprocess(pictures(2))
+    images = random_images(2).float() / 127.5 - 1
+    pixels = CLIP(STANDIN).preprocess(random_images(2))
     with torch.no_grad():
         expected = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
     features = vision()(images)

@@ -26,7 +26,7 @@ def samples(captions: list[str]) -> list[Sample]:
     return [Sample(i, 0, {"prompt": caption}, 0) for i, caption in enumerate(captions)]
 
 
-def pictures(n: int) -> torch.Tensor:
+def random_images(n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
@@ -48,18 +48,18 @@ class FixedVectors:
 
 def test_by_hand() -> None:
     metric = CLIPScore(FixedVectors([[1.0, 0.0], [0.6, 0.8]], [[0.8, 0.6], [-1.0, 0.0]]))
-    metric.update(pictures(2), samples(CAPTIONS[:2]))
+    metric.update(random_images(2), samples(CAPTIONS[:2]))
     assert metric.compute()[""] == pytest.approx(100 * (0.8 - 0.6) / 2)  # the clip at 0 is not on each image
     opposite = CLIPScore(FixedVectors([[1.0, 0.0]], [[-1.0, 0.0]]))
-    opposite.update(pictures(1), samples(CAPTIONS[:1]))
+    opposite.update(random_images(1), samples(CAPTIONS[:1]))
     assert opposite.compute()[""] == 0.0
 
 
 def test_batches_and_copies_of_the_state_add_up(clip: CLIP) -> None:
     whole, parts, other = CLIPScore(clip), CLIPScore(clip), CLIPScore(clip)
-    whole.update(pictures(4), samples(CAPTIONS))
-    parts.update(pictures(4)[:1], samples(CAPTIONS)[:1])
-    other.update(pictures(4)[1:], samples(CAPTIONS)[1:])
+    whole.update(random_images(4), samples(CAPTIONS))
+    parts.update(random_images(4)[:1], samples(CAPTIONS)[:1])
+    other.update(random_images(4)[1:], samples(CAPTIONS)[1:])
     parts.total, parts.count = parts.total + other.total, parts.count + other.count  # what a sync of ranks does
     assert parts.compute()[""] == pytest.approx(whole.compute()[""], abs=1e-5)
     assert parts.total.dtype == torch.float64
@@ -86,9 +86,9 @@ def test_is_torchmetrics_value_for_short_captions(clip: CLIP) -> None:
     folder = standin("clip_model")
     processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     theirs = Theirs(lambda: (AsBefore5(CLIPModel.from_pretrained(folder).eval()), processor))
-    theirs.update(pictures(4), CAPTIONS)
+    theirs.update(random_images(4), CAPTIONS)
     metric = CLIPScore(clip)
-    metric.update(pictures(4), samples(CAPTIONS))
+    metric.update(random_images(4), samples(CAPTIONS))
     assert metric.compute()[""] == pytest.approx(float(theirs.compute()), abs=1e-3)
 
 
@@ -97,7 +97,7 @@ def test_name_state_and_settings(clip: CLIP) -> None:
     assert (metric.kind, metric.name, metric.counted) == ("clip_score", "clip_score_standin_model", False)
     assert metric.label(5000) == metric.name
     metric.prepare("cpu")
-    metric.update(pictures(4), samples(CAPTIONS))
+    metric.update(random_images(4), samples(CAPTIONS))
     assert not metric.state_dict()
     assert not list(metric.parameters())
     assert not list(metric.modules())[1:]
@@ -112,5 +112,5 @@ def test_refusals(clip: CLIP) -> None:
     with pytest.raises(ValueError, match="uint8.*float32"):
         metric.update(torch.rand(1, 3, 32, 32), samples(CAPTIONS[:1]))
     with pytest.raises(ValueError, match=r"clip_score_standin_model.*\b2\b.*\b1\b"):
-        metric.update(pictures(2), samples(CAPTIONS[:1]))
+        metric.update(random_images(2), samples(CAPTIONS[:1]))
     assert int(metric.count) == 0

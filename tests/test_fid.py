@@ -21,7 +21,7 @@ from emmdit.evaluation.metrics.features import INCEPTION, CleanInception, CLIPFe
 from emmdit.evaluation.metrics.fid import FID, FeatureStatistics, frechet_distance
 from emmdit.evaluation.metrics.kid import KID, kernel_distance
 from emmdit.evaluation.metrics.reference import write_reference
-from tests.tiny_features import TinyFeatures, pictures, samples, write_folder
+from tests.tiny_features import TinyFeatures, random_images, samples, write_folder
 
 METRICS = {"fid": FID, "kid": KID, "cmmd": CMMD}
 
@@ -88,7 +88,7 @@ def test_300_images_of_2048_features_take_a_second() -> None:
 
 
 def test_identical_sets_are_zero_apart_and_one_repeated_image_is_not(tmp_path: Path) -> None:
-    images = pictures(30, seed=1)
+    images = random_images(30, seed=1)
     reference = reference_of(images, tmp_path / "a.npz")
     scale = np.trace(np.load(reference)["sigma"])
     assert scored(FID(TinyFeatures(), reference), images) < 1e-6 * scale
@@ -98,7 +98,7 @@ def test_identical_sets_are_zero_apart_and_one_repeated_image_is_not(tmp_path: P
 
 
 def test_fid_is_clean_fids(tmp_path: Path) -> None:
-    real, drawn = pictures(40, seed=1), pictures(30, seed=2)
+    real, drawn = random_images(40, seed=1), random_images(30, seed=2)
     folders = [str(write_folder(tmp_path / name, images)) for name, images in (("real", real), ("drawn", drawn))]
     for features in (TinyFeatures(), TinyFeatures(dim=64)):  # more images than features, and fewer
         options = dict(device=torch.device("cpu"), num_workers=0, verbose=False, use_dataparallel=False)
@@ -108,7 +108,7 @@ def test_fid_is_clean_fids(tmp_path: Path) -> None:
 
 
 def test_kid_is_clean_fids(tmp_path: Path) -> None:
-    real, drawn, features = pictures(40, seed=1), pictures(30, seed=2), TinyFeatures()
+    real, drawn, features = random_images(40, seed=1), random_images(30, seed=2), TinyFeatures()
     reference = reference_of(real, tmp_path / "real_kid.npz")
     for size in (1000, 17):
         np.random.seed(5)
@@ -123,7 +123,7 @@ def test_kid_is_clean_fids(tmp_path: Path) -> None:
 
 def test_cmmd_is_the_plain_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emmdit.evaluation.metrics.cmmd.ROWS", 7)
-    real, drawn, features = pictures(20, seed=1), pictures(16, seed=2), TinyFeatures()
+    real, drawn, features = random_images(20, seed=1), random_images(16, seed=2), TinyFeatures()
 
     def unit(images: Tensor) -> list[Tensor]:
         return [v / v.norm() for v in features(images).double()]
@@ -139,8 +139,8 @@ def test_cmmd_is_the_plain_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", METRICS)
 def test_a_metric_starts_anew_and_holds_no_weights(family: str, tmp_path: Path) -> None:
-    images = pictures(24, seed=2)
-    metric = METRICS[family](TinyFeatures(), reference_of(pictures(30, seed=1), tmp_path / "a.npz"))
+    images = random_images(24, seed=2)
+    metric = METRICS[family](TinyFeatures(), reference_of(random_images(30, seed=1), tmp_path / "a.npz"))
     value = scored(metric, images)
     assert (metric.name, metric.kind, metric.label(5000)) == (f"{family}_tiny", family, f"{family}_tiny_5k")
     assert metric.settings()["reference"]["made_with"]["features"]["resize"] == TinyFeatures.resize
@@ -158,7 +158,7 @@ def test_a_metric_starts_anew_and_holds_no_weights(family: str, tmp_path: Path) 
 
 
 def test_a_reference_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
-    images = pictures(12, seed=1)
+    images = random_images(12, seed=1)
     path = reference_of(images, tmp_path / "tiny.npz")
     arrays = dict(np.load(path))
 
@@ -190,9 +190,9 @@ def test_a_reference_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_images_that_would_spoil_the_sums_are_refused(tmp_path: Path) -> None:
-    metric = FID(TinyFeatures(), reference_of(pictures(12, seed=1), tmp_path / "a.npz"))
+    metric = FID(TinyFeatures(), reference_of(random_images(12, seed=1), tmp_path / "a.npz"))
     with pytest.raises(RuntimeError, match=r"fid_tiny.*prepare\("):
-        metric.update(pictures(2, seed=0), samples(2))
+        metric.update(random_images(2, seed=0), samples(2))
     metric.prepare()
     for wrong in (torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"uint8.*\(N, 3, H, W\).*\(2, (3, 8, 8|8, 8, 3)\)"):
@@ -200,7 +200,7 @@ def test_images_that_would_spoil_the_sums_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         metric.features.network.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="'tiny'.*float32"):
-        metric.update(pictures(2, seed=0), samples(2))
+        metric.update(random_images(2, seed=0), samples(2))
     with pytest.raises(ValueError, match=r"subset_size.*\b2\b.*\b1\b"):
         KID(TinyFeatures(), "a.npz", subset_size=1)
 
@@ -230,7 +230,7 @@ def inception(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_inception_is_clean_fids_own(inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "CLEAN_FID_FOLDER", tmp_path)
-    real, drawn = pictures(12, seed=1), pictures(9, seed=2)
+    real, drawn = random_images(12, seed=1), random_images(9, seed=2)
     folder = str(write_folder(tmp_path / "drawn", drawn))
     network = cleanfid.features.InceptionV3W(str(inception.parent), download=False)
     options = dict(num_workers=0, device=torch.device("cpu"), verbose=False)
@@ -263,7 +263,7 @@ def test_inception_that_is_missing_or_damaged_is_one_sentence(
 
 
 def test_clip_features_name_the_metric_and_are_not_normalized(tmp_path: Path) -> None:
-    images, features = pictures(12, seed=1), CLIPFeatures(CLIP("standin:clip_model", name="tiny"))
+    images, features = random_images(12, seed=1), CLIPFeatures(CLIP("standin:clip_model", name="tiny"))
     vectors = features.extract(images)
     assert vectors.norm(dim=1).std() > 1e-3
     mu, sigma = moments(vectors)
@@ -273,7 +273,7 @@ def test_clip_features_name_the_metric_and_are_not_normalized(tmp_path: Path) ->
     for family, kind in METRICS.items():
         metric = kind(features, str(tmp_path / "a.npz"))
         names[family] = (metric.kind, metric.name)
-        assert abs(scored(metric, pictures(12, seed=2))) > 1e-5
+        assert abs(scored(metric, random_images(12, seed=2))) > 1e-5
     clip = {"fid": ("fid_clip", "fid_clip_tiny"), "kid": ("kid_clip", "kid_clip_tiny"), "cmmd": ("cmmd", "cmmd_tiny")}
     assert names == clip
     with pytest.raises(ValueError, match="weights.*model.safetensors"):

@@ -15,7 +15,7 @@ from emmdit.evaluation.metrics.fid import FID
 from emmdit.evaluation.metrics.kid import KID
 from tests.test_fid import reference_of, scored
 from tests.test_geneval_results import SAMPLES, judged
-from tests.tiny_features import TinyFeatures, pictures
+from tests.tiny_features import TinyFeatures, random_images
 
 SCRIPT = """
 import json, sys
@@ -23,11 +23,11 @@ from pathlib import Path
 import torch.distributed as dist
 from tests.test_fid_distributed import metrics
 from tests.test_geneval_results import SAMPLES, judged
-from tests.tiny_features import pictures, samples
+from tests.tiny_features import random_images, samples
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-images, all_samples, values = pictures(21, seed=2), samples(21), {}
+images, all_samples, values = random_images(21, seed=2), samples(21), {}
 shares = {
     "every second": (slice(0, None, 2), slice(1, None, 2)),
     "17 and 4": (slice(0, 17), slice(17, None)),
@@ -58,7 +58,7 @@ def metrics(folder: Path) -> tuple[FID, KID, CMMD]:
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    reference_of(pictures(30, seed=1), tmp_path / "reference.npz")
+    reference_of(random_images(30, seed=1), tmp_path / "reference.npz")
     root = str(Path(__file__).resolve().parents[1])
     ranks = [
         subprocess.Popen(
@@ -70,7 +70,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    expected = {metric.name: scored(metric, pictures(21, seed=2)) for metric in metrics(tmp_path)}
+    expected = {metric.name: scored(metric, random_images(21, seed=2)) for metric in metrics(tmp_path)}
     for process in ranks:
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed

@@ -17,7 +17,7 @@ from emmdit.evaluation.metrics.fid import FID
 from emmdit.evaluation.metrics.kid import KID
 from emmdit.shapes import ShapesDataset
 from lightning_modules.commands.reference_stats import build_features, reference_stats
-from tests.tiny_features import TinyFeatures, pictures, samples, write_folder
+from tests.tiny_features import TinyFeatures, random_images, samples, write_folder
 
 TINY = "class_path: tests.tiny_features.TinyFeatures\ninit_args: {dim: 8}\n"
 
@@ -35,7 +35,7 @@ def made(capsys: pytest.CaptureFixture, *args: str) -> list[Path]:
 
 
 def test_clean_fid_reads_the_file(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, drawn, features = pictures(13, seed=1), pictures(11, seed=2), TinyFeatures(dim=8)
+    real, drawn, features = random_images(13, seed=1), random_images(11, seed=2), TinyFeatures(dim=8)
     write_folder(folder / "real" / "deeper", real[:6])
     write_folder(folder / "real" / "others", real[6:])
     stats, feats = made(capsys, "--images", "real", "--feats")
@@ -71,7 +71,7 @@ def test_clean_fid_reads_the_file(folder: Path, capsys: pytest.CaptureFixture, m
 
 
 def test_the_name_tells_what_went_in(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    write_folder(folder / "real", pictures(9, seed=1))
+    write_folder(folder / "real", random_images(9, seed=1))
     (first,), (again,) = made(capsys, "--images", "real"), made(capsys, "--images", "real", "--out", "elsewhere")
     assert first.name == again.name
     (cut,) = made(capsys, "--images", "real", "--resolution", "16")
@@ -106,7 +106,7 @@ def test_renders_of_the_shapes_world_and_rows_of_a_dataset(folder: Path, capsys:
     images = torch.stack([((scenes[i]["image"] + 1) * 127.5).round().byte() for i in range(7)])
     np.testing.assert_allclose(np.load(feats)["feats"], TinyFeatures(dim=8)(images).numpy(), rtol=1e-5)
 
-    images = pictures(5, seed=1, height=16, width=16)
+    images = random_images(5, seed=1, height=16, width=16)
     write_folder(folder / "real", images)
     rows = [{"bytes": file.read_bytes(), "path": None} for file in sorted(Path("real").iterdir())]
     Dataset.from_dict({"photo": rows, "caption": ["x"] * 5}).to_parquet("rows.parquet")
@@ -124,7 +124,7 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture) 
     refused(r"'none'.*\.png", "--images", "none")
     Path("real").mkdir()
     refused(r"'real'.*\.png", "--images", "real")
-    write_folder(folder / "noise", pictures(1, seed=1))
+    write_folder(folder / "noise", random_images(1, seed=1))
     Path("noise/00000.png").rename("real/a.png")
     refused(r"\b2\b.*\breal\b.*\b1\b", "--images", "real")
     refused(r"\b2\b.*\bshapes\b.*\b0\b", "--shapes", "0")

@@ -40,7 +40,7 @@ class TinyFeatures(FeatureExtractor):
         return self.resized(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
 
-def pictures(count: int, seed: int, height: int = 24, width: int = 20) -> Tensor:
+def random_images(count: int, seed: int, height: int = 24, width: int = 20) -> Tensor:
     """uint8 (count, 3, H, W): noise over a random plain color, other noise with another seed."""
     generator = torch.Generator().manual_seed(seed)
     plain = torch.rand(count, 3, 1, 1, generator=generator)
