@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,20 +112,47 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint itself, or the last one of a run folder."""
+    """A checkpoint itself, or the last whole one of a run folder (see `last_checkpoint`)."""
     path = Path(path)
     if path.is_file() or (path / ".metadata").is_file():
         return path
     for folder in (path / "checkpoints", path):
-        last = folder / "last.ckpt"
-        if last.exists():
-            return last.resolve()
-        found = sorted(folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-        if found:
-            return found[-1]
+        found = last_checkpoint(folder)
+        if found is not None:
+            return found
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give a run folder, a checkpoint or a diffusers folder.")
     raise FileNotFoundError(f"No checkpoint in {path}: has the run saved one yet?")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """What `last.ckpt` names, or, where a kill left that dangling, missing or cut short, the newest whole checkpoint.
+
+    None: the folder holds no checkpoint.
+
+    Raises:
+        ValueError: it holds checkpoints, but none that is whole.
+    """
+    last, entries = folder / "last.ckpt", sorted(folder.glob("*.ckpt"))
+    if is_whole(last):
+        return last.resolve()
+    own = [path for path in entries if not path.is_symlink()]
+    whole = [path for path in own if is_whole(path)]
+    if whole:
+        newest = max(whole, key=lambda path: path.stat().st_mtime)
+        warnings.warn(f"{last} does not name a whole checkpoint: {newest.name}, the newest, is used.", stacklevel=2)
+        return newest
+    if entries:
+        name = (own or entries)[-1].name
+        raise ValueError(f"{folder} has no whole checkpoint ({name} is cut short): restore one, or use another folder.")
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: a file has its directory there, a sharded folder its two indices."""
+    if checkpoint.is_dir():
+        return all((checkpoint / name).is_file() for name in (".metadata", "meta.pt"))
+    return checkpoint.is_file() and zipfile.is_zipfile(checkpoint)
 
 
 def sha256_of(files: Iterable[Path]) -> str:
