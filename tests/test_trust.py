@@ -26,6 +26,7 @@ from lightning_modules.commands.main import main
 from lightning_modules.runs import build_module
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("sample", "export", "evaluate", "generate-dataset")
 CONFIG = yaml.safe_load("""
 model:
   class_path: lightning_modules.TextToImage
@@ -83,9 +84,15 @@ def sample(run: Path, *options: str) -> None:
 def refused(capsys: pytest.CaptureFixture, command: str, run: Path, *options: str) -> str:
     """What `emmdit COMMAND` says when it ends with status 2: one sentence."""
     capsys.readouterr()
-    extra = {"sample": ["--prompt", "x", "--device", "cpu"], "export": []}[command]
+    (run.parent / "prompts.txt").write_text("a star")
+    extra = {
+        "sample": ["--ckpt", str(run), "--prompt", "x", "--device", "cpu"],
+        "export": ["--ckpt", str(run)],
+        "evaluate": ["--ckpt", str(run), "--device", "cpu", "-c", str(ROOT / "experiments/evaluation/shapes.yaml")],
+        "generate-dataset": ["--model", str(run), "--prompts.source", str(run.parent / "prompts.txt")],
+    }[command]
     with pytest.raises(SystemExit) as end:
-        main([command, "--ckpt", str(run), "--out", str(run.parent / f"refused_{command}"), *extra, *options])
+        main([command, "--out", str(run.parent / f"refused_{command}"), *extra, *options])
     assert end.value.code == 2
     said = capsys.readouterr().err.partition("\n(EMMDIT_TRACEBACK")[0].splitlines()[-1]
     assert said.startswith(f"emmdit {command}: ") and said.endswith(".")
@@ -128,7 +135,7 @@ def test_a_metadata_file_that_calls_something_is_refused(
             load_weights(network, run)
         assert str(checkpoint) in str(error.value) and "\n" not in str(error.value), name
         assert not marker.exists(), name
-    for command in ("sample", "export"):
+    for command in COMMANDS:
         assert f"{checkpoint}/.metadata names " in refused(capsys, command, run)
     assert not marker.exists()
     dcp.FileSystemReader(checkpoint).read_metadata()  # torch's own reader runs it
@@ -257,7 +264,7 @@ def test_a_config_that_names_a_file_beside_it_is_refused_before_the_import(
 ) -> None:
     name = "runs.stranger.payload.Evil"
     configure(run, timesteps={"class_path": name})
-    for command in ("sample", "export"):
+    for command in COMMANDS:
         said = refused(capsys, command, run)
         assert name in said and str(run / "config.yaml") in said and "--trust_code" in said
     assert not payload.exists()
