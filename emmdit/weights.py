@@ -1,5 +1,5 @@
 """Weights of a denoiser from whatever holds them: run folder, Lightning checkpoint (file or sharded), diffusers
-folder, Nitro-E file. Tensors only: safetensors, or `torch.load(weights_only=True)`."""
+folder, Nitro-E file. Tensors only: safetensors, `torch.load(weights_only=True)`, or `checkpoint_reader`."""
 
 from __future__ import annotations
 
@@ -202,19 +202,15 @@ def checkpoint_progress(path: Path) -> dict[str, int]:
 
 
 def _sharded_state(folder: Path) -> dict[str, Tensor]:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from emmdit.checkpoint_reader import load_sharded, read_metadata
 
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata().state_dict_metadata
     prefix = "state_dict."
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in metadata.items()
+        for key, entry in read_metadata(folder / ".metadata").state_dict_metadata.items()
         if key.startswith(prefix) and hasattr(entry, "properties")
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-        load(state, storage_reader=reader, no_dist=True)
+    load_sharded(state, folder, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,6 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from emmdit.checkpoint_reader import load_sharded
 
 
 def parallelize(
@@ -85,3 +90,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # known only now
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As in Lightning, but a sharded folder is read without unpickling what it holds.
+
+        Lightning leaves the choice of a reader to torch, whose own unpickles: for this call, ours takes its place.
+        """
+        with patch("lightning.fabric.strategies.model_parallel._distributed_checkpoint_load", load_sharded):
+            return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._common import parsing_settings
 from lightning.pytorch import LightningModule
 
 from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
+
+# Packages whose classes the configuration of a run folder may name: such a folder may come from anyone.
+TRUSTED = ("emmdit", "lightning_modules", "datamodules", "torch", "lightning", "diffusers", "transformers")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -37,15 +43,66 @@ def numbered_configs(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1] or 0), path) for match, path in found if match)
 
 
-def build_module(config: dict[str, Any]) -> LightningModule:
-    """The LightningModule that a run's config describes, without its network."""
+def build_module(config: dict[str, Any], source: str | Path = "", trust_code: bool = False) -> LightningModule:
+    """The LightningModule that a run's config describes, without its network.
+
+    Args:
+        source: file that the config was read from, for messages.
+        trust_code: the config may name any class; otherwise those of the packages in `TRUSTED`, and nothing else is
+            imported.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    if not trust_code:
+        for path in class_paths(config["model"]):
+            if path.partition(".")[0] not in TRUSTED and "." in path:
+                raise ValueError(_refusal(path, source))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
+    with nullcontext() if trust_code else trusted_imports():
+        try:
+            parsed = parser.parse_object({"model": config["model"]})
+        except Exception as error:
+            if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
+                raise ValueError(_refusal(denied[1], source)) from error
+            raise ValueError(f"The run's configuration does not fit this version of the suite: {error}") from error
+        return instantiate(parser, parsed).model
+
+
+def class_paths(config: Any) -> Iterator[str]:
+    """The values of all keys `class_path` in a configuration."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if str(key).rpartition(".")[2] == "class_path" and isinstance(value, str):
+            yield value
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list | tuple) else ():
+        yield from class_paths(value)
+
+
+@contextmanager
+def trusted_imports() -> Iterator[None]:
+    """jsonargparse imports from the packages in `TRUSTED` alone, also where a bare string stands for a class.
+
+    It looks at where an object was defined, too, so `emmdit.files.os.system` is none of emmdit. Its own call,
+    `set_parsing_settings`, cannot be undone, and would hold for the user's own files.
+    """
+    before = parsing_settings.copy()
+    parsing_settings.update(
+        import_path_verdicts={"*": False, **dict.fromkeys(TRUSTED, True)},
+        import_paths_enforced=True,
+        instantiate_subclass_spec_in_any=False,  # a class of torch where an argument has no type to check it by
+    )
     try:
-        parsed = parser.parse_object({"model": config["model"]})
-    except Exception as error:
-        raise ValueError(f"The run's configuration does not fit this version of the suite: {error}") from error
-    return instantiate(parser, parsed).model
+        yield
+    finally:
+        parsing_settings.update(before)
+
+
+def _refusal(path: str, source: str | Path) -> str:
+    return (
+        f"{source or 'The configuration'} names {path}, which belongs to none of {', '.join(TRUSTED)}: opening the run "
+        "would run that code; if you trust it, add --trust_code."
+    )
 
 
 def instantiate(parser: ArgumentParser, parsed: Namespace) -> Namespace:

@@ -38,6 +38,7 @@ from lightning_modules.commands.options import (
     SAMPLING,
     add_released_arguments,
     add_sampling_arguments,
+    add_trust_argument,
     command_parser,
     given,
 )
@@ -95,6 +96,7 @@ def evaluation_parser() -> ArgumentParser:
     parser.add_argument("--mlflow", type=bool, default=True, help="log the numbers to the run of the checkpoint")
     parser.add_argument("--ledger", help="JSON file to which a row is added")
     parser.add_argument("--experiment", help="name of that row, e.g. shapes/emmdit")
+    add_trust_argument(parser)
     add_trainer_arguments(parser)
     return parser
 
@@ -103,9 +105,9 @@ def run(
     args: Namespace, prompts: PromptSet, metrics: list[ImageMetric], device: torch.device, rank: int, world_size: int
 ) -> None:
     """The evaluation on one process; the first one writes."""
-    released = given(args, RELEASED)
-    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), **released)
-    teacher = open_teacher(model, args.teacher, args.teacher_weights, **released) if args.teacher else None
+    how_opened = {"trust_code": args.trust_code, **given(args, RELEASED)}
+    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), **how_opened)
+    teacher = open_teacher(model, args.teacher, args.teacher_weights, **how_opened) if args.teacher else None
     out = Path(args.out) if args.out is not None else default_folder(args, model.source.get("step"))
 
     def images(folder: str | Path, **made_with: Any) -> ImageSet:

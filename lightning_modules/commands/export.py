@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.commands.options import DTYPES, command_parser, refuse_used
+from lightning_modules.commands.options import DTYPES, add_trust_argument, command_parser, refuse_used
 
 
 def export(argv: list[str]) -> None:
@@ -20,6 +20,7 @@ def export(argv: list[str]) -> None:
         help="copy pretrained text encoder and autoencoder into the folder (their licenses apply to it); otherwise "
         "they are named and loaded from where training found them",
     )
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     refuse_used(out)
@@ -29,7 +30,7 @@ def export(argv: list[str]) -> None:
 
     if is_diffusers_folder(args.ckpt):
         raise ValueError(f"{args.ckpt} is a diffusers folder already: --ckpt names a run folder or a checkpoint.")
-    pipeline, note = load_model.load_pipeline(args.ckpt, args.weights, args.include_encoders)
+    pipeline, note = load_model.load_pipeline(args.ckpt, args.weights, args.include_encoders, args.trust_code)
     pipeline.transformer.to(load_model.DTYPES[args.dtype])
     pipeline.save_pretrained(out)
     write_card(out, args.ckpt, pipeline, note, args.dtype)

@@ -10,6 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from emmdit.data.precompute.generate import WRITERS, Prompts, generate
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, open_model
+from lightning_modules.commands.options import add_trust_argument
 from lightning_modules.commands.precompute import report
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
@@ -32,6 +33,7 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs")
     parser.add_argument("--rows_per_shard", type=int, default=1000, help="prompts in one file")
     parser.add_argument("--format", choices=list(WRITERS), default="tar")
+    add_trust_argument(parser)
     add_trainer_arguments(parser)
     return parser
 
@@ -45,7 +47,7 @@ def generate_dataset(argv: list[str]) -> None:
     options = {name: getattr(args, name) for name in ("seed", "batch_size", "quality", "rows_per_shard")}
 
     def work(device: torch.device, rank: int, world: int) -> None:
-        model = open_model(args.model, settings=settings, revision=args.revision)
+        model = open_model(args.model, settings=settings, revision=args.revision, trust_code=args.trust_code)
         model.to(device, args.dtype)
         made_with = {"model": model.source, "sampling": model.sampling, "dtype": args.dtype}
         common = dict(rank=rank, world=world, progress=None if rank else counter("prompts of rank 0"))

@@ -17,9 +17,9 @@ from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import one_sentence
 from emmdit.legacy import modernize
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, is_hub_id, sha256_of
+from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, is_hub_id, run_folder, sha256_of
 from lightning_modules.commands import options
-from lightning_modules.runs import build_module, read_config
+from lightning_modules.runs import build_module, latest_config, read_config
 
 DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
 # names of a stock diffusers pipeline for the fields of `Sampling` that it has
@@ -49,6 +49,7 @@ def open_model(
     encoders: bool = True,
     revision: str | None = None,
     hashed: bool = True,
+    trust_code: bool = False,
     **released: Any,
 ) -> Model:
     """Open a run folder, a checkpoint, an export, a diffusers pipeline (folder or hub id), or a Nitro-E file.
@@ -59,6 +60,7 @@ def open_model(
         encoders: load them where they can be left out; without them the model generates nothing.
         revision: of a hub id.
         hashed: put the SHA-256 of the weights into `source` (it reads all of the files).
+        trust_code: the config of a run may name classes of any package (see `runs.TRUSTED`).
         released: arguments of `nitro_e_pipeline`, of which a released file says nothing.
 
     Raises:
@@ -82,7 +84,7 @@ def open_model(
             raise ValueError(f"{path} is a released file and has one set of weights: omit --weights.")
         pipeline, note = nitro_e_pipeline(path, **released)
     else:
-        pipeline, note = load_pipeline(path, weights, encoders)
+        pipeline, note = load_pipeline(path, weights, encoders, trust_code)
     pipeline.sampling = pipeline.sampling.replace(**settings)
 
     def generate(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -96,13 +98,14 @@ def open_model(
 
 
 def load_pipeline(
-    source: str | Path, weights: str | None = None, include_encoders: bool = True
+    source: str | Path, weights: str | None = None, include_encoders: bool = True, trust_code: bool = False
 ) -> tuple[TextToImagePipeline, dict[str, Any]]:
     """A pipeline from a run folder, a checkpoint or an export; and a note on where its weights come from.
 
     Args:
         weights: "ema" or "raw" of a checkpoint; None: EMA if available.
         include_encoders: put the loaded encoders into the pipeline; without it only small ones of our own.
+        trust_code: the config of a run may name classes of any package (see `runs.TRUSTED`).
     """
     source = Path(source)
     if is_diffusers_folder(source):
@@ -116,7 +119,7 @@ def load_pipeline(
         return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
     checkpoint = find_checkpoint(source)
     config = read_config(checkpoint)
-    module = build_module(config)
+    module = build_module(config, latest_config(run_folder(checkpoint)), trust_code)
     network, kind = module.load_denoiser(checkpoint, weights)
     pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
     return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}

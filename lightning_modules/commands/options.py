@@ -36,6 +36,11 @@ def add_released_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--autoencoder", help="of a Nitro-E file: folder or hub id in place of the published one")
 
 
+def add_trust_argument(parser: ArgumentParser) -> None:
+    help_ = "let a run's config name classes of any package, which runs their code; do it for runs you trust"
+    parser.add_argument("--trust_code", action="store_true", help=help_)
+
+
 def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Those of the named options that were given."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -16,6 +16,7 @@ from lightning_modules.commands.options import (
     SAMPLING,
     add_released_arguments,
     add_sampling_arguments,
+    add_trust_argument,
     command_parser,
     given,
 )
@@ -36,7 +37,8 @@ def sample(argv: list[str]) -> None:
         raise ValueError("--num_images and --batch_size must be at least 1.")
     from lightning_modules.commands.load_model import open_model  # takes seconds: --help and errors need not wait
 
-    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), hashed=False, **given(args, RELEASED))
+    how = {"hashed": False, "trust_code": args.trust_code, **given(args, RELEASED)}
+    model = open_model(args.ckpt, args.weights, given(args, SAMPLING), **how)
     model.to(torch.device(args.device), args.dtype)
     prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
     settings = {"dtype": args.dtype, **model.sampling, **model.source}
@@ -72,4 +74,5 @@ def sample_parser() -> ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the denoiser's weights")
+    add_trust_argument(parser)
     return parser
