@@ -177,13 +177,13 @@ def test_shards_hold_no_pickles_that_run(tmp_path: Path) -> None:
     load_sharded(loaded, path, no_dist=True)
     assert loaded == genuine
 
-    sharded(tmp_path / "evil.ckpt", {"optimizer_0": {"lr": Bomb(Path.touch, marker)}})
+    sharded(tmp_path / "hostile.ckpt", {"optimizer_0": {"lr": Bomb(Path.touch, marker)}})
     marker.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"evil\.ckpt is not a readable checkpoint"):
-        load_sharded({"optimizer_0": {"lr": 1.0}}, tmp_path / "evil.ckpt", no_dist=True)
+    with pytest.raises(ValueError, match=r"hostile\.ckpt is not a readable checkpoint"):
+        load_sharded({"optimizer_0": {"lr": 1.0}}, tmp_path / "hostile.ckpt", no_dist=True)
     assert not marker.exists()
     with warnings.catch_warnings(action="ignore"):
-        dcp.load({"optimizer_0": {"lr": 1.0}}, checkpoint_id=tmp_path / "evil.ckpt", no_dist=True)
+        dcp.load({"optimizer_0": {"lr": 1.0}}, checkpoint_id=tmp_path / "hostile.ckpt", no_dist=True)
     assert marker.exists()  # torch's own reader runs it
 
 
