@@ -15,6 +15,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` of `$EMMDIT_CACHE`, by default below `~/.cache/emmdit`; not made here."""
+    return Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), name).expanduser()
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`, with its suffix: synced and renamed over `path` when the block ends.

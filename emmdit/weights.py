@@ -71,6 +71,24 @@ def component_weights(source: str | Path, name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
+def load_component_weights(component: nn.Module, source: str | Path) -> None:
+    """Copy the weights of a loss component from `source`, where it holds some; ValueError if they do not fit."""
+    saved, own = component_weights(source, component.name), component.state_dict()
+    if not saved:
+        return
+    odd = [
+        key
+        for key in own.keys() | saved.keys()
+        if key not in own or key not in saved or own[key].shape != saved[key].shape
+    ]
+    if odd:
+        raise ValueError(
+            f"The weights of the loss {component.name} in {source} do not fit ({min(odd)}): use the settings they were "
+            "trained with."
+        )
+    component.load_state_dict(saved)
+
+
 def read_weights(
     source: str | Path, weights: str | None = None, network_class: type | None = None
 ) -> tuple[dict[str, Tensor], str]:

@@ -22,7 +22,7 @@ from emmdit.losses import LossComponent
 from emmdit.optim import parameter_groups
 from emmdit.seeding import generator
 from emmdit.types import Condition
-from emmdit.weights import check_source, component_weights, load_weights
+from emmdit.weights import check_source, load_component_weights, load_weights
 from lightning_modules.parallel import parallelize
 
 DenoiserFactory = Callable[[], ModelMixin]
@@ -105,11 +105,10 @@ class DenoiserModule(LightningModule):
         self.freeze(self.denoiser)
         if self.ema:
             self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
-        for name, component in self.components.items():
+        for component in self.components.values():
             self.seeded(component.attach, self.denoiser)
-            saved = component_weights(self.init_from, name) if self.init_from is not None else {}
-            if saved:
-                component.load_state_dict(saved)
+            if self.init_from is not None:
+                load_component_weights(component, self.init_from)
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         frozen = [network for component in self.components.values() for network in component.frozen_networks()]

@@ -79,6 +79,9 @@ def test_a_components_modules_are_trained_saved_and_resumed_but_not_exported(tmp
     again = module(components=[repa()], init_from=str(path))
     again.configure_model()
     assert torch.equal(again.components["repa"].projector[0].weight, trained)
+    other = module(components=[REPA("blocks.0", feature_dim=6, projector_dim=9)], init_from=str(path))
+    with pytest.raises(ValueError, match=r"repa.*projector\.0\.bias"):
+        other.configure_model()
     network, kind = again.load_denoiser(str(path))
     assert kind == "raw" and network.state_dict().keys() == denoiser().state_dict().keys()
 

@@ -104,6 +104,25 @@ def test_any_denoiser_is_aligned_by_naming_a_block():
     assert network.transformer_blocks[1].attn1.to_q.weight.grad.any()
 
 
+def test_gradient_checkpointing_changes_no_gradient_of_an_aligned_network():
+    """The recorded output is that of the forward pass; the recomputed one is overwritten by the next."""
+    found = []
+    for checkpointing in (False, True):
+        repa, network = aligned()
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        for _ in range(2):
+            torch.manual_seed(1)
+            prediction = run(network)
+            loss = prediction.square().mean() + repa(inputs_of(2, (8, 8), features=torch.ones(2, 64, 3)))
+            network.zero_grad()
+            repa.zero_grad()
+            loss.backward()
+        found.append([p.grad for p in (*network.parameters(), *repa.parameters())])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-8)
+
+
 def test_validation_and_sampling_leave_nothing_behind():
     repa, network = aligned()
     run(network.eval())

@@ -7,10 +7,8 @@ order, and for each sample an index into them (see `bucketing`).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from emmdit.data.images import image_size
 from emmdit.data.readers.open import select_columns, value
 from emmdit.data.readers.protocol import Rows
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, cache_folder
 
 Bucketing = tuple[list[tuple[int, int]], np.ndarray]  # sizes in rising order; (n,) index of each sample into them
 
@@ -99,7 +97,7 @@ def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | Non
             found[first : first + len(part)] = np.nan_to_num(sizes)
         return found
     name = f"{rows.fingerprint} {len(rows)} {image_column}"
-    folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "sizes").expanduser()
+    folder = cache_folder("sizes")
     kept = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
     if kept.is_file():
         return np.load(kept, allow_pickle=False)

@@ -9,7 +9,6 @@ a CPU with no network. Their outputs are meaningless; meaningful images and capt
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import torch
+
+from emmdit.files import cache_folder
 
 _TEXT = """a photo of the an and in on left right above below two three four red green blue yellow orange
 purple pink brown black white circle square star cross triangle ring person dog cat car table tree house"""
@@ -217,7 +218,7 @@ def standin(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Pat
     except ValueError:
         raise ValueError(f"The sizes of the stand-in '{name}' are written '?key=1&key=2', not '?{query}'.") from None
 
-    root = Path(cache_dir or Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "standins")).expanduser()
+    root = Path(cache_dir or cache_folder("standins")).expanduser()
     # A new folder whenever the sizes, this file or the libraries change.
     made_by = f"{name} {sorted(sizes.items())} {[version(p) for p in ('torch', 'diffusers', 'transformers')]}"
     folder = root / f"{name}-{hashlib.sha256(made_by.encode() + Path(__file__).read_bytes()).hexdigest()[:12]}"

@@ -12,7 +12,8 @@ class OutputRecorder:
     """Keeps the outputs of named layers of each forward pass, with their graph, until they are taken.
 
     Install it once, before compilation: a graph traced without hooks does not see later ones. Every layer gets the same
-    hook function, which reads nothing of its own layer, so that equal blocks share one compiled graph.
+    hook function, which reads nothing of its own layer, so that equal blocks share one compiled graph. Recomputation
+    under gradient checkpointing records once more, which the next pass overwrites.
 
     Args:
         layers: by the name under which the outputs are wanted.

@@ -76,7 +76,7 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        if self.dirpath is None:
+        if self.dirpath is None or "://" in str(self.dirpath):  # not on a local file system
             return super()._find_last_checkpoints(trainer)
         found = last_checkpoint(Path(self.dirpath))
         return set() if found is None else {str(found)}

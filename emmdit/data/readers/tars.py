@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from emmdit.data.images import InvalidSample, first_line
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, cache_folder
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")
@@ -153,7 +153,7 @@ def _index(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise FileNotFoundError(f"The tar '{file}' cannot be read: {error.strerror}.") from error
     identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), "tars").expanduser()
+    folder = cache_folder("tars")
     kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     with ExitStack() as held:
         if not kept.is_file():
