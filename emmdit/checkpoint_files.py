@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from emmdit.checkpoint_reader import Damaged, check_archive, read_metadata
+from emmdit.archive import Damaged, check_archive
 
 MANIFEST = "manifest.json"
 END = b"PK\x05\x06"  # of a zip's last record: 22 bytes, the last 2 of them the length of the comment that follows
@@ -123,6 +123,8 @@ def _hash_folder(folder: Path, files: list[Path]) -> str:
     listed = read_manifest(folder)
     check_sizes(folder, listed)
     if not listed:
+        from emmdit.checkpoint_reader import read_metadata  # takes a second
+
         read_metadata(folder / ".metadata")  # it compares shards with what is declared
     found = {path.name: sha256_of_file(path) for path in files if path.name != MANIFEST}
     for name, file in (listed or {}).items():

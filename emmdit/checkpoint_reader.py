@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import _get_layout
 
-from emmdit.checkpoint_files import check_archive
+from emmdit.archive import Damaged, check_archive, first_line, unreadable
 from emmdit.legacy import modern_key
 
 RECORDS = (
@@ -57,7 +57,7 @@ def read_metadata(file: Path) -> Metadata:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # bytes that are no pickle end in almost any kind
-        raise unreadable(file, error) from error
+        raise Damaged(file.parent, f"its .metadata cannot be read ({first_line(error)})") from error
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise ValueError(f"{file} is not the metadata of a sharded checkpoint.")
     check_bounds(metadata, file)
@@ -83,15 +83,14 @@ def check_bounds(metadata: Metadata, file: Path) -> None:
             )
         shard = file.with_name(name)
         if not shard.is_file():
-            raise FileNotFoundError(f"{file.parent} is not a whole checkpoint: its shard {name} is missing.")
-        size = left.setdefault(name, shard.stat().st_size)
+            raise Damaged(file.parent, f"its shard {name} is missing")
+        size = shard.stat().st_size
+        left.setdefault(name, size)
         if not natural(place.offset, place.length) or place.transform_descriptors:
             raise odd
         left[name] -= place.length
-        if place.offset + place.length > shard.stat().st_size or left[name] < 0:
-            raise ValueError(
-                f"{file.parent} is not a whole checkpoint: its shard {name} is cut short ({size:,} bytes)."
-            )
+        if place.offset + place.length > size or left[name] < 0:
+            raise Damaged(file.parent, f"its shard {name} is cut short ({size:,} bytes)")
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
             continue
@@ -157,11 +156,6 @@ def load_sharded(state: dict[str, Any], folder: Path, no_dist: bool = False) -> 
             load(state, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:  # a BaseException, with one cause for each rank that failed
         raise unreadable(folder, next(iter(error.failures.values()))[0]) from error
-
-
-def unreadable(path: Path, error: BaseException) -> ValueError:
-    told = str(error).splitlines() or [type(error).__name__]
-    return ValueError(f"{path} is not a readable checkpoint ({told[0].rstrip('.')}).")
 
 
 class SafeReader(FileSystemReader):

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from emmdit.checkpoint_files import Damaged, is_checkpoint, verify, verify_file, whole
-from emmdit.checkpoint_reader import load_sharded, state_metadata, unreadable
+from emmdit.archive import Damaged, unreadable
+from emmdit.checkpoint_files import is_checkpoint, verify, verify_file, whole
 from emmdit.legacy import modernize_state
 
 ATTEMPTS = 10  # to read from a run that is training, and deletes what was found
@@ -259,13 +259,14 @@ def open_checkpoint(source: str | Path) -> OpenedCheckpoint:
     Raises:
         FileNotFoundError, ValueError: with one sentence.
     """
-    for attempt in range(ATTEMPTS):
-        path = find_checkpoint(source)
+    path = find_checkpoint(source)
+    for _ in range(ATTEMPTS):
         try:
             sha256, checkpoint = read_folder(path) if path.is_dir() else read_file(path)
             break
-        except FileNotFoundError:  # a training has saved the next one meanwhile, and deleted this one
-            if attempt == ATTEMPTS - 1 or path == Path(source):
+        except (OSError, ValueError):
+            before, path = path, find_checkpoint(source)
+            if path == before:  # else a training has saved the next one meanwhile, and deleted this one
                 raise
     counts = progress(checkpoint, path)
     return OpenedCheckpoint(path.resolve(), modernize_state(checkpoint["state_dict"]), sha256, **counts)
@@ -326,6 +327,8 @@ def progress(checkpoint: dict[str, Any], path: Path) -> dict[str, int]:
 
 
 def _sharded_state(folder: Path) -> dict[str, Tensor]:
+    from emmdit.checkpoint_reader import load_sharded, state_metadata  # takes a second
+
     entries = state_metadata(folder)
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     load_sharded({"state_dict": state}, folder, no_dist=True)
