@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -166,14 +166,14 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() or (path / ".metadata").is_file() or (path / MANIFEST).is_file()
 
 
-def whole(paths: Iterator[Path]) -> Iterator[Path]:
-    """Those of `paths` that are whole, newest first."""
+def whole(paths: Iterable[Path], errors: list[Exception]) -> Iterator[Path]:
+    """Those of `paths` that are whole, newest first; what is wrong with others is appended to `errors`."""
     for path in sorted(paths, key=_age):
         try:
             verify(path)
-        except (ValueError, OSError):
-            continue
-        yield path
+            yield path
+        except (ValueError, OSError) as error:
+            errors.append(error)
 
 
 def _age(path: Path) -> float:
