@@ -163,7 +163,8 @@ def check_sizes(folder: Path, listed: dict[str, dict[str, Any]] | None) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.is_file() or (path / ".metadata").is_file() or (path / MANIFEST).is_file()
+    """A file, or a folder with some of what a sharded checkpoint has, whole or not."""
+    return path.is_file() or any((path / name).is_file() for name in (".metadata", "meta.pt", MANIFEST))
 
 
 def whole(paths: Iterable[Path], errors: list[Exception]) -> Iterator[Path]:
