@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from emmdit.archive import Damaged, unreadable
+from emmdit.archive import Damaged, first_line, unreadable
 from emmdit.checkpoint_files import is_checkpoint, verify, verify_file, whole
 from emmdit.legacy import modernize_state
 
@@ -79,7 +79,7 @@ def component_weights(source: str | Path, name: str) -> dict[str, Tensor]:
     path = Path(source)
     if path.suffix == ".safetensors":
         prefix = "projectors.0."
-        found = {key: tensor for key, tensor in load_file(path).items() if name == "repa" and key.startswith(prefix)}
+        found = {key: tensor for key, tensor in _tensors(path).items() if name == "repa" and key.startswith(prefix)}
         return {f"projector.{key.removeprefix(prefix)}": tensor for key, tensor in found.items()}
     if is_diffusers_folder(path) or is_hub_id(source):
         return {}
@@ -92,6 +92,7 @@ def load_component_weights(component: nn.Module, source: str | Path) -> None:
     saved, own = component_weights(source, component.name), component.state_dict()
     if not saved:
         return
+    check_finite(saved, source)
     odd = [
         key
         for key in own.keys() | saved.keys()
@@ -336,16 +337,21 @@ def _sharded_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
-    check_source(path)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+    state = _tensors(path)
     if any(key.startswith("block_groups.") for key in state):
         from emmdit.networks import load_nitro_e
 
         state = load_nitro_e(path).state_dict()
     return state
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All of a safetensors file."""
+    check_source(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({first_line(error)}).") from error
 
 
 def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str, Tensor]:

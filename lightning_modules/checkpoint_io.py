@@ -101,6 +101,8 @@ def not_written(path: Path, error: BaseException | None) -> str:
         links.append(last)
     error = next((link for link in links if isinstance(link, OSError)), error)
     told = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    if "inline_container" in told:  # torch's writer, whose cause is lost between processes
+        told = "writing failed, is the disk full?"
     return f"The checkpoint {path} could not be written ({told.rstrip('.')}); earlier ones are as they were."
 
 

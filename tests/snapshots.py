@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -38,7 +39,8 @@ def snapshots(folder: Path, into: Path) -> Iterator[list[str]]:
     def hook(frame: Any, event: str, argument: Any) -> None:
         owner = getattr(argument, "__self__", None)
         places = {getattr(owner, "__name__", ""), type(owner).__module__}  # of a function, of a method
-        if event == "c_call" and argument.__name__ in CALLS and places & {"posix", "io", "_io", "torch._C"}:
+        on_disk = not isinstance(owner, io.BytesIO | io.StringIO)
+        if event == "c_call" and argument.__name__ in CALLS and on_disk and places & {"posix", "io", "_io", "torch._C"}:
             sys.setprofile(None)
             with lock:
                 if (now := state()) not in states:

@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emmdit.networks import EMMDiTTransformer2DModel, save_nitro_e
-from emmdit.weights import component_weights, find_checkpoint, is_diffusers_folder, load_weights, run_folder
+from emmdit.weights import (
+    component_weights,
+    find_checkpoint,
+    is_diffusers_folder,
+    load_component_weights,
+    load_weights,
+    open_checkpoint,
+    run_folder,
+)
 
 Weights = dict[str, Tensor]
 
@@ -185,6 +193,57 @@ def test_what_is_no_checkpoint(tmp_path: Path):
     torch.save(checkpoint_of(network(1)), tmp_path / "good.ckpt")
     with pytest.raises(ValueError, match=r"\bema\b.*\braw\b.*'best'"):
         load_weights(network(), tmp_path / "good.ckpt", "best")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(save, tmp_path: Path, value: float):
+    broken = network(1)
+    broken.blocks[1].attn.to_q.weight.data[3, 4] = value
+    path = save(checkpoint_of(network(2), broken), tmp_path / "last.ckpt")
+    assert "blocks.1.attn.to_q.weight" in refusal(network(), path)
+    assert load_weights(network(), path, "raw") == "raw"
+    broken.save_pretrained(tmp_path / "folder")
+    save_nitro_e(broken, tmp_path / "file.safetensors")
+    for source in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        assert "blocks.1.attn.to_q.weight" in refusal(network(), source)
+
+
+def test_a_component_whose_weights_are_not_finite_is_refused(tmp_path: Path):
+    component = nn.Linear(2, 2)
+    component.name = "repa"
+    state = {"components.repa.weight": torch.full((2, 2), float("nan")), "components.repa.bias": torch.zeros(2)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a\.ckpt are not finite \(weight"):
+        load_component_weights(component, tmp_path / "a.ckpt")
+
+
+def test_a_safetensors_file_that_was_cut_is_refused(tmp_path: Path):
+    path = tmp_path / "network.safetensors"
+    save_file(network().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "safetensors" in refusal(network(), path)
+    with pytest.raises(ValueError, match="safetensors"):
+        component_weights(path, "repa")
+
+
+def test_a_link_into_another_run_keeps_the_config_of_the_run_that_was_named(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("model: {}\n")
+    torch.save(checkpoint_of(network(1)), tmp_path / "b/checkpoints/step=1.ckpt")
+    (tmp_path / "a/checkpoints/last.ckpt").symlink_to("../../b/checkpoints/step=1.ckpt")
+    assert open_checkpoint(tmp_path / "a").path == tmp_path / "b/checkpoints/step=1.ckpt"
+    for source in ("a", "a/checkpoints", "a/checkpoints/last.ckpt"):
+        assert run_folder(tmp_path / source) == tmp_path / "a"
+    (tmp_path / "alias.ckpt").symlink_to("a/checkpoints/last.ckpt")
+    assert run_folder(tmp_path / "alias.ckpt") == tmp_path / "b"  # nothing beside the link says more
+
+
+def test_a_dangling_link_names_what_is_whole(tmp_path: Path):
+    torch.save(checkpoint_of(network(1)), tmp_path / "step=1.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    message = refusal(network(), tmp_path / "last.ckpt")
+    assert "gone.ckpt" in message and "step=1.ckpt is whole" in message
 
 
 def test_a_pickle_is_never_executed(tmp_path: Path):
