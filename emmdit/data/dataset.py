@@ -140,5 +140,5 @@ def _texts(found: Any, missing: bool = False) -> list[str]:
     """A text or a list of texts as a list; with `missing` there may be none."""
     found = [text for text in texts(found) if text is not None or not missing]
     if None in found or not (found or missing):
-        raise ValueError("there is no text")
+        raise ValueError(f"a text was expected, not {None if None in found else found}")
     return found

@@ -135,8 +135,6 @@ class _Shard:
             if entry["format"] != "mds":
                 raise ValueError(f"its format is '{entry['format']}', and only mds is read here")
             self.samples, self.size = _count(entry["samples"]), _count(entry["raw_data"]["bytes"])
-            if 4 * (self.samples + 2) > self.size or self.size > MAX_SHARD:
-                raise ValueError(f"{self.samples:,} samples do not fit a shard of {self.size:,} bytes")
             names, encodings = entry["column_names"], entry["column_encodings"]
             sizes = [None if size is None else _count(size) for size in entry["column_sizes"]]
             if not all(isinstance(name, str) for name in names):
@@ -146,6 +144,8 @@ class _Shard:
             self.path = folder / _inside(entry["raw_data"]["basename"])
             self.packed = folder / _inside(entry["zip_data"]["basename"]) if entry.get("zip_data") else None
             self.decoders = {name: _decoder(name, encoding) for name, encoding in self.encodings.items()}
+            if 4 * (self.samples + 2) > self.size or self.size > MAX_SHARD:
+                raise ValueError(f"{self.samples:,} samples do not fit a shard of {self.size:,} bytes")
             found = self.path.stat().st_size if self.path.is_file() else self.size if self.packed else 0
             if self.samples > MAX_LOST and found < 4 * (self.samples + 2):
                 raise ValueError(f"{self.path.name} of {found:,} bytes cannot hold its {self.samples:,} samples")
