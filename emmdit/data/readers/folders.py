@@ -192,7 +192,7 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         header = next(rows, [])
         if "file_name" not in header:
-            raise ValueError(f"{file} has no column file_name: it has {', '.join(header) or 'nothing in it'}.")
+            raise ValueError(f"{file} has no column file_name: its first line is {header!r:.200}.")
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(

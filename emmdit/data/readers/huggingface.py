@@ -14,6 +14,10 @@ from emmdit.files import read_json
 
 # What one row group of parquet may take in memory, since it is read at once; a hostile one can claim any size.
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 26
+PLAIN_GROUP_BYTES, MAX_RATIO = (
+    1 << 30,
+    100,
+)  # beyond so many bytes it may not be packed more tightly than images and texts
 
 
 class HuggingFaceRows(Rows):
@@ -47,7 +51,10 @@ class HuggingFaceRows(Rows):
         count = len(self.table)
         digest = hashlib.sha256(f"{count} {sorted(self.table.features.items(), key=str)}".encode())
         for number in sorted({round(i * (count - 1) / 15) for i in range(16)}) if count else ():
-            digest.update(repr(self._read(number)[0]).encode(errors="surrogatepass"))
+            try:
+                digest.update(repr(self._read(number)[0]).encode(errors="surrogatepass"))
+            except ValueError:
+                digest.update(b"damaged")  # it is named when its turn comes to be read
         return digest.hexdigest()[:16]
 
     def select_columns(self, names: Sequence[str]) -> HuggingFaceRows:
@@ -83,9 +90,12 @@ def checked(rows: Any) -> Any:
 
 
 def open_arrow(files: Sequence[str]) -> Any:
-    """Arrow stream files as one `datasets.Dataset`, mapped. ValueError where the columns are longer than the file."""
+    """Arrow stream files as one `datasets.Dataset`, mapped. ValueError where the columns are longer than the file, or
+    compressed."""
     import datasets
 
+    for file in files:
+        _check_arrow(file)
     table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
     table.data.validate()
     return table
@@ -129,12 +139,39 @@ def _saved(source: Source) -> Any:
         for entry in read_json(state)["_data_files"]:
             if os.path.basename(entry["filename"]) != entry["filename"]:
                 raise ValueError(f"{state} names the file '{entry['filename']}', which is not beside it")
+    for file in source.path.rglob("*.arrow"):
+        _check_arrow(str(file))
     rows = datasets.load_from_disk(str(source.path))
     if isinstance(rows, datasets.DatasetDict) and source.split not in rows:
         raise ValueError(f"it has no split '{source.split}', choose one of {', '.join(rows)}")
     rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
     rows.data.validate()
     return rows
+
+
+def _check_arrow(file: str) -> None:
+    """Refuse compressed record batches: they are not mapped but unpacked whole, to any size, for every row."""
+    import pyarrow as pa
+
+    def field(data: bytes, table: int, number: int) -> int:
+        """Place of a field of a flatbuffers table; 0 where it has none."""
+        fields = table - int.from_bytes(data[table : table + 4], "little", signed=True)
+        if 4 + 2 * number >= int.from_bytes(data[fields : fields + 2], "little"):
+            return 0
+        offset = int.from_bytes(data[fields + 4 + 2 * number :][:2], "little")
+        return table + offset if offset else 0
+
+    def follow(data: bytes, place: int) -> int:
+        return place + int.from_bytes(data[place : place + 4], "little")
+
+    with pa.memory_map(file) as source:
+        for message in pa.ipc.MessageReader.open_stream(source):
+            data = message.metadata.to_pybytes()
+            batch = follow(data, field(data, follow(data, 0), 2))  # Message.header, a RecordBatch
+            if message.type == "dictionary":
+                batch = follow(data, field(data, batch, 1))  # DictionaryBatch.data
+            if message.type != "schema" and field(data, batch, 3):
+                raise ValueError(f"{file} is compressed: write it anew without")
 
 
 def _check_parquet(file: str) -> None:
@@ -153,10 +190,14 @@ def _check_parquet(file: str) -> None:
             )
             if packed > size or min(packed, declared, group.num_rows) < 0:
                 raise ValueError(f"{file} is damaged: its row group {number} claims more bytes than the file has.")
-            if declared > MAX_GROUP_BYTES or group.num_rows > MAX_GROUP_ROWS:
+            if (
+                declared > max(PLAIN_GROUP_BYTES, MAX_RATIO * packed)
+                or declared > MAX_GROUP_BYTES
+                or group.num_rows > MAX_GROUP_ROWS
+            ):
                 raise ValueError(
-                    f"{file} has a row group of {group.num_rows:,} rows and {declared:,} bytes, which is read at once: "
-                    f"write it anew in groups of at most {MAX_GROUP_ROWS:,} rows and {MAX_GROUP_BYTES:,} bytes."
+                    f"{file} has a row group of {group.num_rows:,} rows and {declared:,} bytes ({packed:,} packed), "
+                    f"which is read at once: write it anew in groups of at most {PLAIN_GROUP_BYTES:,} bytes."
                 )
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} is truncated or damaged ({first_line(error)}).") from error
@@ -204,8 +245,9 @@ def _fault(file: str) -> str | None:
         if file.endswith(".parquet"):
             pq.read_metadata(file)
         else:
-            with pa.memory_map(file) as source:
-                pa.ipc.open_stream(source).read_all()
+            _check_arrow(file)
     except (OSError, pa.ArrowException) as error:
         return f"{file} is truncated or damaged ({first_line(error)})"
+    except ValueError as error:
+        return first_line(error)
     return None
