@@ -247,9 +247,10 @@ def test_a_signal_ends_a_call_that_does_not_return() -> None:
 @pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "SIGKILL"])
 def test_two_ranks_end_on_signals_and_resume_to_the_same_bytes(how: str) -> None:
     folder(Path("source"), 120)
-    command = [sys.executable, "-m", "lightning_modules", "precompute", *change(DATA), "--trainer.devices", "2"]
-    subprocess.run([*command, "--out", "whole"], check=True, capture_output=True)
-    started = subprocess.Popen([*command, "--out", "out"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    data = change(DATA)
+    main(["precompute", *data, "--out", "whole"])
+    command = [sys.executable, "-m", "lightning_modules", "precompute", *data, "--trainer.devices", "2", "--out", "out"]
+    started = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
     while len(list(Path("out").glob("data-*"))) < 4 and time.monotonic() < limit:
         time.sleep(0.02)
@@ -265,7 +266,7 @@ def test_two_ranks_end_on_signals_and_resume_to_the_same_bytes(how: str) -> None
     assert not left and not Path("out/manifest.json").exists()
     if how != "SIGKILL":
         assert started.stderr.read().count("the same command resumes") == 1
-    subprocess.run([*command, "--out", "out"], check=True, capture_output=True)
+    main(["precompute", *data, "--out", "out"])
     assert {Path(path).name: data for path, data in contents("out").items()} == {
         Path(path).name: data for path, data in contents("whole").items()
     }
