@@ -82,13 +82,13 @@ def on_all_ranks(section: dict[str, Any], work: Work) -> None:
             trainer.predict(_OneCall(work, install), DataLoader([0]), return_predictions=False)
             if not alone:
                 torch.distributed.destroy_process_group()  # else gloo's threads may abort the exit
-        except torch.distributed.DistNetworkError as error:
+        except BaseException as error:
+            _end(launcher)
+            if not isinstance(error, torch.distributed.DistNetworkError):
+                raise
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(error).splitlines()[0]
             raise ValueError(f"The ranks cannot meet at {address} ({why}): set MASTER_PORT to a free port.") from error
-        except BaseException:
-            _end(launcher)
-            raise
     sys.stdout.flush()
 
 
