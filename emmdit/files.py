@@ -1,9 +1,10 @@
-"""Files: atomic writes, image grids, PNGs that carry their settings."""
+"""Files: atomic writes, bounded reading, image grids, PNGs that carry their settings."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,46 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.fsync(folder)  # the rename itself must outlive a power failure
     finally:
         os.close(folder)
+
+
+def check_folder(path: str | Path, option: str = "--out") -> None:
+    """Before the work: ValueError where nothing could be written into this folder."""
+    folder = Path(path).expanduser()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path} is not a folder: {folder} is a file, so name another place.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path} cannot be written: you may not write in {folder}, so name another place.")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """ValueError for whatever is not JSON; deep nesting is a RecursionError of Python's."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. FileNotFoundError, OSError; ValueError names the file."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is not a file.")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, which are not read.")
+    return data
+
+
+def read_json(path: str | Path, way: str = "restore or remove it", limit: int = 1 << 26) -> Any:
+    """A JSON file. FileNotFoundError, OSError; ValueError names the file and the `way` out."""
+    data = read_bytes(path, limit)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): {way}.") from error
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -18,8 +18,8 @@ READERS: list[type[Rows]] = [
     MDSDataset,  # folder with index.json
     TarRows,  # *.tar
     TextLines,  # a .txt file
-    FolderRows,  # folder with a.txt or a.json beside a.jpg
-    HuggingFaceRows,  # hub, parquet, Arrow, imagefolder; reports what no reader reads, so it stays last
+    FolderRows,  # folder of images with a.txt or a.json beside a.jpg, or with metadata.csv or .jsonl
+    HuggingFaceRows,  # hub, parquet, Arrow; reports what no reader reads, so it stays last
 ]
 
 
