@@ -10,10 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,6 @@ class Journal:
             self._size = os.fstat(self._fd).st_size
             if header is not None and self._size == 0:
                 self._write(_line(header))
-            elif os.pread(self._fd, 1, max(self._size - 1, 0)) not in (b"\n", b""):
-                self._write(b"\n")  # its writer was killed within a line
         except JournalInUse:
             raise
         except OSError:
@@ -75,9 +75,13 @@ class Journal:
             return
         first = next(self._lines(0, min(self._size, line_limit + 1)), (0, None))
         self._begin, found = first[0], _parsed(first[1])
-        if not isinstance(found, dict) or not isinstance(found.get("run"), dict) or self._size > 2 * limit + CHUNK:
+        run = found.get("run") if isinstance(found, dict) else None
+        uid = run.get("uid") if isinstance(run, dict) else None
+        if not isinstance(uid, str) or not re.fullmatch(r"\w{1,64}", uid) or self._size > 2 * limit + CHUNK:
             self._release()
             raise ValueError(f"{path} is no journal of this suite: remove it or give it another name.")
+        if os.pread(self._fd, 1, self._size - 1) != b"\n":
+            self._terminate()
         self.header, self._sent = found, self._begin
         for _, entry in self._entries(self._begin):
             mark = entry.get("sent", 0)
@@ -120,6 +124,11 @@ class Journal:
         self.dropped[kind] = (count + 1, first, step)
         if first_time:  # at once: a killed process says no more
             self.note_dropped()
+
+    def _terminate(self) -> None:
+        """End a line within which its writer was killed."""
+        with suppress(OSError):  # then the next entry is lost with it
+            self._write(b"\n")
 
     def _write(self, line: bytes) -> None:
         if self._fd is None:
@@ -183,13 +192,13 @@ class Journal:
             except OSError:
                 pass  # it is sent again by the next process, which does no harm
 
-    def close(self) -> None:
-        """Let go of the file; remove it if all was sent."""
+    def close(self, keep: bool = False) -> None:
+        """Let go of the file; remove it if all was sent, unless it is to be kept for the run that it names."""
         with self._lock:
             if self._closed:
                 return
             self.note_dropped()
-            if self._fd is not None and self.empty:
+            if self._fd is not None and not keep and self.empty:
                 self.path.unlink(missing_ok=True)
             self._closed = True
             self._release()
@@ -243,7 +252,7 @@ def open_journal(folder: Path, name: str, header: dict[str, Any], **limits: int)
         return Journal(aside, header, **limits)
     try:
         journal = Journal(path, header, **limits)
-        if journal.header["run"].get("uid") == header["run"]["uid"]:
+        if journal.header["run"]["uid"] == header["run"]["uid"]:
             return journal
         journal.close()
     except JournalInUse:

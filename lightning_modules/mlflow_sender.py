@@ -66,6 +66,7 @@ class Sender:
         self.run_id: str | None = None  # once the store knows the run, and what came first
         self._run_id: str | None = None
         self._client: MlflowClient | None = None
+        self._connecting = False  # to a database: making its tables takes many seconds on a busy machine
         self._progress = 0
         self.left = True  # whether something has not been sent
         self._pid = os.getpid()
@@ -115,7 +116,7 @@ class Sender:
         self._wait(lambda: not self._thread.is_alive(), patience, limit)
         self.left = not self._all_sent()
         for lane in self.lanes:
-            lane.journal.close()
+            lane.journal.close(keep=self.run_id is None and lane is self.lanes[0])
         for key, value in self._before.items():
             if value is None:
                 os.environ.pop(key, None)
@@ -144,7 +145,7 @@ class Sender:
         self._wake.set()
         while not done() and (now := time.monotonic()) - last < patience and now - started < limit:
             time.sleep(0.01)
-            if self._progress != seen:
+            if self._progress != seen or self._connecting:
                 seen, last = self._progress, now
         self._hurry.clear()
 
@@ -189,7 +190,11 @@ class Sender:
             self.run_id = self._run_id
 
     def _connect(self) -> None:
-        client = connect(self.tracking_uri)
+        self._connecting = "://" in self.tracking_uri and not self.tracking_uri.startswith("http")
+        try:
+            client = connect(self.tracking_uri)
+        finally:
+            self._connecting = False
         run, remark = find_or_create(client, self.run, self.tracking_uri, self.artifact_location, self.create)
         if remark:
             self.remarks.append(remark)

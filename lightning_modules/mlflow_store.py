@@ -143,7 +143,9 @@ def find_or_create(
     experiment = client.get_experiment_by_name(name)
     experiment_id = experiment.experiment_id if experiment else None
     remark = ""
-    for wanted in (run.get("of") or {}, run):
+    for wanted in (run.get("of"), run):
+        if not isinstance(wanted, Mapping):
+            continue
         if _plain_id(run_id := wanted.get("run_id")):
             found = _get(client, run_id)
             if found is not None and found.info.lifecycle_stage != "deleted":

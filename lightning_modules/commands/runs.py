@@ -62,11 +62,9 @@ def sync(path: Path, tracking_uri: str) -> str:
     """
     where = mask_secrets(tracking_uri)
     journal = Journal(path, **limits_of(path))
-    sent, refused = 0, []
+    sent, refused, done = 0, [], False
     try:
         run = journal.header["run"]
-        if not isinstance(run.get("uid"), str) or not run["uid"].isalnum():
-            raise ValueError(f"{path} does not name its run: it is no journal of this suite.")
         try:
             client = connect(tracking_uri)
             found, remark = find_or_create(client, run, tracking_uri, None)
@@ -77,12 +75,13 @@ def sync(path: Path, tracking_uri: str) -> str:
                     refused += deliver(client, found.info.run_id, entries)
                 journal.sent(mark)
                 sent += len(entries)
-                if not entries:
+                done = not entries
+                if done:
                     break
         except Exception as error:  # of any library below MLflow
             raise OSError(f"MLflow at {where} does not take {path} ({describe(error)}): it waits there.") from error
     finally:
-        journal.close()
+        journal.close(keep=not done)
     said = f"{path}: {sent} entries sent to run {found.info.run_id} in {where}."
     said += f" {remark}" if remark else ""
     said += f" {journal.skipped} damaged lines were left out." if journal.skipped else ""
