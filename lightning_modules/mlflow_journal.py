@@ -149,7 +149,7 @@ class Journal:
         """Whether all was sent."""
         return not self.pending(1)[0]
 
-    def pending(self, entries: int = 500, bytes_: int = 4 << 20) -> tuple[list[dict[str, Any]], int]:
+    def pending(self, entries: int = 500, bytes_: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
         """The next entries to send, about so many bytes, and the mark to hand to `sent` once they are."""
         with self._lock:
             if self._closed:

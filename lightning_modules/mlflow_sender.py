@@ -67,7 +67,7 @@ class Sender:
         self._run_id: str | None = None
         self._client: MlflowClient | None = None
         self._connecting = False  # to a database: making its tables takes many seconds on a busy machine
-        self._progress = 0
+        self._since: float | None = None  # when the present attempt, or its last step, began
         self.left = True  # whether something has not been sent
         self._pid = os.getpid()
         self._wake, self._hurry, self._closing = threading.Event(), threading.Event(), threading.Event()
@@ -97,14 +97,14 @@ class Sender:
         self.append({"metrics": numbers, "step": step, "time": int(time.time() * 1000)})
 
     def flush(self, patience: float = 10.0, limit: float = 60.0) -> bool:
-        """Wait until all is sent, as long as it goes on and the store does not fail; whether it was."""
+        """Wait until all is sent, while the store answers within `patience` and for `limit` at most; whether it was."""
         self._wait(lambda: self.failing or self._all_sent(), patience, limit)
         return self._all_sent()
 
     def wait_for_run(self, patience: float = 10.0) -> str | None:
         """Id of the run, as soon as it is known; None if the store fails."""
-        self._wait(lambda: self.run_id is not None or self.failing, patience, patience)
-        return self.run_id
+        self._wait(lambda: self.run_id is not None or self.failing, patience, limit=60.0)
+        return self.run_id or self._run_id
 
     def close(self, patience: float = 10.0, limit: float = 60.0) -> bool:
         """Try once more to send what is left, within that time, then let go of the journals; whether all was sent."""
@@ -129,7 +129,7 @@ class Sender:
 
     def message(self, folder: Path) -> str:
         """One sentence on a store that does not take what is logged, and the way out."""
-        where, why = mask_secrets(self.tracking_uri), self.trouble or "it is slow"
+        where, why = mask_secrets(self.tracking_uri), self.trouble or "no answer yet"
         return (
             f"MLflow at {where} does not work ({why}). Nothing else is held up: what is logged waits in {self.journal} "
             f"and is sent when MLflow is back, at the latest by: emmdit runs sync {shlex.quote(str(folder))}"
@@ -139,14 +139,13 @@ class Sender:
         return self.run_id is not None and all(lane.journal.empty for lane in self.lanes)
 
     def _wait(self, done: Callable[[], bool], patience: float, limit: float) -> None:
-        started = last = time.monotonic()
-        seen = self._progress
+        end = time.monotonic() + limit
         self._hurry.set()
         self._wake.set()
-        while not done() and (now := time.monotonic()) - last < patience and now - started < limit:
+        while not done() and (now := time.monotonic()) < end:
+            if now - (self._since or now) > patience and not self._connecting:
+                break
             time.sleep(0.01)
-            if self._progress != seen or self._connecting:
-                seen, last = self._progress, now
         self._hurry.clear()
 
     # -- in the thread -----------------------------------------------------------------------------------------
@@ -157,6 +156,8 @@ class Sender:
             self._wake.clear()
             for lane in self.lanes:
                 self._send(lane, closing)
+                if closing and self._client is None:
+                    break  # once is enough
             waiting = [lane.retry_at for lane in self.lanes if lane.retry_at]
             self.failing = bool(waiting)
             if closing:
@@ -168,6 +169,7 @@ class Sender:
     def _send(self, lane: _Lane, now: bool) -> None:
         if not now and time.monotonic() < lane.retry_at:
             return
+        self._since = time.monotonic()
         try:
             if self._client is None:
                 self._connect()
@@ -176,7 +178,7 @@ class Sender:
                 if entries:
                     self.remarks += deliver(self._client, self._run_id, entries)
                 lane.journal.sent(mark)
-                self._progress += 1
+                self._since = time.monotonic()
                 if not entries:
                     break
         except Exception as error:
@@ -188,6 +190,7 @@ class Sender:
         else:
             lane.failures, lane.retry_at = 0, 0.0
             self.run_id = self._run_id
+        self._since = None
 
     def _connect(self) -> None:
         self._connecting = "://" in self.tracking_uri and not self.tracking_uri.startswith("http")
@@ -201,7 +204,7 @@ class Sender:
         if self._run_id is None and self.on_run is not None:
             self.on_run(run)
         self._run_id, self._client = run.info.run_id, client
-        self._progress += 1
+        self._since = time.monotonic()
 
 
 class _Lane:

@@ -28,7 +28,7 @@ from emmdit.provenance import git_state
 RUN_FILE = "mlflow_run.json"
 DEFAULT_STORE = "sqlite:///mlflow.db"  # also the default of `mlflow ui`
 UID_TAG = "emmdit.uid"  # how a run is found whose creation was not acknowledged
-REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}  # unless the user sets them
+REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # unless the user sets them
 LOCKED_SECONDS = 10.0  # how long a locked sqlite file may take until it counts as unreachable
 MAX_PIXELS = 128 << 20
 LOG_LEVELS = {
@@ -80,9 +80,13 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, on one short line without secrets."""
-    text = " ".join(mask_secrets(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    """What went wrong, on one short line without secrets: what the system or sqlite said, if they are behind it."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    chain = [one for one in reversed(chain) if isinstance(one, OSError | sqlite3.Error) and str(one)] + [error]
+    text = " ".join(mask_secrets(str(chain[0])).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # -- the record in the run folder ---------------------------------------------------------------------------------

@@ -41,16 +41,22 @@ def runs(argv: list[str]) -> None:
         print(f"Nothing waits for MLflow in {', '.join(map(str, folders))}.")
     for key, value in REQUESTS.items():
         os.environ.setdefault(key, value)
-    problems = []
+    problems: list[str] = []
     for path in journals:
         try:
             print(sync(path, store_address(args.tracking_uri)), flush=True)
         except JournalInUse as error:
             print(f"{error}: a running process sends it itself.", flush=True)
+        except StoreError:
+            raise  # the next one would fail as well
         except (OSError, ValueError) as error:
             problems.append(str(error))
     if problems:
-        raise ValueError(" ".join(problems))
+        raise ValueError("\n".join(problems))
+
+
+class StoreError(OSError):
+    """The store does not take a journal; in one sentence."""
 
 
 def sync(path: Path, tracking_uri: str) -> str:
@@ -58,7 +64,8 @@ def sync(path: Path, tracking_uri: str) -> str:
 
     Raises:
         JournalInUse: a running training or evaluation sends it itself.
-        OSError, ValueError: it is no journal, or the store does not take it; what was not sent stays.
+        OSError, ValueError: it cannot be read, or is no journal.
+        StoreError: the store does not take it; what was not sent stays.
     """
     where = mask_secrets(tracking_uri)
     journal = Journal(path, **limits_of(path))
@@ -79,7 +86,7 @@ def sync(path: Path, tracking_uri: str) -> str:
                 if done:
                     break
         except Exception as error:  # of any library below MLflow
-            raise OSError(f"MLflow at {where} does not take {path} ({describe(error)}): it waits there.") from error
+            raise StoreError(f"MLflow at {where} does not take {path} ({describe(error)}): it waits there.") from error
     finally:
         journal.close(keep=not done)
     said = f"{path}: {sent} entries sent to run {found.info.run_id} in {where}."
