@@ -230,8 +230,8 @@ class MLflowLogger(MLFlowLogger):
 
     @property
     def waiting(self) -> Path | None:
-        """The journal, if there is something in it that could not be sent."""
-        return self._sender.journal if self._sender is not None and self._sender.failing else None
+        """The journal, if there is something in it that has not been sent."""
+        return None if self._sender is None or self._sender.all_sent else self._sender.journal
 
     # -- inner parts -----------------------------------------------------------------------------------------
 

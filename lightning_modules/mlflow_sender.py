@@ -98,8 +98,8 @@ class Sender:
 
     def flush(self, patience: float = 10.0, limit: float = 60.0) -> bool:
         """Wait until all is sent, while the store answers within `patience` and for `limit` at most; whether it was."""
-        self._wait(lambda: self.failing or self._all_sent(), patience, limit)
-        return self._all_sent()
+        self._wait(lambda: self.failing or self.all_sent, patience, limit)
+        return self.all_sent
 
     def wait_for_run(self, patience: float = 10.0) -> str | None:
         """Id of the run, as soon as it is known; None if the store fails."""
@@ -114,7 +114,7 @@ class Sender:
             lane.journal.note_dropped()
         self._closing.set()
         self._wait(lambda: not self._thread.is_alive(), patience, limit)
-        self.left = not self._all_sent()
+        self.left = not self.all_sent
         for lane in self.lanes:
             lane.journal.close(keep=self.run_id is None and lane is self.lanes[0])
         for key, value in self._before.items():
@@ -135,7 +135,8 @@ class Sender:
             f"and is sent when MLflow is back, at the latest by: emmdit runs sync {shlex.quote(str(folder))}"
         )
 
-    def _all_sent(self) -> bool:
+    @property
+    def all_sent(self) -> bool:
         return self.run_id is not None and all(lane.journal.empty for lane in self.lanes)
 
     def _wait(self, done: Callable[[], bool], patience: float, limit: float) -> None:

@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -104,8 +107,8 @@ class Toy(pl.LightningModule):
 
 def fit(
     folder: Path, uri: str, steps: int = STEPS, events=None, ckpt_path=None
-) -> tuple[MLflowLogger, float, list[str]]:
-    """The logger, seconds that the steps took, and the warnings of a training."""
+) -> tuple[MLflowLogger, np.ndarray, list[str]]:
+    """The logger, seconds of each step, and the warnings of a training."""
     logger = MLflowLogger(folder, experiment_name="test", tracking_uri=uri)
     model = Toy(events)
     trainer = pl.Trainer(
@@ -123,7 +126,7 @@ def fit(
         warnings.simplefilter("always")
         trainer.fit(model, DataLoader(torch.randn(8, 2), batch_size=2), ckpt_path=ckpt_path)
     told = [str(warning.message) for warning in caught if "MLflow" in str(warning.message)]
-    return logger, model.times[-1] - model.times[min(5, len(model.times) - 1)], told
+    return logger, np.diff(model.times), told
 
 
 def only_run(uri: str):
@@ -219,8 +222,8 @@ def test_training_goes_on_without_a_store(tmp_path: Path, tables: Path, fault, m
     run = tmp_path / "run"
     started = time.perf_counter()
     _, seconds, told = fit(run, fault(tmp_path))
-    assert seconds * 0.9 < healthy, "training is slower without a store"
-    assert time.perf_counter() - started < seconds + 12
+    assert np.median(seconds) * 0.9 < np.median(healthy) and seconds[3:].sum() < healthy[3:].sum() + 2
+    assert time.perf_counter() - started < seconds.sum() + 12
     (message,) = told
     assert "emmdit runs sync" in message and str(run) in message and len(message) < 1000
     assert read_record(run)["run_id"] is None
@@ -237,7 +240,7 @@ def test_training_goes_on_without_a_store(tmp_path: Path, tables: Path, fault, m
 
 def test_a_server_that_dies_and_comes_back(tmp_path: Path, server: Server) -> None:
     """Dead from step 10 to step 40 of 100: the run ends with everything there."""
-    events = {10: server.die, 40: server.start}
+    events = {10: server.die, 30: lambda: time.sleep(2.0), 40: server.start}
     _, _, told = fit(tmp_path / "run", server.uri, steps=100, events=events)
     assert len(told) == 1
     check_whole(server.uri, 100)
@@ -460,3 +463,52 @@ def test_sync_says_what_it_did(tmp_path: Path, capsys, monkeypatch) -> None:
             main(arguments)
         assert end.value.code == 2
     assert "no/such/run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_commands_without_a_server(tmp_path: Path, tables: Path, monkeypatch) -> None:
+    """fit, evaluate and runs sync as a user calls them; afterwards the store knows what it knows of a healthy run."""
+    root = Path(__file__).parents[1]
+    shutil.copy(tables, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def emmdit(address: str, *args: object) -> str:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lightning_modules", *map(str, args)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        return done.stderr
+
+    sizes = ["--data.init_args.batch_size=4", "--samples.steps=2", "--trainer.max_steps=8", "--trainer.accelerator=cpu"]
+    sizes += ["--trainer.log_every_n_steps=1", "--trainer.logger.init_args.experiment_name=test"]
+    for name, address in (("healthy", uri), ("dead", "http://127.0.0.1:1")):
+        run = tmp_path / name
+        told = emmdit(address, "fit", "-c", "experiments/quickstart.yaml", *sizes, f"--trainer.default_root_dir={run}")
+        assert told.count("emmdit runs sync") == (name == "dead")
+    (tmp_path / "two.txt").write_text("a photo of a red circle\na photo of a cross\n")
+    clip = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {root}/assets/shapes_clip}}}}"
+    (tmp_path / "clip.yaml").write_text(
+        f"prompts: {{class_path: emmdit.evaluation.PromptFile, init_args: {{path: {tmp_path}/two.txt}}}}\n"
+        f"metrics: [{{class_path: emmdit.evaluation.CLIPScore, init_args: {{clip: {clip}}}}}]\n"
+    )
+    ledger = ["--ledger", tmp_path / "ledger.json", "--experiment", "shapes/dead"]
+    emmdit("http://127.0.0.1:1", "evaluate", "--ckpt", run, "-c", tmp_path / "clip.yaml", "--steps", 2, *ledger)
+    assert json.loads((tmp_path / "ledger.json").read_text())[0]["train"]["steps"] == 8
+    emmdit(uri, "runs", "sync", run)
+
+    client = MlflowClient(uri)
+    known = {
+        found.info.run_name: found
+        for found in client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    }
+    healthy, late = known["healthy"], known["dead"]
+    assert (
+        late.info.status == healthy.info.status == "FINISHED" and late.data.params.keys() == healthy.data.params.keys()
+    )
+    for metric in ("train/loss", "grad_norm", "epoch"):
+        curves = [metric_history(client, one.info.run_id, metric) for one in (healthy, late)]
+        assert curves[0] == curves[1] and len(curves[0]) == 8
+    assert late.data.metrics.keys() - healthy.data.metrics.keys() == {"eval/clip_score_shapes"}
+    images = [client.list_artifacts(one.info.run_id, "images") for one in (healthy, late)]
+    assert len(images[0]) == len(images[1]) == 2 and late.inputs.dataset_inputs
+    assert (tmp_path / "dead/curve.csv").read_text() == (tmp_path / "healthy/curve.csv").read_text()
