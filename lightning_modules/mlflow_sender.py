@@ -8,6 +8,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from emmdit.config_text import mask_secrets
 from lightning_modules.mlflow_journal import JOURNAL, Journal, open_journal
-from lightning_modules.mlflow_store import REQUESTS, connect, database_file, deliver, describe, find_or_create
+from lightning_modules.mlflow_store import connect, database_file, deliver, describe, find_or_create, short_requests
 
 ARTIFACTS = ("text", "image")  # kinds that go to the artifact store, which may fail alone
 INTERVAL = 0.5  # seconds between two sendings, so that the steps in between go together
@@ -74,9 +75,8 @@ class Sender:
         header = {"run": dict(run)}
         journals = [open_journal(folder, f"{JOURNAL}{kind}{name}", header, **limits) for kind, limits in LIMITS.items()]
         self.lanes = [_Lane(journal) for journal in journals]
-        self._before = {key: os.environ.get(key) for key in REQUESTS}
-        for key, value in REQUESTS.items():
-            os.environ.setdefault(key, value)
+        self._settings = ExitStack()
+        self._settings.enter_context(short_requests())
         _import_store(tracking_uri)
         self._thread = threading.Thread(target=self._loop, name="mlflow-sender", daemon=True)
         self._thread.start()
@@ -117,9 +117,7 @@ class Sender:
         self.left = not self.all_sent
         for lane in self.lanes:
             lane.journal.close(keep=self.run_id is None and lane is self.lanes[0])
-        for key, value in self._before.items():
-            if value is None:
-                os.environ.pop(key, None)
+        self._settings.close()
         atexit.unregister(self.close)
         return not self.left
 

@@ -10,7 +10,8 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -77,6 +78,18 @@ def connect(tracking_uri: str) -> MlflowClient:
             finally:
                 connection.close()
         return MlflowClient(tracking_uri)
+
+
+@contextmanager
+def short_requests() -> Iterator[None]:
+    """MLflow gives a request up soon and does not repeat it: whoever calls does. The user's own settings stand."""
+    ours = {key: value for key, value in REQUESTS.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
 
 
 def describe(error: BaseException) -> str:

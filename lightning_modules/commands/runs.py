@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from emmdit.config_text import mask_secrets
@@ -10,12 +9,12 @@ from lightning_modules.commands.options import command_parser
 from lightning_modules.mlflow_journal import Journal, JournalInUse, find_journals
 from lightning_modules.mlflow_sender import limits_of
 from lightning_modules.mlflow_store import (
-    REQUESTS,
     connect,
     deliver,
     describe,
     find_or_create,
     read_record,
+    short_requests,
     store_address,
     write_record,
 )
@@ -39,12 +38,11 @@ def runs(argv: list[str]) -> None:
     journals = [path for folder in folders for path in find_journals(folder)]
     if not journals:
         print(f"Nothing waits for MLflow in {', '.join(map(str, folders))}.")
-    for key, value in REQUESTS.items():
-        os.environ.setdefault(key, value)
     problems: list[str] = []
     for path in journals:
         try:
-            print(sync(path, store_address(args.tracking_uri)), flush=True)
+            with short_requests():
+                print(sync(path, store_address(args.tracking_uri)), flush=True)
         except JournalInUse as error:
             print(f"{error}: a running process sends it itself.", flush=True)
         except StoreError:
