@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lightning_modules.mlflow_logger import RUN_FILE, MLflowLogger, git_tags
+from emmdit.config_text import mask_secrets
+from lightning_modules.mlflow_sender import Sender
+from lightning_modules.mlflow_store import RUN_FILE, connect, describe, git_tags, read_record, store_address
+
+RECORDED = ("throughput/seconds_per_step", "val/loss_ema", "val/loss_raw")  # of these is a training's record made
+Points = list[tuple[int, int, float]]  # (time in ms, step, value)
 
 
 def metric_history(client: MlflowClient, run_id: str, name: str) -> dict[int, float]:
     """{step: value} of a metric, by step; of a step made twice (after a resume) the later value."""
-    points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
-    return dict(sorted({point.step: point.value for point in points}.items()))
+    return _by_step([(point.timestamp, point.step, point.value) for point in client.get_metric_history(run_id, name)])
 
 
-def training_record(client: MlflowClient, run_id: str, steps: int) -> dict[str, float | None]:
-    """Time and last validation losses of a training of so many steps.
+def _by_step(points: Points) -> dict[int, float]:
+    return dict(sorted({step: value for _, step, value in sorted(points, key=lambda point: point[0])}.items()))
+
+
+def curves(client: MlflowClient | None, sender: Sender, names: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Curves of a sender's run: what the store knows, if there is one and it answers, and what waits in the journal."""
+    found: dict[str, Points] = {name: [] for name in names}
+    try:
+        for name in found if client is not None else ():
+            found[name] = [(p.timestamp, p.step, p.value) for p in client.get_metric_history(sender.run_id, name)]
+    except Exception as error:  # of any library below MLflow
+        sender.trouble = sender.trouble or describe(error)
+    for entry in sender.waiting("metrics"):
+        for name in found.keys() & entry["metrics"].keys():
+            found[name].append((entry["time"], entry["step"], entry["metrics"][name]))
+    return {name: _by_step(points) for name, points in found.items()}
+
+
+def training_record(history: Callable[[str], Mapping[int, float]], steps: int) -> dict[str, float | None]:
+    """Time and last validation losses of a training of so many steps; `history` gives the curve of a metric.
 
     `seconds_per_step` is the mean over the windows of the Throughput callback: without validation, sampling and
     checkpoints, but with whatever else slowed the machine down. `seconds` is all steps at that speed, so that a resume
     does not change it. Both are None without the callback.
     """
-    times = metric_history(client, run_id, "throughput/seconds_per_step").values()
+    times = history("throughput/seconds_per_step").values()
     per_step = mean(times) if times else None
-    losses = {name: metric_history(client, run_id, f"val/{name}") for name in ("loss_ema", "loss_raw")}
+    losses = {name: history(f"val/{name}") for name in ("loss_ema", "loss_raw")}
     last = {name: [value for step, value in curve.items() if step <= steps][-1:] for name, curve in losses.items()}
     return {
         "seconds": None if per_step is None else per_step * steps,
@@ -43,16 +65,25 @@ def training_record(client: MlflowClient, run_id: str, steps: int) -> dict[str, 
 
 
 def read_training_record(run: Path, steps: int) -> dict[str, Any]:
-    """`train.json` of a run folder (see `Summary`) if it is of so many steps, else what the run's tracker knows.
+    """`train.json` of a run folder (see `Summary`) if it is of so many steps, else what the user's tracker knows.
 
     Raises:
-        OSError, MlflowException: the run has neither, or its tracker does not answer.
+        OSError: the run has neither, or the tracker does not answer; in one sentence.
     """
     file = run / "train.json"
-    if file.is_file() and (record := json.loads(file.read_text()))["steps"] == steps:
-        return record
-    known = json.loads((run / RUN_FILE).read_text())
-    return {"steps": steps, **training_record(MlflowClient(known["tracking_uri"]), known["run_id"], steps)}
+    try:
+        if file.is_file() and (record := json.loads(file.read_text()))["steps"] == steps:
+            return record
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(f"{file} is damaged: remove it.") from error
+    try:
+        known = read_record(run) or {}
+        if not known.get("run_id"):
+            raise ValueError(f"{run / RUN_FILE} names no run that MLflow knows.")
+        history = partial(metric_history, connect(store_address()), known["run_id"])
+        return {"steps": steps, **training_record(history, steps)}
+    except Exception as error:  # of any library below MLflow
+        raise OSError(f"{describe(error)}") from error
 
 
 def log_evaluation(
@@ -60,38 +91,41 @@ def log_evaluation(
 ) -> None:
     """Log metrics, as `eval/NAME`, and the report to the MLflow run of a training, or to a new run if there is none.
 
-    A store that does not answer costs a warning, not the evaluation.
+    It goes to the user's store, whatever store the run folder names. If that does not work, it waits in a journal
+    beside the report, with a warning; nothing is raised.
 
     Args:
-        run: run folder, whose `mlflow_run.json` names the run and its store; None: there is none.
+        run: run folder, whose `mlflow_run.json` names the run; None: there is none.
         step: training step that was evaluated.
         about: what was evaluated, parameters of a new run.
     """
-    record = run / RUN_FILE if run is not None else None
-    known = json.loads(record.read_text()) if record is not None and record.is_file() else {}
-    logger = MLflowLogger(
-        save_dir=report.parent,
-        experiment_name=known.get("experiment_name", "emmdit"),
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or known.get("tracking_uri"),
-    )
     try:
-        client, run_id = logger.experiment, known.get("run_id")
-        if run_id is None or not _active(client, run_id):
-            experiment = client.get_experiment_by_name(logger._experiment_name)
-            run_id = client.create_run(
-                experiment.experiment_id, tags=git_tags(), run_name=report.parent.name
-            ).info.run_id
-            client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in about.items()])
-            client.set_terminated(run_id)
-        now = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[Metric(f"eval/{k}", float(v), now, step) for k, v in metrics.items()])
-        client.log_artifact(run_id, str(report), artifact_path="evaluation")
-    except (MlflowException, OSError) as error:
-        rank_zero_warn(f"MLflow did not accept the evaluation: {error}")
-
-
-def _active(client: MlflowClient, run_id: str) -> bool:
+        known = read_record(run) if run is not None else None
+    except ValueError as error:
+        known = None
+        rank_zero_warn(f"{error} This evaluation is logged to an MLflow run of its own.")
+    known = known or {}
+    name = known.get("experiment_name")
+    own = {
+        "uid": uuid.uuid4().hex,
+        "of": {key: known.get(key) for key in ("uid", "run_id", "tracking_uri")},
+        "experiment": name if isinstance(name, str) else "emmdit",
+        "name": report.parent.resolve().name,
+        "tags": git_tags(),
+        "params": {key: mask_secrets(str(value)) for key, value in about.items()},
+        "start_time": int(time.time() * 1000),
+        "status": "FINISHED",
+    }
+    numbers = {f"eval/{key}": float(value) for key, value in metrics.items()}
     try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
+        sender = Sender(store_address(), own, report.parent)
+        sender.append({"metrics": numbers, "step": step, "time": own["start_time"]})
+        text = base64.b64encode(report.read_bytes()).decode()
+        sender.append({"text": "evaluation/report.html", "data": text})
+        sent = sender.close()
+        for remark in sender.remarks:
+            rank_zero_warn(remark)
+        if not sent:
+            rank_zero_warn(sender.message(report.parent))
+    except OSError as error:
+        rank_zero_warn(f"The evaluation could not be logged: {error}")

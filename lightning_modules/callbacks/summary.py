@@ -19,7 +19,7 @@ from emmdit.files import atomic_path
 from emmdit.provenance import git_commit, hardware
 from lightning_modules.callbacks.image_grid import ImageGrid
 from lightning_modules.mlflow_logger import MLflowLogger
-from lightning_modules.mlflow_runs import metric_history, training_record
+from lightning_modules.mlflow_runs import RECORDED, training_record
 
 CURVES = ("train/loss", "val/loss_ema", "val/loss_raw")
 PARTS = ("train/task", "train/output", "train/features", "train/repa", "val/loss_teacher")  # where there are some
@@ -47,13 +47,12 @@ class Summary(Callback):
         logger = next((logger for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
         lines = [f"\nRun folder   {run_dir}"]
         if logger is not None:
-            client, run_id = logger.experiment, logger.run_id
-            curves = {name: metric_history(client, run_id, name) for name in CURVES + PARTS}
-            curves = {name: curve for name, curve in curves.items() if curve or name in CURVES}
+            history = logger.history({*CURVES, *PARTS, *RECORDED})
+            curves = {name: history[name] for name in CURVES + PARTS if history[name] or name in CURVES}
             write_csv(curves, run_dir / "curve.csv")
             record = {
                 "steps": pl_module.training_steps,
-                **training_record(client, run_id, pl_module.training_steps),
+                **training_record(history.__getitem__, pl_module.training_steps),
                 "hardware": hardware(trainer.strategy.root_device),
                 "devices": trainer.world_size,
                 "commit": git_commit(),
@@ -71,7 +70,10 @@ class Summary(Callback):
         if checkpoint:
             lines.append(f"Checkpoint   {checkpoint}")
         if logger is not None:
-            lines.append(f"MLflow run   {logger.run_id} in {logger.tracking_uri}")
+            where = mask_secrets(logger.tracking_uri)
+            waiting = shlex.join(["emmdit", "runs", "sync", str(run_dir)]) if logger.waiting else ""
+            lines.append(f"MLflow run   {logger.run_id or 'not made yet'} in {where}")
+            lines += [f"MLflow log   waits in {logger.waiting}; when MLflow is back: {waiting}"] if waiting else []
         store = logger.tracking_uri if logger else "sqlite:///mlflow.db"
         prompts = [c.prompts[0] for c in trainer.callbacks if isinstance(c, ImageGrid) and c.prompts]
         prompt = next(iter(prompts), textwrap.shorten(self.caption, 120, placeholder="") or PROMPT)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from mlflow.exceptions import MlflowException
 
 from emmdit.config_text import mask_secrets
 from emmdit.evaluation import ledger
@@ -175,11 +174,11 @@ def run(
     own.write(out, result)
     report = write_report(out, result, own.rows, out / "images")
     print(text_table(result))
+    if args.ledger is not None:
+        ledger.append(args.ledger, ledger_row(args, result))
     if args.mlflow:
         numbers = own.metrics | pair_metrics(result.get("pair"))
         log_evaluation(training_run(args.ckpt), numbers, model.source.get("step", 0), report, model.source)
-    if args.ledger is not None:
-        ledger.append(args.ledger, ledger_row(args, result))
     print(report, file=sys.stderr)
 
 
@@ -224,6 +223,6 @@ def ledger_row(args: Namespace, result: dict[str, Any]) -> dict[str, Any]:
     try:
         row["train"] |= read_training_record(run, source["step"])
         row["train_seconds"] = row["train"].pop("seconds", None)
-    except (OSError, MlflowException) as error:
+    except OSError as error:
         print(f"The run does not tell how it was trained: {error}", file=sys.stderr)
     return row

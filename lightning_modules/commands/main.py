@@ -25,6 +25,7 @@ COMMANDS = {
     + " " * 19
     + "-c experiments/precompute/dcae_512.yaml -c experiments/trainer/ddp_8gpu.yaml --out latents/pd12m",
     "generate-dataset": "a dataset of images for a list of prompts, by any text-to-image pipeline",
+    "runs": "what waits in a run's journal to MLflow, after it was out of reach:  emmdit runs sync [RUN ...]",
     "inspect-data": "sizes, caption lengths, buckets, rejected rows and a contact sheet of a source or latents folder",
 }
 USAGE = """usage: emmdit COMMAND [options]
