@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 
+USER_ERRORS = (ArgumentError, ValueError, OSError)
 _WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
 _EXPECTED = ("Expected a ", "Expected <class ")
 _BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
@@ -49,6 +50,12 @@ def sentence(error: BaseException) -> str:
         text = choices[-1] if choices else types or text
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem
+
+
+def one_line(error: BaseException) -> str:
+    """Any error in one line: its sentence, behind its kind where that is no error of a user's."""
+    told = " ".join(sentence(error).split())
+    return told if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {told}"
 
 
 def _choices(text: str) -> list[str]:
