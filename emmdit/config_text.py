@@ -72,6 +72,24 @@ def parse_yaml(text: str, source: str | Path) -> Any:
             loader.dispose()
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """Line of each key of a YAML text that `parse_yaml` takes: {"model.denoiser.dim": 7}, without `init_args`."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node, name: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                child = name if key.value == "init_args" else f"{name}.{key.value}" if name else str(key.value)
+                lines.setdefault(child, key.start_mark.line + 1)
+                walk(value, child)
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                walk(value, name)
+
+    walk(yaml.compose(text, Loader=_Loader), "")
+    return lines
+
+
 def _check_events(text: str) -> None:
     """Raise a MarkedYAMLError where a document as it is written nests too deep or has too many values."""
     depth = count = 0

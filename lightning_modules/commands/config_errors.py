@@ -21,6 +21,9 @@ def sentence(error: BaseException) -> str:
     text = _message(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
         return text.rstrip().splitlines()[-1].partition(": ")[2]
+    if "EADDRINUSE" in text:  # of torch's rendezvous
+        port = re.search(r"port: (\d+)", text)
+        return f"The port {port[1] if port else ''} of the ranks is in use: name a free one with MASTER_PORT."
     if type(error).__module__.startswith("omegaconf"):  # a ${...} that resolves to nothing
         return text.splitlines()[0] + "."
     if not (isinstance(error, ArgumentError) or text.startswith(_WRAPPERS)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from emmdit.config_text import REFERENCE, read_yaml
+from emmdit.config_text import REFERENCE, key_lines, read_yaml
 
 OPTIONS = ("-c", "--config")
 BASE = re.compile(r"^base:[^\n]*\n?(?:(?:[ \t]+|-)[^\n]*\n?)*", re.MULTILINE)  # with the items of a block list
@@ -129,6 +129,59 @@ def interpolations(files: Sequence[str], arguments: Sequence[str]) -> dict[str, 
     for argument in arguments:
         values.pop(argument.removeprefix("--").partition("=")[0], None)
     return {key: value for key, value in values.items() if isinstance(value, str) and REFERENCE.fullmatch(value)}
+
+
+def place_of(told: str, files: Sequence[str], arguments: Sequence[str]) -> str:
+    """`FILE, line N` of the key that a sentence on a wrong configuration is about; "" where no file names it.
+
+    Of several files the last counts, since it is laid over the others.
+    """
+    words = {word.replace(".init_args", "").strip(".") for word in re.findall(r"[\w.]+", told)}
+    about = told.partition(":")[0] if re.match(r"[\w.]+: ", told) else ""
+    options = {_short(argument.removeprefix("--").partition("=")[0]) for argument in arguments}
+    if options & (words | {about}):
+        return ""
+    weak = ""
+    for file in reversed(files):
+        for name, line in key_lines(Path(file).read_text(encoding="utf-8-sig")).items():
+            last = name.rpartition(".")[2]
+            if (
+                name in words
+                and "." in name
+                or (name.startswith(f"{about}.") if about else True)
+                and last in words - {*about.split("."), "class_path", "model", "data", "trainer"}
+            ):
+                return f"{file}, line {line}"
+            if name == about and not weak:
+                weak = f"{file}, line {line}"
+    return weak
+
+
+def reference_at_fault(told: str, files: Sequence[str]) -> str:
+    """The place and value of the `${...}` that an error of OmegaConf is about, at best by what the error quotes."""
+    found = [
+        (file, name, value)
+        for file in reversed(files)
+        for name, value in _leaves(read_yaml(file))
+        if isinstance(value, str) and "${" in value
+    ]
+    quoted = [entry for entry in found if (inner := entry[2].strip("${}")) and inner in told]
+    for file, name, value in [*quoted, *found][:1]:
+        line = key_lines(Path(file).read_text(encoding="utf-8-sig")).get(_short(name), 1)
+        return f"{file}, line {line}: {name} is {value!r}, which stands for no value ({told.rstrip('.')})."
+    return told
+
+
+def check_sections(files: Sequence[str], names: Sequence[str]) -> None:
+    """Raise a ValueError for a section that holds no keys: the parser would take it for none, or fail later."""
+    for file in files:
+        for name, value in read_yaml(file).items():
+            if name in names and not isinstance(value, dict | str):
+                raise ValueError(f"{file}: the section {name} must hold keys and values, not {value!r}.")
+
+
+def _short(name: str) -> str:
+    return name.replace(".init_args", "")
 
 
 def _leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:

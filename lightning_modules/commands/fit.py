@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -32,9 +33,45 @@ from lightning_modules.callbacks import (
 )
 from lightning_modules.callbacks.survive import make_survivable
 from lightning_modules.commands.config_errors import USER_ERRORS, one_line
-from lightning_modules.commands.config_files import ConfigParser, as_clones, config_files, interpolations, with_bases
+from lightning_modules.commands.config_files import (
+    ConfigParser,
+    as_clones,
+    check_sections,
+    config_files,
+    interpolations,
+    place_of,
+    reference_at_fault,
+    with_bases,
+)
 from lightning_modules.commands.ranks import rank_zero
 from lightning_modules.commands.run_folder import RunFolder, run_dir_of
+
+SECTIONS = {"checkpoint": Checkpoint, "ema": EMA, "samples": ImageGrid}
+SECTIONS |= {"non_finite": NonFinite, "throughput": Throughput, "progress": ProgressBar}
+TITLES = {
+    "model": "the way of training (--model.help CLASS lists its arguments)",
+    "data": "the training data (--data.help CLASS lists its arguments)",
+    "trainer": "Lightning's Trainer",
+}
+HELP = {
+    "fit": """Train, in the run folder runs/NAME of experiments/NAME.yaml.
+
+examples:
+  emmdit fit -c experiments/quickstart.yaml
+  emmdit fit -c experiments/quickstart.yaml --ckpt_path last            resume, or start where there is nothing yet
+  emmdit fit -c experiments/shapes/emmdit.yaml -c experiments/trainer/gpu.yaml --trainer.max_steps 1000
+
+Several -c files are merged, the later ones win; each key is also an option, and wins over the files.
+`--print_config` shows the whole configuration, `--model.help CLASS` the arguments of a class (so --data.help).""",
+    "validate": """Validation losses of a checkpoint; prints them, and writes nothing.
+
+example:
+  emmdit validate -c runs/quickstart/config.yaml --ckpt_path last""",
+}
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's, with the lines of a description as they are."""
 
 
 class SuiteCLI(LightningCLI):
@@ -69,7 +106,12 @@ class SuiteCLI(LightningCLI):
                 "logger": {"class_path": "lightning_modules.mlflow_logger.MLflowLogger"},
             },
             # Without abbreviations: `--trainer.max_step 3` is an error, as the same key in a YAML is.
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": exit_on_error, "allow_abbrev": False}
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": exit_on_error,
+                "allow_abbrev": False,
+                "formatter_class": HelpFormatter,
+            }
             | {name: {"allow_abbrev": False} for name in self.subcommands()},
             args=args,
             run=run,
@@ -81,14 +123,23 @@ class SuiteCLI(LightningCLI):
         return {name: commands[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        sections = {"checkpoint": Checkpoint, "ema": EMA, "samples": ImageGrid, "non_finite": NonFinite}
-        for name, callback in (sections | {"throughput": Throughput, "progress": ProgressBar}).items():
+        for name, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, name)
         # Without versions: a second run in the same folder must own last.ckpt.
         defaults = {"save_last": "link", "every_n_train_steps": 1000, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
         for target in ("model", "data"):
             parser.link_arguments("seed_everything", f"{target}.init_args.seed", compute_fn=int)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """The suite's own sections come first in the help, Lightning's long list of the Trainer last."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"emmdit {subcommand} -c FILE [-c FILE ...] [--KEY VALUE ...]"
+        parser.description = HELP[subcommand]
+        for name, group in parser.groups.items():
+            group.title = f"{name}, {TITLES[name]}" if name in TITLES else f"{name}: {group.title}"
+        parser._action_groups.sort(key=lambda group: group is parser.groups["trainer"])
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """No-op: hyperparameters in a checkpoint must not override the YAML of a resume."""
@@ -114,6 +165,18 @@ class SuiteCLI(LightningCLI):
         logger = config.trainer.logger
         if hasattr(logger, "class_path") and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
             logger.init_args.save_dir = run_dir
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        files = config_files(with_bases(self._arguments))
+        check_sections(files, ("trainer", *SECTIONS))
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            told = one_line(error)
+            if type(error).__module__.startswith("omegaconf"):
+                raise ValueError(reference_at_fault(told, files)) from error
+            place = place_of(told, files, self._arguments)
+            raise ValueError(f"{place}: {told}" if place else told) from error
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
