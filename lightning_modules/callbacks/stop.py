@@ -75,7 +75,8 @@ class StopSignals(Callback):
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
         self._armed = False
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._previous.items():
@@ -83,7 +84,7 @@ class StopSignals(Callback):
         self._previous.clear()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
+        self.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._armed = False  # until `teardown` or the end: a signal now ends at once
@@ -126,6 +127,9 @@ class StopSignals(Callback):
         if not signum:
             return
         self.signum, self._saving = signum, True
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.completed < progress.processed:  # Lightning would log the values of this step after the callbacks
+            trainer._logger_connector.update_train_step_metrics()
         step, checkpoint = pl_module.training_steps, trainer.checkpoint_callback
         told = f"stopped at step {step:,} without a checkpoint, since checkpoints are off"
         if isinstance(checkpoint, ModelCheckpoint) and not trainer.fast_dev_run:

@@ -211,7 +211,12 @@ class SuiteCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with rank_zero(), self._folders.held(subcommand == "fit" and not self.trainer.fast_dev_run):
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            finally:
+                for callback in self.trainer.callbacks:
+                    if isinstance(callback, StopSignals):
+                        callback.restore()
 
 
 def _place(callback: Callback) -> int:

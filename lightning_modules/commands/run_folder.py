@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from emmdit.weights import find_checkpoint, is_whole, last_checkpoint
 from lightning_modules.commands.config_files import default_run_dir, is_run_config
@@ -18,6 +18,7 @@ from lightning_modules.mlflow_logger import RUN_FILE
 from lightning_modules.runs import numbered_configs
 
 LOCK = ".lock"
+say = rank_zero_only(print)
 
 
 def sign_of_use(folder: Path, checkpoints: Path) -> Path | None:
@@ -105,7 +106,7 @@ class RunFolder:
                 raise FileNotFoundError(f"No checkpoint in {self.checkpoints}: name one with --ckpt_path.")
             if any(self.folder.glob("hpc_ckpt_*.ckpt")):
                 return "hpc"
-            rank_zero_info(f"No checkpoint in {self.checkpoints} yet: training starts from zero.")
+            say(f"No checkpoint in {self.checkpoints} yet: training starts from zero.")
             return None
         if ckpt_path is None or ckpt_path in ("hpc", "registry") or re.match(r"\w+:", str(ckpt_path)):
             return ckpt_path
@@ -143,5 +144,5 @@ def run_dir_of(files: Sequence[str], command: str | None, ckpt_path: str | None)
     if others and files.index(others[-1]) > files.index(str(clones[-1])):
         return default_run_dir(files)  # what is laid over it names the new run
     new = clone_of(own)
-    rank_zero_info(f"{clones[-1]} is the configuration of another run: this one goes to {new}.")
+    say(f"{clones[-1]} is the configuration of another run: this one goes to {new}.")
     return str(new)
