@@ -35,8 +35,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Repeated, it goes on with the run that is there, or scores it again.
 quickstart: $(STAMP)  ## Train E-MMDiT from scratch on rendered shapes, show the pictures and score them
-	$(BIN)/emmdit fit -c experiments/quickstart.yaml $(ARGS)
+	$(BIN)/emmdit fit -c experiments/quickstart.yaml --ckpt_path last $(ARGS)
 	rm -rf runs/quickstart/evaluation
 	$(BIN)/emmdit evaluate --ckpt runs/quickstart -c experiments/evaluation/shapes_short.yaml --bounds
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._common import parsing_settings
 from lightning.pytorch import LightningModule
 
+from emmdit.config_text import read_yaml, resolve_references
 from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
 
@@ -22,7 +22,7 @@ TRUSTED = ("emmdit", "lightning_modules", "datamodules", "torch", "lightning", "
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved configuration of the run that a run folder or a checkpoint belongs to."""
-    return modernize_run(yaml.safe_load(latest_config(run_folder(path)).read_text()))
+    return modernize_run(resolve_references(read_yaml(latest_config(run_folder(path)))))
 
 
 def latest_config(folder: str | Path) -> Path:

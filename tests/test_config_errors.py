@@ -91,6 +91,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_yaml_ends_in_one_sentence(text: str, capsys: pytest.CaptureFixture, devices: set[str]) -> None:
     error = fails(capsys, *files(SHAPES), *change(text))
+    assert "change.yaml, line 1: " in error
     assert all(word in error for word in WRONG[text].split()) and error.endswith(".")
     assert not devices
 
@@ -101,9 +102,63 @@ def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices:
     first = "-c experiments/shapes/emmdit.yaml -c "
     assert first in fails(capsys, *change("model: {init_args: {ema: false}}"))  # a diff that names no base
     assert first in fails(capsys, *files("trainer/cpu.yaml"))
+    assert "trainer.max_steps" in fails(capsys, *files(SHAPES), "--trainer.max_steps=many").partition(" ")[0]  # no file
     assert "line 1, column 10" in fails(capsys, *change("trainer: [1, 2"))
     if not torch.cuda.is_available():
-        assert "gpu" in fails(capsys, *files(SHAPES, "trainer/gpu.yaml"))
+        assert "experiments/trainer/cpu.yaml" in fails(capsys, *files(SHAPES, "trainer/gpu.yaml"))
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches 1 0"),
+        ("--trainer.val_check_interval=0", "val_check_interval 0"),
+        ("--trainer.limit_train_batches=0", "limit_train_batches 0"),
+        ("--trainer.max_steps=0", "max_steps 0"),
+        ("--trainer.log_every_n_steps=0", "log_every_n_steps 1 0"),
+        ("--trainer.gradient_clip_val=-1", "gradient_clip_val 0 -1"),
+        ("--trainer.devices=many", "devices"),
+        ("--seed_everything=-1", "seed_everything -1"),
+        ("--seed_everything=4294967296", "seed_everything 4294967296"),
+        ("--throughput.window=0", "throughput.window"),
+        ("--model.init_args.init_from=nowhere", "nowhere"),
+    ],
+)
+def test_values_that_lightning_would_not_name(
+    option: str, words: str, capsys: pytest.CaptureFixture, devices: set[str]
+) -> None:
+    error = fails(capsys, *files(SHAPES), *ON_CPU, option)
+    assert all(word in error for word in words.split())
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "# a change\ntrainer:\n  max_steps: ${trainer.min_steps}\n  min_steps: ${trainer.max_steps}\n",
+            "line 3 max_steps",
+        ),
+        ("trainer:\n  max_steps: ${nope.x}\n", "line 2 trainer.max_steps ${nope.x}"),
+        ("trainer:\n  max_steps: ${trainer\n", "line 2 trainer.max_steps ${trainer"),
+        ("trainer:\n  max_steps: ${oc.env:NOPE_X}\n", "line 2 trainer.max_steps NOPE_X"),
+        ("ema: []\n", "ema"),
+        ("trainer: 3\n", "trainer 3"),
+    ],
+)
+def test_references_and_sections_that_hold_nothing(
+    text: str, words: str, capsys: pytest.CaptureFixture, devices: set[str]
+) -> None:
+    error = fails(capsys, *files(SHAPES), *change(text), *ON_CPU)
+    assert all(word in error for word in ("change.yaml", *words.split()))
+
+
+def test_help_begins_with_examples_and_the_suites_own_sections(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "emmdit fit -c experiments/quickstart.yaml" in "".join(text.splitlines(True)[:8])
+    places = [text.index(f"\n{name}") for name in ("model", "data", "checkpoint", "ema", "samples", "trainer")]
+    assert places == sorted(places) and "{" not in text[: places[0]]
 
 
 def fails(capsys: pytest.CaptureFixture, *args: str) -> str:

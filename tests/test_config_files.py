@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from emmdit.config_text import read_yaml
 from lightning_modules.commands.config_files import config_files, default_run_dir, with_bases
 from lightning_modules.commands.main import main
 from tests.command_line import EXPERIMENTS, ON_CPU, SHAPES, change, cli, files
@@ -91,3 +92,48 @@ def test_prompts_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     with pytest.raises(SystemExit):
         main(["fit", *files(SHAPES), *change("samples: {prompts: nowhere.txt}")])
     assert "nowhere.txt" in capsys.readouterr().err
+
+
+ALIASES = {
+    "sequences": "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9 if i else 1}]\n" for i in range(12)),
+    "merge keys": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)),
+}
+BROKEN = {
+    "a: 1\nb: [1, 2\n": ("line 3, column 1", "line 2, column 4"),
+    "a: 1\n b: 2": ("line 2",),
+    "a: 1\na: 2\n": ("line 2", "'a'"),
+    "- a\n- b\n": ("list",),
+    "# nothing\n": ("empty",),
+    "true: 1\n": ("True",),
+    "a: !!python/object/apply:os.system [x]": ("line 1", "os.system"),
+    "a: !!bool 3": ("'3'",),
+    "a: \0": ("#x0000",),
+    "a: *b": ("line 1, column 4",),
+    "&a [*a]": ("line 1",),
+    "[" * 100_000: ("levels",),
+    "- " * 100_000: ("levels",),
+    "a: [" + "1, " * 200_000 + "]": ("100,000",),
+    ALIASES["sequences"]: ("100,000",),
+    ALIASES["merge keys"]: ("100,000",),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:20])
+def test_broken_and_boundless_yaml_is_one_sentence_that_names_file_and_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_yaml(tmp_path / "x.yaml")
+    told = str(caught.value)
+    assert all(words in told for words in ("x.yaml", *BROKEN[text])) and "\n" not in told and told.endswith(".")
+
+
+def test_yaml_is_read_as_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_bytes("\ufeffa: &a {b: 1}\nc: {<<: *a, d: ü}\ne: [*a, *a]\n".encode())
+    assert read_yaml(file) == {"a": {"b": 1}, "c": {"b": 1, "d": "ü"}, "e": [{"b": 1}] * 2}
+    file.write_bytes("a: ü".encode("latin-1"))
+    with pytest.raises(ValueError, match="UTF-8"):
+        read_yaml(file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_yaml(tmp_path / "nowhere.yaml")

@@ -56,10 +56,12 @@ class ImageSet:
         Raises:
             ValueError: the folder holds something else.
         """
-        if self.rank == 0:
-            self._open()
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        try:
+            if self.rank == 0:
+                self._open()
+        finally:  # also where it raises: the other ranks are waiting
+            if dist.is_available() and dist.is_initialized():
+                dist.barrier()
 
     def _open(self) -> None:
         file = self.folder / "set.json"
