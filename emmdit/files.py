@@ -76,6 +76,16 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | No
     return Path(path)
 
 
+def read_json(path: str | Path, way_out: str = "restore it, or remove it") -> Any:
+    """The contents of a JSON file. Raises ValueError that names the file where it is damaged."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # neither JSON nor text, or brackets without end
+        told = str(error).splitlines()[0] or type(error).__name__
+        raise ValueError(f"{path} is not readable JSON ({told}): {way_out}.") from error
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that `save_png` stored with the image; {} if none."""
     with Image.open(path) as image:

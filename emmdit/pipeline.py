@@ -7,6 +7,7 @@ licensed ones (Llama, DC-AE) are named, not copied, unless `include_encoders` wa
 from __future__ import annotations
 
 import importlib
+from numbers import Integral
 from pathlib import Path as FilePath
 from typing import Any, Self, TypeVar
 
@@ -19,7 +20,7 @@ from diffusers.pipelines import ImagePipelineOutput
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.encoders.loading import MissingModelError, locate, one_sentence
 from emmdit.flow import Path
-from emmdit.generate import Sampling, generate
+from emmdit.generate import Sampling, check_finite, generate
 from emmdit.legacy import modernize
 
 CODEC = {"class_path": "emmdit.encoders.DCAE"}
@@ -131,10 +132,18 @@ class TextToImagePipeline(DiffusionPipeline):
             num_inference_steps, guidance_scale, height, width, sampler: in place of the pipeline's own settings.
             output_type: "pil": a list of images; "np": an array (B, H, W, 3) in [0, 1]; "pt": a tensor (B, 3, H, W).
             callback: called as `callback(i, n)` after each step.
+
+        Raises:
+            ValueError: no prompt, or settings that no image can be made with; and, unless a tensor is asked for, an
+                image that is not finite, which would be black. In a tensor it is NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) for p in prompts) or num_images_per_prompt < 1:
+            raise ValueError("Give at least one prompt, a text, and num_images_per_prompt of at least 1.")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if not all(isinstance(s, Integral) and 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"Seeds are whole numbers from 0 to 2**63 - 1, not {seed!r}.")
         given = dict(steps=num_inference_steps, guidance=guidance_scale, height=height, width=width, sampler=sampler)
         device = self.transformer.device
         self._adopt()
@@ -151,6 +160,8 @@ class TextToImagePipeline(DiffusionPipeline):
             device=device,
             callback=callback,
         )
+        if output_type != "pt":
+            check_finite(images, prompts, seeds)
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 

@@ -8,21 +8,65 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._common import parsing_settings
 from lightning.pytorch import LightningModule
 
+from emmdit.config_text import read_yaml
 from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
+from lightning_modules.commands.config_errors import sentence
 
 # Packages whose classes the configuration of a run folder may name: such a folder may come from anyone.
 TRUSTED = ("emmdit", "lightning_modules", "datamodules", "torch", "lightning", "diffusers", "transformers")
+LONGEST = 400  # characters of what a parser says
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The resolved configuration of the run that a run folder or a checkpoint belongs to."""
-    return modernize_run(yaml.safe_load(latest_config(run_folder(path)).read_text()))
+    """The resolved configuration of the run that a run folder or a checkpoint belongs to.
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence, where it is missing, broken, or not of a run.
+    """
+    file = latest_config(run_folder(path))
+    config = read_yaml(file)
+    _check_config(config, file)
+    return modernize_run(config)
+
+
+def _check_config(config: dict[str, Any], file: Path) -> None:
+    """Raise ValueError unless all that the commands read themselves has its type; jsonargparse checks the rest."""
+
+    def section(parent: Any, key: str, needed: bool = True, where: str = "") -> dict[str, Any]:
+        found = parent.get(key)
+        if not (isinstance(found, dict) or (found is None and not needed)):
+            told = "has no" if found is None else f"has {str(found)[:40]!r} as"
+            raise ValueError(
+                f"{file} {told} {where}{key}, which must be a section of keys: restore the run's own file."
+            )
+        return found or {}
+
+    def described(parent: Any, key: str, where: str = "model.init_args.") -> dict[str, Any]:
+        found = section(parent, key, where=where)
+        if not isinstance(found.get("class_path"), str):
+            raise ValueError(
+                f"{file}: {where}{key} has no class_path, the name of a class: restore the run's own file."
+            )
+        return section(found, "init_args", needed=False, where=f"{where}{key}.")
+
+    arguments = described(config, "model", where="")
+    for key in ("denoiser", "codec", "text"):
+        described(arguments, key)
+    components = arguments.get("components") or []
+    if not isinstance(components, list):
+        raise ValueError(f"{file}: model.init_args.components must be a list, not {str(components)[:40]!r}.")
+    for number, component in enumerate(components):
+        described({str(number): component}, str(number), "model.init_args.components.")
+    for key in ("data", "trainer", "checkpoint"):
+        section(config, key, needed=False)
+    seed = config.get("seed_everything")
+    if not isinstance(seed, int | None):
+        raise ValueError(f"{file}: seed_everything must be a whole number, not {str(seed)[:40]!r}.")
 
 
 def latest_config(folder: str | Path) -> Path:
@@ -66,8 +110,11 @@ def build_module(config: dict[str, Any], source: str | Path = "", trust_code: bo
         except Exception as error:
             if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
                 raise ValueError(_refusal(denied[1], source)) from error
-            raise ValueError(f"The run's configuration does not fit this version of the suite: {error}") from error
-        return instantiate(parser, parsed).model
+            raise ValueError(_misfit(error, source)) from error
+        try:
+            return instantiate(parser, parsed).model
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(_misfit(error, source)) from error
 
 
 def class_paths(config: Any) -> Iterator[str]:
@@ -96,6 +143,12 @@ def trusted_imports() -> Iterator[None]:
         yield
     finally:
         parsing_settings.update(before)
+
+
+def _misfit(error: Exception, source: str | Path) -> str:
+    told = " ".join(sentence(error).split())
+    told = told if len(told) <= LONGEST else f"{told[:LONGEST]} ..."
+    return f"{source or 'The configuration'} does not fit this version of the suite ({told.rstrip('.')}): correct it."
 
 
 def _refusal(path: str, source: str | Path) -> str:
