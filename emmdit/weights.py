@@ -4,22 +4,27 @@ folder, Nitro-E file. Tensors only: safetensors, `torch.load(weights_only=True)`
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
-import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from emmdit.checkpoint_files import Damaged, is_checkpoint, verify, verify_file, whole
+from emmdit.checkpoint_reader import load_sharded, read_metadata, unreadable
 from emmdit.legacy import modernize_state
 
+ATTEMPTS = 10  # to read from a run that is training, and deletes what was found
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
 
 
-def load_weights(network: nn.Module, source: str | Path, weights: str | None = None) -> str:
+def load_weights(network: nn.Module, source: str | Path | OpenedCheckpoint, weights: str | None = None) -> str:
     """Copy weights into `network`; returns which were taken ("ema" or "raw").
 
     Args:
@@ -30,6 +35,8 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
         FileNotFoundError, ValueError: with one sentence.
     """
     state, kind = read_weights(source, weights, type(network))
+    source = source.path if isinstance(source, OpenedCheckpoint) else source
+    check_finite(state, source)
     if not any("lora_" in key for key in state):  # weights to begin with, of the network before its adapters
         state = base_weights(state, network)
     own = network.state_dict()
@@ -45,6 +52,15 @@ def load_weights(network: nn.Module, source: str | Path, weights: str | None = N
         )
     network.load_state_dict({key: state[key] for key in own})
     return kind
+
+
+def check_finite(state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise a ValueError with one sentence if a tensor holds NaN or infinity."""
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(x) for x in tensor.aminmax()):
+            raise ValueError(
+                f"The weights in {source} are not finite ({key} holds NaN or infinity): use an earlier checkpoint."
+            )
 
 
 def base_weights(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -90,21 +106,17 @@ def load_component_weights(component: nn.Module, source: str | Path) -> None:
 
 
 def read_weights(
-    source: str | Path, weights: str | None = None, network_class: type | None = None
+    source: str | Path | OpenedCheckpoint, weights: str | None = None, network_class: type | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """The denoiser's state dict in `source`, and whether it is the "ema" or the "raw" one."""
-    path = Path(source)
-    check_source(source)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-        if any(key.startswith("block_groups.") for key in state):
-            from emmdit.networks import load_nitro_e
-
-            state = load_nitro_e(path).state_dict()
-        return state, "raw"
-    if is_diffusers_folder(path) or is_hub_id(source):
-        return _from_diffusers(source, network_class), "raw"
-    state = checkpoint_state(find_checkpoint(path))
+    if not isinstance(source, OpenedCheckpoint):
+        path = Path(source)
+        if path.suffix == ".safetensors":
+            return _from_safetensors(path), "raw"
+        if is_diffusers_folder(path) or is_hub_id(source):
+            return _from_diffusers(source, network_class), "raw"
+    opened = source if isinstance(source, OpenedCheckpoint) else open_checkpoint(source)
+    source, state = opened.path, opened.state
     kind = weights or ("ema" if any(key.startswith(PREFIXES["ema"]) for key in state) else "raw")
     if kind not in PREFIXES:
         raise ValueError(f"weights must be ema or raw, got {kind!r}.")
@@ -130,47 +142,75 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint itself, or the last whole one of a run folder (see `last_checkpoint`)."""
+    """A whole checkpoint itself, or the last whole one of a run folder (see `last_checkpoint`).
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence, which names the newest whole checkpoint if another was asked
+            for.
+    """
     path = Path(path)
-    if path.is_file() or (path / ".metadata").is_file():
+    if is_checkpoint(path):
+        try:
+            verify(path)
+        except Damaged as error:
+            raise _with_way_out(error) from error
         return path
     for folder in (path / "checkpoints", path):
         found = last_checkpoint(folder)
         if found is not None:
             return found
+    if path.is_symlink():
+        raise _with_way_out(Damaged(path, f"it is a link to {os.readlink(path)}, which is gone"))
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}: give a run folder, a checkpoint or a diffusers folder.")
     raise FileNotFoundError(f"No checkpoint in {path}: has the run saved one yet?")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """What `last.ckpt` names, or, where a kill left that dangling, missing or cut short, the newest whole checkpoint.
+    """What `last.ckpt` names, or, where that is missing, dangling or damaged, the newest whole checkpoint.
 
     None: the folder holds no checkpoint.
 
     Raises:
         ValueError: it holds checkpoints, but none that is whole.
     """
-    last, entries = folder / "last.ckpt", sorted(folder.glob("*.ckpt"))
-    if is_whole(last):
-        return last.resolve()
+    for _ in range(ATTEMPTS):
+        before = _listing(folder)
+        found, error = _last(folder)
+        if found is not None or _listing(folder) == before:  # else a training has saved meanwhile
+            break
+    if error is not None:
+        raise error
+    return found
+
+
+def _listing(folder: Path) -> tuple[list[str], str]:
+    last = folder / "last.ckpt"
+    return sorted(path.name for path in folder.glob("*.ckpt")), os.readlink(last) if last.is_symlink() else ""
+
+
+def _last(folder: Path) -> tuple[Path | None, ValueError | None]:
+    last, entries = folder / "last.ckpt", [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")]
+    if not entries:
+        return None, None
+    if found := next(whole([last]), None):
+        return found.resolve(), None
     own = [path for path in entries if not path.is_symlink()]
-    whole = [path for path in own if is_whole(path)]
-    if whole:
-        newest = max(whole, key=lambda path: path.stat().st_mtime)
-        warnings.warn(f"{last} does not name a whole checkpoint: {newest.name}, the newest, is used.", stacklevel=2)
-        return newest
-    if entries:
-        name = (own or entries)[-1].name
-        raise ValueError(f"{folder} has no whole checkpoint ({name} is cut short): restore one, or use another folder.")
-    return None
+    if found := next(whole(own), None):
+        warnings.warn(f"{last} does not name a whole checkpoint: {found.name}, the newest, is used.", stacklevel=3)
+        return found, None
+    name = max(own or entries, key=lambda path: path.name).name
+    return None, ValueError(
+        f"{folder} has no whole checkpoint ({name} is damaged or cut short): restore one, or use another folder."
+    )
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: a file has its directory there, a sharded folder its two indices."""
-    if checkpoint.is_dir():
-        return all((checkpoint / name).is_file() for name in (".metadata", "meta.pt"))
-    return checkpoint.is_file() and zipfile.is_zipfile(checkpoint)
+def _with_way_out(error: Damaged) -> ValueError:
+    path = error.path
+    beside = (other for other in path.parent.glob("*.ckpt") if not other.is_symlink() and other != path.resolve())
+    other = next(whole(beside), None)
+    way_out = f"{other} is whole, use that" if other else "no other checkpoint beside it is whole, restore it"
+    return ValueError(f"{path} is not a whole checkpoint, since {error.why}: {way_out}.")
 
 
 def sha256_of(files: Iterable[Path]) -> str:
@@ -184,11 +224,14 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 
 def run_folder(path: str | Path) -> Path:
-    """The folder with `config.yaml` that a checkpoint (or the folder itself) belongs to."""
-    path = Path(path).resolve()
-    for folder in [path, *path.parents][:4]:
-        if (folder / "config.yaml").is_file():
-            return folder
+    """The folder with `config.yaml` that a checkpoint (or the folder itself) belongs to.
+
+    Links are not followed at first: a run whose `last.ckpt` links into another run has a config of its own.
+    """
+    for start in (Path(os.path.abspath(path)), Path(path).resolve()):
+        for folder in [start, *start.parents][:4]:
+            if (folder / "config.yaml").is_file():
+                return folder
     raise FileNotFoundError(
         f"No config.yaml beside or above {path}: sampling from a checkpoint needs the config of its run."
     )
@@ -199,17 +242,70 @@ def is_diffusers_folder(path: str | Path) -> bool:
     return any((path / name).is_file() for name in ("model_index.json", "config.json", "transformer/config.json"))
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that was verified and read: `sha256` is of the very bytes that `state` came from."""
+
+    path: Path
+    state: dict[str, Any]
+    sha256: str
+    step: int
+    samples_seen: int
+
+
+def open_checkpoint(source: str | Path) -> OpenedCheckpoint:
+    """Verify and read the checkpoint `source`, or the last of the run folder `source`, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence.
+    """
+    for attempt in range(ATTEMPTS):
+        path = find_checkpoint(source)
+        try:
+            sha256, checkpoint = read_folder(path) if path.is_dir() else read_file(path)
+            break
+        except FileNotFoundError:  # a training has saved the next one meanwhile, and deleted this one
+            if attempt == ATTEMPTS - 1 or path == Path(source):
+                raise
+    counts = {}
+    for key in ("global_step", "samples_seen"):
+        counts[key] = checkpoint.get(key, 0)
+        if not isinstance(counts[key], int):
+            raise ValueError(f"{path} is not a checkpoint of this suite: its {key} is no number.")
+    state = modernize_state(checkpoint["state_dict"])
+    return OpenedCheckpoint(path.resolve(), state, sha256, counts["global_step"], counts["samples_seen"])
+
+
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """`state_dict` of a Lightning checkpoint, a file or a sharded folder, on the CPU."""
-    if path.is_dir():
-        return modernize_state(_sharded_state(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}).") from error
-    if "state_dict" not in checkpoint:
+    return open_checkpoint(path).state
+
+
+def read_file(path: Path, mmap: bool = True) -> tuple[str, dict[str, Any]]:
+    """SHA-256 and content of a checkpoint of one file. Tensors are copied where not mapped."""
+    with path.open("rb") as file:
+        sha256 = verify_file(file, path)
+        try:
+            # The file that was verified, even if its name belongs to another by now.
+            opened = f"/dev/fd/{file.fileno()}" if mmap else file
+            checkpoint = torch.load(opened, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:
+            raise unreadable(path, error) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
-    return modernize_state(checkpoint["state_dict"])
+    return sha256, checkpoint
+
+
+def read_folder(path: Path) -> tuple[str, dict[str, Any]]:
+    """As `read_file`, of a sharded folder: the state dict, and what `meta.pt` holds."""
+    sha256 = verify(path)
+    try:
+        checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise unreadable(path / "meta.pt", error) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path / 'meta.pt'} is not a part of a Lightning checkpoint.")
+    return sha256, checkpoint | {"state_dict": _sharded_state(path)}
 
 
 def checkpoint_progress(path: Path) -> dict[str, int]:
@@ -220,8 +316,6 @@ def checkpoint_progress(path: Path) -> dict[str, int]:
 
 
 def _sharded_state(folder: Path) -> dict[str, Tensor]:
-    from emmdit.checkpoint_reader import load_sharded, read_metadata
-
     prefix = "state_dict."
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -230,6 +324,19 @@ def _sharded_state(folder: Path) -> dict[str, Tensor]:
     }
     load_sharded(state, folder, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    check_source(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+    if any(key.startswith("block_groups.") for key in state):
+        from emmdit.networks import load_nitro_e
+
+        state = load_nitro_e(path).state_dict()
+    return state
 
 
 def _from_diffusers(source: str | Path, network_class: type | None) -> dict[str, Tensor]:

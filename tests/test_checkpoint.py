@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emmdit.weights import find_checkpoint, is_whole, last_checkpoint
+from emmdit.weights import find_checkpoint, last_checkpoint
 from lightning_modules.callbacks import Checkpoint
 from tests.toy import Toy, trainer
 
