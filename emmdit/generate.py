@@ -16,7 +16,6 @@ from emmdit.flow import SAMPLERS, Path, Predict, State, classifier_free_guidance
 from emmdit.seeding import generator
 from emmdit.types import Condition
 
-
 LARGEST_SIDE, MOST_STEPS = 16384, 10_000  # pixels, network evaluations
 
 

@@ -41,17 +41,13 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
         found = parent.get(key)
         if not (isinstance(found, dict) or (found is None and not needed)):
             told = "has no" if found is None else f"has {str(found)[:40]!r} as"
-            raise ValueError(
-                f"{file} {told} {where}{key}, which must be a section of keys: restore the run's own file."
-            )
+            raise ValueError(f"{file} {told} {where}{key}, not a section of keys: restore the run's own file.")
         return found or {}
 
     def described(parent: Any, key: str, where: str = "model.init_args.") -> dict[str, Any]:
         found = section(parent, key, where=where)
         if not isinstance(found.get("class_path"), str):
-            raise ValueError(
-                f"{file}: {where}{key} has no class_path, the name of a class: restore the run's own file."
-            )
+            raise ValueError(f"{file}: {where}{key} has no class_path: restore the run's own file.")
         return section(found, "init_args", needed=False, where=f"{where}{key}.")
 
     arguments = described(config, "model", where="")

@@ -7,7 +7,6 @@ from pathlib import Path
 from lightning_modules.commands.options import (
     DTYPES,
     add_trust_argument,
-    check_folder,
     command_parser,
     refuse_used,
     whole_folder,
@@ -31,7 +30,6 @@ def export(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out)
     refuse_used(out)
-    check_folder(out)
     from emmdit.weights import is_diffusers_folder  # these take seconds: --help and errors need not wait
     from lightning_modules.commands import load_model
     from lightning_modules.commands.model_card import write_card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.commands.options import check_folder, check_options, command_parser, refuse_used, whole_folder
+from lightning_modules.commands.options import check_options, command_parser, refuse_used, whole_folder
 
 
 def import_nitro_e(argv: list[str]) -> None:
@@ -23,7 +23,6 @@ def import_nitro_e(argv: list[str]) -> None:
     check_options(args)
     out = Path(args.out)
     refuse_used(out)
-    check_folder(out)
     from lightning_modules.commands.load_model import nitro_e_pipeline  # takes seconds: --help need not wait
 
     pipeline, _ = nitro_e_pipeline(

@@ -94,9 +94,7 @@ def find_device(name: str) -> torch.device:
         what = "no GPU" if device.type == "cuda" else f"no {device.type}"
         raise ValueError(f"--device {name}: PyTorch sees {what} here; use --device {found.type if found else 'cpu'}.")
     if (device.index or 0) >= (count := torch.accelerator.device_count()):
-        raise ValueError(
-            f"--device {name}: PyTorch sees {count} of them, numbered from 0; use {device.type}:{count - 1}."
-        )
+        raise ValueError(f"--device {name}: PyTorch sees {count} of them; use {device.type}:{count - 1}.")
     return device
 
 
@@ -120,7 +118,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ValueError: `folder` holds something, or cannot be made.
     """
     folder = folder.resolve()
-    check_folder(folder)
     refuse_used(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -141,3 +138,4 @@ def refuse_used(folder: Path) -> None:
     """Raise a ValueError unless `folder` is empty or not there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another --out or remove it.")
+    check_folder(folder)
