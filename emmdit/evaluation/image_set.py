@@ -74,6 +74,9 @@ class ImageSet:
             found = modernize(read_json(file, f"remove {self.folder}, or choose another folder"))
             found = found if isinstance(found, dict) else {}
             other = sorted(key for key in found.keys() | self.made_with if found.get(key) != self.made_with.get(key))
+            if "prompts" not in other and not any(self.folder.glob("*/samples/*.png")):
+                other = []  # nothing was made yet, such as after a size that the network refused
+                self._describe()
             if other:
                 raise ValueError(
                     f"{self.folder} holds images made with another {' and another '.join(other)}: choose another "
@@ -83,13 +86,16 @@ class ImageSet:
             # Parts of a set.json are of an evaluation that was killed before anything else.
             if self.folder.is_dir() and not all(p.match(".set-*.json") for p in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
-            with atomic_path(file) as part:  # before the folders of the prompts: killed among them, a set goes on
-                part.write_text(json.dumps(self.made_with, indent=1) + "\n")
+            self._describe()  # before the folders of the prompts: killed among them, a set goes on
         for index, line in enumerate(self.prompts.lines):
             metadata, text = self.folder / f"{index:05d}" / "metadata.jsonl", json.dumps(line) + "\n"
             if not metadata.is_file() or metadata.read_text() != text:
                 (metadata.parent / "samples").mkdir(parents=True, exist_ok=True)
                 metadata.write_text(text)
+
+    def _describe(self) -> None:
+        with atomic_path(self.folder / "set.json") as part:
+            part.write_text(json.dumps(self.made_with, indent=1) + "\n")
 
     def missing(self) -> list[Sample]:
         """Those of this process' share that are not there yet."""

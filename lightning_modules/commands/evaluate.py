@@ -65,8 +65,9 @@ def evaluate(argv: list[str]) -> None:
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
     if args.ledger is not None:
         ledger.check(args.ledger, args.experiment)
-    for folder in filter(None, (args.out, args.teacher_images)):
-        check_folder(folder)
+    for folder in (args.out, args.teacher_images):
+        if folder is not None:
+            check_folder(folder)
     if args.teacher is None and (args.teacher_weights or args.teacher_images):
         raise ValueError("--teacher_weights and --teacher_images are of a teacher: name it with --teacher.")
     trainer = dict(args.trainer)

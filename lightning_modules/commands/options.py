@@ -100,6 +100,8 @@ def find_device(name: str) -> torch.device:
 
 def check_folder(path: str | Path) -> None:
     """Raise a ValueError where a folder `path` cannot be made: a file is in its place, or above it."""
+    if not str(path):
+        raise ValueError("--out is empty: name a folder.")
     path = Path(path).absolute()
     for place in (path, *path.parents):
         if place.exists() or place.is_symlink():
