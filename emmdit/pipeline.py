@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
 
 from emmdit.encoders import ImageCodec, TextConditioner
-from emmdit.encoders.loading import MissingModelError, locate, one_sentence
+from emmdit.encoders.loading import MissingModelError, loading, locate, one_sentence
 from emmdit.flow import Path
 from emmdit.generate import Sampling, check_finite, generate
 from emmdit.legacy import modernize
@@ -27,6 +27,8 @@ CODEC = {"class_path": "emmdit.encoders.DCAE"}
 TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
 PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a pipeline on the hub: configs, weights, tokenizers
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
+LARGEST_ARGUMENT = 2**20  # of codec, text and path, which mean lengths, channels and pixels
 T = TypeVar("T")
 
 
@@ -62,7 +64,10 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         settings = dict(codec=codec or CODEC, text=text or TEXT, path=path or PATH, sampling=sampling or {})
         self.register_to_config(**settings)
-        self.sampling = Sampling(**settings["sampling"])
+        try:
+            self.sampling = Sampling(**settings["sampling"])
+        except TypeError as error:
+            raise ValueError(f"`sampling` of the pipeline holds other settings than those of Sampling ({error}).") from error
         self.path = build(settings["path"], Path)
         self.codec = build(settings["codec"], ImageCodec)
         self.text = build(settings["text"], TextConditioner)
@@ -94,7 +99,8 @@ class TextToImagePipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        pipeline = super().from_pretrained(source, **kwargs)
+        with loading(source):
+            pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _own_memory(component)
@@ -104,7 +110,9 @@ class TextToImagePipeline(DiffusionPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, with names of older versions translated and our components' modules imported."""
         config = modernize(super().load_config(*args, **kwargs))
-        for value in config.values():
+        for name, value in config.items():
+            if name in COMPONENTS and not (isinstance(value, list) and len(value) == 2):
+                raise ValueError(f"{name} of a pipeline is named by library and class, not {value!r:.80}.")
             if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
                 # diffusers looks a class up among imported modules, and for ModelMixin beside it: in its own file
                 value[0] = _find(*value).__module__
@@ -170,20 +178,33 @@ EMMDiTPipeline = TextToImagePipeline  # its older name
 
 def build(settings: dict[str, Any], kind: type[T]) -> T:
     """The object that `{"class_path": ..., "init_args": ...}` describes: a `kind` of this package, nothing else."""
-    path = settings["class_path"]
+    path = settings.get("class_path") if isinstance(settings, dict) else None
+    arguments = (settings.get("init_args") or {}) if path is not None else {}
+    if not isinstance(path, str) or not isinstance(arguments, dict):
+        raise ValueError(f"The {kind.__name__} of a pipeline is named by class_path and init_args, not {settings!r:.80}.")
+    for key, value in arguments.items():
+        if isinstance(value, int) and value > COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
+LARGEST_ARGUMENT:
+            raise ValueError(f"{path} with {key} {value:,} would take more memory than any pipeline needs.")
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
         raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
     found = _find(module, name)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
-    return found(**settings.get("init_args") or {})
+    try:
+        return found(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path} does not take what the pipeline folder gives it ({error}).") from error
 
 
 def _find(module: str, name: str) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), name)
+        if not found.__module__.startswith("emmdit."):
+            raise ImportError(f"it is {found.__module__}'s")
+        return found
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from emmdit.bounded import bounded_folder
 
 STANDIN_SCHEME = "standin:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -100,7 +102,7 @@ def load_model(
         options |= dict(trust_remote_code=False, weights_only=True)
     # transformers would ask a hub service to convert a repository that has only pickled weights
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with one_sentence(place):
+    with loading(place):
         model, info = cls.from_pretrained(place, **options)
     if missing := sorted(info["missing_keys"]):
         raise MissingModelError(
@@ -115,7 +117,7 @@ def load_processor(
 ) -> Any:
     """`cls.from_pretrained(...)` of a tokenizer or an image processor. Raises MissingModelError."""
     source, subfolder = locate(source, subfolder)
-    with one_sentence(source):
+    with loading(source):
         return cls.from_pretrained(source, subfolder=subfolder or "", revision=revision or "main", **options)
 
 
@@ -124,6 +126,18 @@ def load_tokenizer(source: str, subfolder: str | None = None, revision: str | No
     from transformers import AutoTokenizer
 
     return load_processor(AutoTokenizer, source, subfolder, revision, trust_remote_code=False)
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """`one_sentence` for all that a damaged or hostile folder can raise, with memory bounded by its weights."""
+    with one_sentence(source), ExitStack() as stack:
+        if Path(source).is_dir():
+            stack.enter_context(bounded_folder(source))
+        try:
+            yield
+        except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"a configuration in it does not fit ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager

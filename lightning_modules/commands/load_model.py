@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from emmdit.encoders.base import FrozenModel
-from emmdit.encoders.loading import one_sentence
+from emmdit.encoders.loading import loading, one_sentence
 from emmdit.files import read_json
 from emmdit.generate import image_size
 from emmdit.legacy import modernize
@@ -125,7 +125,8 @@ def load_pipeline(
     config = read_config(source)
     module = build_module(config, latest_config(run_folder(source)), trust_code)
     opened = open_checkpoint(source)  # once: a run that trains on replaces its files
-    network, kind = module.load_denoiser(opened, weights)
+    with BoundedMemory(source, opened.path.stat().st_size if opened.path.is_file() else tree_size(opened.path)):
+        network, kind = module.load_denoiser(opened, weights)
     pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
     note = {"source": str(source), "weights": kind, "step": opened.step, "samples_seen": opened.samples_seen}
     return pipeline, note | {"sha256": opened.sha256}
@@ -197,7 +198,9 @@ def _from_diffusers(
         index = DiffusionPipeline.load_config(source)
         parts = [name for name, value in index.items() if isinstance(value, list)]
         left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
-        pipeline = DiffusionPipeline.from_pretrained(source, local_files_only=True, **dict.fromkeys(left_out))
+        options = {"local_files_only": True, "use_safetensors": True}
+        with loading(str(source)):
+            pipeline = DiffusionPipeline.from_pretrained(source, **options, **dict.fromkeys(left_out))
         note = {"pipeline": type(pipeline).__name__, **_published(source, before)}
     else:
         with one_sentence(source):
