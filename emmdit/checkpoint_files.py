@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import re
-import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from emmdit.archive import Damaged, check_archive
 
 MANIFEST = "manifest.json"
 END = b"PK\x05\x06"  # of a zip's last record: 22 bytes, the last 2 of them the length of the comment that follows
@@ -23,14 +23,6 @@ MARK = b"sha256:"
 COMMENT = len(MARK) + 64
 BLOCK = 1 << 20
 _verified: dict[tuple[Any, ...], str] = {}  # SHA-256 of files and folders that were found whole by this process
-
-
-class Damaged(ValueError):
-    """A checkpoint that is not what was written; `why` without the file's name."""
-
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path} is not a whole checkpoint: {why}.")
-        self.path, self.why = path, why
 
 
 # -- writing -------------------------------------------------------------------------------------------
@@ -95,8 +87,10 @@ def _hash_file(file: BinaryIO, path: Path, size: int) -> str:
         left -= len(block)
     if comment and comment != MARK + digest.hexdigest().encode():
         raise Damaged(path, "its bytes do not match the checksum that was written with them")
-    if not comment:
-        _check_crcs(file, path)
+    try:
+        check_archive(file, size, crcs=not comment)
+    except ValueError as error:
+        raise Damaged(path, str(error)) from error
     digest.update(comment)
     return digest.hexdigest()
 
@@ -115,20 +109,6 @@ def _comment(file: BinaryIO, path: Path, size: int) -> bytes:
     return comment
 
 
-def _check_crcs(file: BinaryIO, path: Path) -> None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise Damaged(path, "it is no file of torch.save")
-            damaged = archive.testzip()
-    except Damaged:
-        raise
-    except Exception as error:  # damaged directories end in almost any kind
-        raise Damaged(path, "its index is damaged") from error
-    if damaged is not None:
-        raise Damaged(path, f"the bytes of {damaged} do not match their checksum")
-
-
 def verify_folder(folder: Path) -> str:
     """As `verify`, of a sharded folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -142,6 +122,10 @@ def verify_folder(folder: Path) -> str:
 def _hash_folder(folder: Path, files: list[Path]) -> str:
     listed = read_manifest(folder)
     check_sizes(folder, listed)
+    if not listed:
+        from emmdit.checkpoint_reader import read_metadata  # takes a second
+
+        read_metadata(folder / ".metadata")  # it compares shards with what is declared
     found = {path.name: sha256_of_file(path) for path in files if path.name != MANIFEST}
     for name, file in (listed or {}).items():
         if found[name] != file["sha256"]:
@@ -187,7 +171,7 @@ def whole(paths: Iterator[Path]) -> Iterator[Path]:
     for path in sorted(paths, key=_age):
         try:
             verify(path)
-        except (Damaged, OSError):
+        except (ValueError, OSError):
             continue
         yield path
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 import pickle
 import warnings
 from collections import OrderedDict
@@ -10,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -24,6 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.serialization import _get_layout
+
+from emmdit.archive import Damaged, check_archive, first_line, unreadable
+from emmdit.legacy import modern_key
 
 RECORDS = (
     *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties),
@@ -52,14 +57,86 @@ def read_metadata(file: Path) -> Metadata:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # bytes that are no pickle end in almost any kind
-        raise unreadable(file, error) from error
+        raise Damaged(file.parent, f"its .metadata cannot be read ({first_line(error)})") from error
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise ValueError(f"{file} is not the metadata of a sharded checkpoint.")
+    check_bounds(metadata, file)
+    return modernized(metadata)
+
+
+def check_bounds(metadata: Metadata, file: Path) -> None:
+    """Raise a ValueError with one sentence unless all that is declared lies in the shards beside `file`.
+
+    So that no more memory is taken than the shards are large: each tensor's chunks cover it, each chunk has its own
+    bytes of a shard, and those are at least as many as its elements take.
+    """
+    odd = ValueError(f"{file} is not the metadata of a checkpoint: what it declares is not in the shards beside it.")
     places = getattr(metadata, "storage_data", None)
-    names = [getattr(p, "relative_path", None) for p in places.values()] if isinstance(places, dict) else [None]
-    if not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise ValueError(f"{file} names shards outside its folder, or none: it is not the metadata of a checkpoint.")
+    if not isinstance(places, dict) or not all(isinstance(key, MetadataIndex) for key in places):
+        raise odd
+    left: dict[str, int] = {}
+    for place in places.values():
+        name = getattr(place, "relative_path", None)
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(
+                f"{file} names shards outside its folder, or none: it is not the metadata of a checkpoint."
+            )
+        shard = file.with_name(name)
+        if not shard.is_file():
+            raise Damaged(file.parent, f"its shard {name} is missing")
+        size = shard.stat().st_size
+        left.setdefault(name, size)
+        if not natural(place.offset, place.length) or place.transform_descriptors:
+            raise odd
+        left[name] -= place.length
+        if place.offset + place.length > size or left[name] < 0:
+            raise Damaged(file.parent, f"its shard {name} is cut short ({size:,} bytes)")
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
+        dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+        if not isinstance(key, str) or not isinstance(size, torch.Size) or not isinstance(dtype, torch.dtype):
+            raise odd
+        covered = 0
+        for chunk in chunks if isinstance(chunks, list) else ():
+            place = places.get(MetadataIndex(key, getattr(chunk, "offsets", None)))
+            if place is None or not isinstance(chunk.sizes, torch.Size) or not natural(*chunk.sizes, *chunk.offsets):
+                raise odd
+            if math.prod(chunk.sizes) * dtype.itemsize > place.length:
+                raise odd
+            covered += math.prod(chunk.sizes)
+        if not natural(*size) or covered != math.prod(size):
+            raise odd
+
+
+def natural(*numbers: Any) -> bool:
+    return all(isinstance(number, int) and number >= 0 for number in numbers)
+
+
+def modernized(metadata: Metadata) -> Metadata:
+    """The metadata with present names of tensors, in place."""
+    metadata.state_dict_metadata = {modern_key(key): entry for key, entry in metadata.state_dict_metadata.items()}
+    metadata.storage_data = {
+        dataclasses.replace(key, fqn=modern_key(key.fqn)): place for key, place in metadata.storage_data.items()
+    }
     return metadata
+
+
+def state_metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Sizes and dtypes of the state dict of a sharded checkpoint, by present names; reads no shard."""
+    prefix = "state_dict."
+    entries = read_metadata(folder / ".metadata").state_dict_metadata.items()
+    return {
+        key.removeprefix(prefix): entry
+        for key, entry in entries
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def save_sharded(state: dict[str, Any], folder: Path) -> None:
+    """`torch.distributed.checkpoint.save`, which all ranks call; it syncs its files."""
+    save(state, storage_writer=FileSystemWriter(folder))
 
 
 def load_sharded(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
@@ -81,11 +158,6 @@ def load_sharded(state: dict[str, Any], folder: Path, no_dist: bool = False) -> 
         raise unreadable(folder, next(iter(error.failures.values()))[0]) from error
 
 
-def unreadable(path: Path, error: BaseException) -> ValueError:
-    told = str(error).splitlines() or [type(error).__name__]
-    return ValueError(f"{path} is not a readable checkpoint ({told[0].rstrip('.')}).")
-
-
 class SafeReader(FileSystemReader):
     """torch's reader of a sharded checkpoint, without its `pickle.load`: tensors, numbers, strings and containers.
 
@@ -96,6 +168,13 @@ class SafeReader(FileSystemReader):
         metadata = read_metadata(Path(self._get_metadata_path(kwargs.get("rank"))))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def _slice_file(self, file: Any, place: _StorageInfo) -> Any:
+        file.seek(place.offset)
+        stream = io.BytesIO(file.read(place.length))
+        check_archive(stream, place.length)
+        stream.seek(0)
+        return stream
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         return super().read_data(plan, _SafePlanner(planner))

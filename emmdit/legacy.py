@@ -73,9 +73,17 @@ def modernize_run(config: dict[str, Any]) -> dict[str, Any]:
 
 def modernize_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a checkpoint in present names: REPA's projector was a part of the denoiser once."""
-    projector = "denoiser.repa_projector."
-    renamed = {key.replace(projector, "components.repa.projector."): value for key, value in state.items()}
+    renamed = {modern_key(key): value for key, value in state.items()}
     return {key: value for key, value in renamed.items() if not key.startswith("ema_components.")}
+
+
+def modern_key(key: str) -> str:
+    """The present name of a tensor in a checkpoint, be it of the state dict or of an optimizer's state.
+
+    >>> modern_key("optimizer_0.state.denoiser.repa_projector.0.bias.step")
+    'optimizer_0.state.components.repa.projector.0.bias.step'
+    """
+    return key.replace("denoiser.repa_projector.", "components.repa.projector.")
 
 
 def modernize_attention(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from emmdit.checkpoint_files import Damaged, is_checkpoint, verify, verify_file, whole
-from emmdit.checkpoint_reader import load_sharded, read_metadata, unreadable
+from emmdit.archive import Damaged, unreadable
+from emmdit.checkpoint_files import is_checkpoint, verify, verify_file, whole
 from emmdit.legacy import modernize_state
 
 ATTEMPTS = 10  # to read from a run that is training, and deletes what was found
@@ -259,21 +259,17 @@ def open_checkpoint(source: str | Path) -> OpenedCheckpoint:
     Raises:
         FileNotFoundError, ValueError: with one sentence.
     """
-    for attempt in range(ATTEMPTS):
-        path = find_checkpoint(source)
+    path = find_checkpoint(source)
+    for _ in range(ATTEMPTS):
         try:
             sha256, checkpoint = read_folder(path) if path.is_dir() else read_file(path)
             break
-        except FileNotFoundError:  # a training has saved the next one meanwhile, and deleted this one
-            if attempt == ATTEMPTS - 1 or path == Path(source):
+        except (OSError, ValueError):
+            before, path = path, find_checkpoint(source)
+            if path == before:  # else a training has saved the next one meanwhile, and deleted this one
                 raise
-    counts = {}
-    for key in ("global_step", "samples_seen"):
-        counts[key] = checkpoint.get(key, 0)
-        if not isinstance(counts[key], int):
-            raise ValueError(f"{path} is not a checkpoint of this suite: its {key} is no number.")
-    state = modernize_state(checkpoint["state_dict"])
-    return OpenedCheckpoint(path.resolve(), state, sha256, counts["global_step"], counts["samples_seen"])
+    counts = progress(checkpoint, path)
+    return OpenedCheckpoint(path.resolve(), modernize_state(checkpoint["state_dict"]), sha256, **counts)
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
@@ -299,31 +295,44 @@ def read_file(path: Path, mmap: bool = True) -> tuple[str, dict[str, Any]]:
 def read_folder(path: Path) -> tuple[str, dict[str, Any]]:
     """As `read_file`, of a sharded folder: the state dict, and what `meta.pt` holds."""
     sha256 = verify(path)
+    return sha256, read_meta(path) | {"state_dict": _sharded_state(path)}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds beside the tensors of network and optimizers."""
+    file = folder / "meta.pt"
     try:
-        checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+        verify(file)
+        rest = torch.load(file, map_location="cpu", weights_only=True)
+    except Damaged as error:
+        raise Damaged(folder, f"of its meta.pt, {error.why}") from error
     except Exception as error:
-        raise unreadable(path / "meta.pt", error) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path / 'meta.pt'} is not a part of a Lightning checkpoint.")
-    return sha256, checkpoint | {"state_dict": _sharded_state(path)}
+        raise unreadable(file, error) from error
+    if not isinstance(rest, dict):
+        raise ValueError(f"{file} is not a part of a Lightning checkpoint.")
+    return rest
 
 
 def checkpoint_progress(path: Path) -> dict[str, int]:
     """`step` and `samples_seen` of a Lightning checkpoint, a file or a sharded folder."""
-    file = path / "meta.pt" if path.is_dir() else path
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
-    return {"step": int(checkpoint.get("global_step", 0)), "samples_seen": int(checkpoint.get("samples_seen", 0))}
+    return progress(read_meta(path) if path.is_dir() else read_file(path)[1], path)
+
+
+def progress(checkpoint: dict[str, Any], path: Path) -> dict[str, int]:
+    """`step` and `samples_seen` of what was read from `path`."""
+    counts = [checkpoint.get(key, 0) for key in ("global_step", "samples_seen")]
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"{path} is not a checkpoint of this suite: its global_step or samples_seen is no number.")
+    return dict(zip(("step", "samples_seen"), counts, strict=True))
 
 
 def _sharded_state(folder: Path) -> dict[str, Tensor]:
-    prefix = "state_dict."
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in read_metadata(folder / ".metadata").state_dict_metadata.items()
-        if key.startswith(prefix) and hasattr(entry, "properties")
-    }
-    load_sharded(state, folder, no_dist=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    from emmdit.checkpoint_reader import load_sharded, state_metadata  # takes a second
+
+    entries = state_metadata(folder)
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    load_sharded({"state_dict": state}, folder, no_dist=True)
+    return state
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:

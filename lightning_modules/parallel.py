@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +13,25 @@ from unittest.mock import patch
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emmdit.checkpoint_reader import load_sharded
+from emmdit.checkpoint_files import entry
+from emmdit.checkpoint_reader import load_sharded, save_sharded, state_metadata
+from emmdit.weights import find_checkpoint, read_file, read_meta
+from lightning_modules.checkpoint_io import (
+    PART,
+    check_fits,
+    check_keys,
+    check_optimizers,
+    delete,
+    install,
+    new_part,
+    not_written,
+    write_manifest,
+)
 
 
 def parallelize(
@@ -91,10 +107,66 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes  # known only now
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """All ranks write their shards under a hidden name, which rank zero renames when all is written and synced.
+
+        Raises:
+            OSError: with one sentence, on every rank; nothing is left under the final name.
+        """
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": value for i, value in enumerate(checkpoint.pop("optimizer_states", []))}
+        part = path.with_name(PART)
+        self._agree(path, lambda: new_part(path).mkdir() if self.is_global_zero else None)
+        self._agree(path, lambda: save_sharded(state, part))
+        own = part.glob(f"__{self.global_rank}_*.distcp")
+        files = self._agree(path, lambda: {file.name: entry(file) for file in own})
+        self._agree(path, lambda: self._finish(checkpoint, part, path, files) if self.is_global_zero else None)
+
+    def _agree(self, path: Path, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returned on each rank; if it raised on any, one OSError of one sentence on all."""
+        try:
+            mine = (None, work())
+        except (Exception, CheckpointException) as error:
+            if isinstance(error, CheckpointException):  # of all ranks' causes, one
+                error = next(iter(error.failures.values()))[0]
+            mine = (not_written(path, error), None)
+        found = [None] * self.world_size
+        torch.distributed.all_gather_object(found, mine)
+        if told := [sentence for sentence, _ in found if sentence]:
+            if self.is_global_zero:
+                delete(path.with_name(PART))
+            raise OSError(told[0])
+        return [result for _, result in found]
+
+    def _finish(self, rest: dict[str, Any], part: Path, path: Path, files: list[dict[str, Any]]) -> None:
+        with (part / "meta.pt").open("wb") as file:
+            torch.save(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        own = {name: entry(part / name) for name in (".metadata", "meta.pt")}
+        write_manifest(part, {name: value for found in (*files, own) for name, value in found.items()})
+        install(part, path)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """As in Lightning, but a sharded folder is read without unpickling what it holds.
+        """As in Lightning, but verified, compared with the module, and read without unpickling what a folder holds.
 
         Lightning leaves the choice of a reader to torch, whose own unpickles: for this call, ours takes its place.
         """
+        path = find_checkpoint(checkpoint_path)
+        if path.is_dir():
+            checkpoint, tensors = read_meta(path), state_metadata(path)
+            shapes = {key: entry.size for key, entry in tensors.items()}
+            checkpoint = checkpoint | {"state_dict": {}}
+        else:
+            _, checkpoint = read_file(path)
+            shapes = {key: value.shape for key, value in checkpoint["state_dict"].items()}
+        check_keys(checkpoint, path, self.lightning_module.trainer)
+        check_fits(shapes, self.lightning_module, path)
+        check_optimizers(checkpoint, self.lightning_module.trainer)
         with patch("lightning.fabric.strategies.model_parallel._distributed_checkpoint_load", load_sharded):
-            return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
+            return super().load_checkpoint(path, True if weights_only is None else weights_only)

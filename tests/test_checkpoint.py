@@ -60,7 +60,7 @@ def test_no_kill_at_a_system_call_of_a_save_loses_the_run(tmp_path: Path, monkey
             else:
                 break
         found = last_checkpoint(folder)
-        assert found is not None and is_whole(found) and step_of(found) >= 1, calls
+        assert found is not None and step_of(found) >= 1, calls
         resumed = fit(folder, 5, "last")
         assert resumed.training_steps == 5 and resumed.ids == whole.ids[4 * step_of(found) :]
         assert {path.name for path in folder.glob("last*")} == {"last.ckpt"}
@@ -93,12 +93,3 @@ def test_a_folder_without_a_whole_checkpoint_is_not_trained_over(tmp_path: Path)
     with pytest.raises(ValueError, match="step=2.ckpt"):
         find_checkpoint(tmp_path)
     assert fit(tmp_path / "empty", 1, "last").training_steps == 1  # a requeued job's first start
-
-
-def test_a_sharded_folder_is_whole_with_both_of_its_indices(tmp_path: Path) -> None:
-    folder = tmp_path / "step=1.ckpt"
-    folder.mkdir()
-    (folder / ".metadata").touch()
-    assert not is_whole(folder)
-    (folder / "meta.pt").touch()
-    assert is_whole(folder) and not is_whole(tmp_path / "nothing.ckpt")

@@ -211,6 +211,7 @@ path = folder / "a.ckpt"
 fit(1).save_checkpoint(path)
 resumed = fit(2, path)
 print("RESULT", resumed.global_step, float(resumed.optimizers[0].state_dict()["state"][0]["step"]), flush=True)
+(path / "manifest.json").unlink()
 (path / ".metadata").write_bytes(pickle.dumps(Bomb(Path.touch, folder / "marker")))
 try:
     fit(3, path)

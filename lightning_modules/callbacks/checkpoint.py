@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from emmdit.weights import last_checkpoint
+from lightning_modules.checkpoint_io import LocalCheckpointIO, check_on_load, check_optimizers, link, optimizer_names
+from lightning_modules.parallel import FSDP2Strategy
+
+UNPICKLING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)  # what they find in a sharded checkpoint
 
 
 class Checkpoint(ModelCheckpoint):
@@ -22,12 +26,42 @@ class Checkpoint(ModelCheckpoint):
 
     No kill between two system calls loses a run: the new checkpoint is written, a new link renamed over `last.ckpt`,
     and only then is the old checkpoint deleted. `--ckpt_path last` falls back to the newest whole checkpoint, and
-    refuses to start from zero in a folder that holds checkpoints.
+    refuses to start from zero in a folder that holds checkpoints. Files are written and read by `LocalCheckpointIO`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._outdated: list[str] = []
+        self._resumed: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        strategy = trainer.strategy
+        if isinstance(strategy, UNPICKLING) and not isinstance(strategy, FSDP2Strategy):
+            raise ValueError(
+                f"trainer.strategy: {type(strategy).__name__} reads checkpoints by running what they hold: use "
+                "lightning_modules.parallel.FSDP2Strategy (-c experiments/trainer/fsdp_8gpu.yaml)."
+            )
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = LocalCheckpointIO(trainer)
+        elif not isinstance(strategy.checkpoint_io, LocalCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins: {type(strategy.checkpoint_io).__name__} writes checkpoints in an order that a kill "
+                "can break: leave it out."
+            )
+        if not strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None:
+            self._check = check_on_load(pl_module, trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizers"] = optimizer_names(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed = {key: checkpoint[key] for key in ("optimizers", "optimizer_states") if key in checkpoint}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed and not trainer.strategy.restore_checkpoint_after_setup:
+            check_optimizers(self._resumed, trainer)
+        self._resumed = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if pl_module.automatic_optimization:  # one optimizer: Lightning counts alike, and knows monitors and timers
@@ -65,14 +99,8 @@ class Checkpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-        link = Path(linkpath)
-        if trainer.is_global_zero and Path(filepath).absolute() != link.absolute():
-            part = link.with_name(f".{link.name}")
-            part.unlink(missing_ok=True)
-            part.symlink_to(os.path.relpath(filepath, link.parent))
-            if link.is_dir() and not link.is_symlink():  # a folder cannot be renamed over
-                shutil.rmtree(link)
-            os.replace(part, link)
+        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
+            link(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
