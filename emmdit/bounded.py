@@ -14,6 +14,10 @@ SLACK = 2**26  # elements of tables and the like, which no file holds
 COPIES = 4  # made of each byte of the weights: at construction, read, cast, moved
 
 
+class Unfit(ValueError):
+    """What a folder declares cannot be, in one sentence."""
+
+
 class BoundedMemory(TorchDispatchMode):
     """A context in which torch makes no more tensors than weights of so many bytes can need.
 
@@ -24,7 +28,7 @@ class BoundedMemory(TorchDispatchMode):
         size: of the weights in bytes.
 
     Raises:
-        ValueError: at the tensor that exceeds the bound.
+        Unfit: at the tensor that exceeds the bound.
     """
 
     def __init__(self, source: str | Path, size: int) -> None:
@@ -36,8 +40,8 @@ class BoundedMemory(TorchDispatchMode):
         if all(value.alias_info is None for value in func._schema.returns):  # neither a view nor in place
             self.left -= _elements(func, args, kwargs)
             if self.left < 0:
-                raise ValueError(
-                    f"The configuration in {self.source} describes a network far larger than its weights: they do not "
+                raise Unfit(
+                    f"The configuration in {self.source} describes far more memory than its weights fill: they do not "
                     "belong together, download them again."
                 )
         return func(*args, **kwargs)

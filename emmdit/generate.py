@@ -178,6 +178,8 @@ def image_size(network: nn.Module, codec: ImageCodec, sampling: Sampling) -> tup
     side = network.config.sample_size * codec.downsample
     height = side if sampling.height is None else sampling.height
     width = side if sampling.width is None else sampling.width
+    if max(height, width) > LARGEST_SIDE:
+        raise ValueError(f"Images of {height:,} x {width:,} are larger than {LARGEST_SIDE:,}: give height and width.")
     if height % codec.downsample or width % codec.downsample:
         raise ValueError(
             f"Images of {height} x {width} do not fit the codec: both sides must be divisible by {codec.downsample}."

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
 
+from emmdit.bounded import Unfit
 from emmdit.encoders import ImageCodec, TextConditioner
 from emmdit.encoders.loading import MissingModelError, loading, locate, one_sentence
 from emmdit.flow import Path
@@ -66,8 +67,8 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_to_config(**settings)
         try:
             self.sampling = Sampling(**settings["sampling"])
-        except TypeError as error:
-            raise ValueError(f"`sampling` of the pipeline holds other settings than those of Sampling ({error}).") from error
+        except (TypeError, ValueError) as error:
+            raise Unfit(f"`sampling` of the pipeline does not fit ({str(error).rstrip('.')}).") from error
         self.path = build(settings["path"], Path)
         self.codec = build(settings["codec"], ImageCodec)
         self.text = build(settings["text"], TextConditioner)
@@ -99,8 +100,11 @@ class TextToImagePipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        with loading(source):
-            pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
+        try:
+            with loading(source):
+                pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
+        except Unfit as error:
+            raise Unfit(f"'{source}': {error}") from error
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _own_memory(component)
@@ -112,10 +116,17 @@ class TextToImagePipeline(DiffusionPipeline):
         config = modernize(super().load_config(*args, **kwargs))
         for name, value in config.items():
             if name in COMPONENTS and not (isinstance(value, list) and len(value) == 2):
-                raise ValueError(f"{name} of a pipeline is named by library and class, not {value!r:.80}.")
-            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
+                raise Unfit(f"{name} of a pipeline is named by library and class, not {value!r:.80}.")
+            if (
+                isinstance(value, list)
+                and all(isinstance(part, str) for part in value)
+                and value[0].split(".")[0] == "emmdit"
+            ):
                 # diffusers looks a class up among imported modules, and for ModelMixin beside it: in its own file
-                value[0] = _find(*value).__module__
+                found = _find(*value)
+                if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+                    raise Unfit(f"{'.'.join(value)} is not a network: the pipeline folder was made by another version.")
+                value[0] = found.__module__
         return config
 
     @torch.no_grad()
@@ -181,31 +192,27 @@ def build(settings: dict[str, Any], kind: type[T]) -> T:
     path = settings.get("class_path") if isinstance(settings, dict) else None
     arguments = (settings.get("init_args") or {}) if path is not None else {}
     if not isinstance(path, str) or not isinstance(arguments, dict):
-        raise ValueError(f"The {kind.__name__} of a pipeline is named by class_path and init_args, not {settings!r:.80}.")
+        raise Unfit(f"The {kind.__name__} of a pipeline is named by class_path and init_args, not {settings!r:.80}.")
     for key, value in arguments.items():
-        if isinstance(value, int) and value > COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
-LARGEST_ARGUMENT:
-            raise ValueError(f"{path} with {key} {value:,} would take more memory than any pipeline needs.")
+        if isinstance(value, int) and value > LARGEST_ARGUMENT:
+            raise Unfit(f"{path} with {key} {value:,} would take more memory than any pipeline needs.")
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
-        raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
+        raise Unfit(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
     found = _find(module, name)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
+        raise Unfit(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
     try:
         return found(**arguments)
     except TypeError as error:
-        raise ValueError(f"{path} does not take what the pipeline folder gives it ({error}).") from error
+        raise Unfit(f"{path} does not take what the pipeline folder gives it ({error}).") from error
 
 
 def _find(module: str, name: str) -> Any:
     try:
-        found = getattr(importlib.import_module(module), name)
-        if not found.__module__.startswith("emmdit."):
-            raise ImportError(f"it is {found.__module__}'s")
-        return found
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
+        raise Unfit(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from emmdit.bounded import bounded_folder
+from emmdit.bounded import Unfit, bounded_folder
 
 STANDIN_SCHEME = "standin:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -147,7 +147,7 @@ def one_sentence(source: str) -> Iterator[None]:
 
     try:
         yield
-    except (MissingModelError, torch.OutOfMemoryError):
+    except (MissingModelError, Unfit, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(error):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from emmdit.bounded import BoundedMemory
 from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import loading, one_sentence
 from emmdit.files import read_json
@@ -125,7 +126,8 @@ def load_pipeline(
     config = read_config(source)
     module = build_module(config, latest_config(run_folder(source)), trust_code)
     opened = open_checkpoint(source)  # once: a run that trains on replaces its files
-    with BoundedMemory(source, opened.path.stat().st_size if opened.path.is_file() else tree_size(opened.path)):
+    size = sum(value.nbytes for value in opened.state.values() if isinstance(value, Tensor))
+    with BoundedMemory(source, size):
         network, kind = module.load_denoiser(opened, weights)
     pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
     note = {"source": str(source), "weights": kind, "step": opened.step, "samples_seen": opened.samples_seen}
