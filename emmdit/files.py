@@ -1,9 +1,10 @@
-"""Files: atomic writes, image grids, PNGs that carry their settings."""
+"""Files: atomic writes, bounded reading, image grids, PNGs that carry their settings."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,46 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def check_folder(path: str | Path, option: str = "--out") -> None:
+    """Before the work: ValueError where nothing could be written into this folder."""
+    folder = Path(path).expanduser()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path} is not a folder: {folder} is a file, so name another place.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path} cannot be written: you may not write in {folder}, so name another place.")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """ValueError for whatever is not JSON; deep nesting is a RecursionError of Python's."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. FileNotFoundError, OSError; ValueError names the file."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is not a file.")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, which are not read.")
+    return data
+
+
+def read_json(path: str | Path, way: str = "restore or remove it", limit: int = 1 << 26) -> Any:
+    """A JSON file. FileNotFoundError, OSError; ValueError names the file and the `way` out."""
+    data = read_bytes(path, limit)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): {way}.") from error
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
     scaled = ((images.float() + 1) * 127.5).round().clamp(0, 255)
@@ -74,16 +115,6 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | No
     with atomic_path(path) as part:
         image.save(part, pnginfo=info)
     return Path(path)
-
-
-def read_json(path: str | Path, way_out: str = "restore it, or remove it") -> Any:
-    """The contents of a JSON file. Raises ValueError that names the file where it is damaged."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # neither JSON nor text, or brackets without end
-        told = str(error).splitlines()[0] or type(error).__name__
-        raise ValueError(f"{path} is not readable JSON ({told}): {way_out}.") from error
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from emmdit.evaluation.measure import measure, prepare
 from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
+from emmdit.files import check_folder
 from emmdit.provenance import git_commit, hardware
 from emmdit.shapes import ShapesWorld
 from emmdit.shapes.metrics import noise, renders
@@ -39,7 +40,6 @@ from lightning_modules.commands.options import (
     add_released_arguments,
     add_sampling_arguments,
     add_trust_argument,
-    check_folder,
     check_options,
     command_parser,
     find_device,
@@ -65,9 +65,9 @@ def evaluate(argv: list[str]) -> None:
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
     if args.ledger is not None:
         ledger.check(args.ledger, args.experiment)
-    for folder in (args.out, args.teacher_images):
-        if folder is not None:
-            check_folder(folder)
+    for option in ("out", "teacher_images"):
+        if args[option] is not None:
+            check_folder(args[option], f"--{option}")
     if args.teacher is None and (args.teacher_weights or args.teacher_images):
         raise ValueError("--teacher_weights and --teacher_images are of a teacher: name it with --teacher.")
     trainer = dict(args.trainer)

@@ -70,6 +70,8 @@ def check_options(args: Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not least <= value <= greatest:
             raise ValueError(f"--{name} {value}: give a whole number from {least:,} to {greatest:,}.")
+    if getattr(args, "out", None) == "":
+        raise ValueError("--out is empty: name a folder.")
     sampling = {name: args[name] for name in SAMPLING if args.get(name) is not None}
     if sampling:
         from emmdit.generate import Sampling  # takes seconds: --help need not wait
@@ -96,20 +98,6 @@ def find_device(name: str) -> torch.device:
     if (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise ValueError(f"--device {name}: PyTorch sees {count} of them; use {device.type}:{count - 1}.")
     return device
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise a ValueError where a folder `path` cannot be made: a file is in its place, or above it."""
-    if not str(path):
-        raise ValueError("--out is empty: name a folder.")
-    path = Path(path).absolute()
-    for place in (path, *path.parents):
-        if place.exists() or place.is_symlink():
-            if not place.is_dir():
-                raise ValueError(f"--out {path} cannot be a folder, since {place} is a file: choose another.")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise ValueError(f"--out {path} cannot be written, since {place} is read-only: choose another.")
-            return
 
 
 @contextmanager
@@ -140,4 +128,6 @@ def refuse_used(folder: Path) -> None:
     """Raise a ValueError unless `folder` is empty or not there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another --out or remove it.")
+    from emmdit.files import check_folder  # takes seconds: --help need not wait
+
     check_folder(folder)

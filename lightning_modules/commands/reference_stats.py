@@ -26,10 +26,10 @@ from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
 from emmdit.evaluation.metrics.fid import FeatureStatistics
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.files import to_uint8
+from emmdit.files import check_folder, to_uint8
 from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
 from lightning_modules.commands.config_errors import sentence
-from lightning_modules.commands.options import check_folder, check_options, command_parser
+from lightning_modules.commands.options import check_options, command_parser
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from emmdit.files import grid, save_png, to_uint8
+from emmdit.files import check_folder, grid, save_png, to_uint8
 from lightning_modules.commands.options import (
     DTYPES,
     LARGEST_SEED,
@@ -18,7 +18,6 @@ from lightning_modules.commands.options import (
     add_released_arguments,
     add_sampling_arguments,
     add_trust_argument,
-    check_folder,
     check_options,
     command_parser,
     given,
