@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._common import parsing_settings
+from jsonargparse._util import import_object
 from lightning.pytorch import LightningModule
 
 from emmdit.config_text import read_yaml
@@ -107,9 +109,11 @@ def build_module(config: dict[str, Any], source: str | Path = "", trust_code: bo
             if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
                 raise ValueError(_refusal(denied[1], source)) from error
             raise ValueError(_misfit(error, source)) from error
+        if not trust_code:
+            _refuse_functions(parsed.model.as_dict(), source)
         try:
             return instantiate(parser, parsed).model
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ValueError(_misfit(error, source)) from error
 
 
@@ -120,6 +124,31 @@ def class_paths(config: Any) -> Iterator[str]:
             yield value
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list | tuple) else ():
         yield from class_paths(value)
+
+
+def _refuse_functions(parsed: Any, source: str | Path) -> None:
+    """Raise a ValueError where the parsed config names a function in place of a class.
+
+    jsonargparse takes functions where it looks for something to call, and calls them with the config's arguments: the
+    packages in `TRUSTED` have functions that download and run code. `parsed` has what strings and files in the config
+    stood for.
+    """
+    named = [*class_paths(parsed), *_functions(parsed)]
+    for path in named:
+        found = import_object(path) if isinstance(path, str) and "." in path else path
+        if not isinstance(found, type | str):
+            name = path if isinstance(path, str) else f"{path.__module__}.{getattr(path, '__qualname__', path)}"
+            raise ValueError(
+                f"{source or 'The configuration'} names {name}, which is no class: opening the run would call it; if "
+                "you trust it, add --trust_code."
+            )
+
+
+def _functions(parsed: Any) -> Iterator[Any]:
+    for value in parsed.values() if isinstance(parsed, dict) else parsed if isinstance(parsed, list | tuple) else ():
+        if inspect.isroutine(value):
+            yield value
+        yield from _functions(value)
 
 
 @contextmanager

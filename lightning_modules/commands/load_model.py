@@ -123,6 +123,8 @@ def load_pipeline(
         if weights not in (None, "raw"):
             raise ValueError(f"{source} is an export and has one set of weights: omit --weights.")
         return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
+    if not (source.exists() or source.is_symlink()):
+        raise FileNotFoundError(f"There is nothing at {source}: give a run folder, a checkpoint or an export.")
     config = read_config(source)
     module = build_module(config, latest_config(run_folder(source)), trust_code)
     opened = open_checkpoint(source)  # once: a run that trains on replaces its files
