@@ -24,16 +24,15 @@ class BoundedMemory(TorchDispatchMode):
     What an operation would make is found on the meta device before it runs.
 
     Args:
-        source: what is loaded, for the message.
         size: of the weights in bytes.
 
     Raises:
         Unfit: at the tensor that exceeds the bound.
     """
 
-    def __init__(self, source: str | Path, size: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.source, self.left = source, COPIES * size + SLACK
+        self.left = COPIES * size + SLACK
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,8 +40,8 @@ class BoundedMemory(TorchDispatchMode):
             self.left -= _elements(func, args, kwargs)
             if self.left < 0:
                 raise Unfit(
-                    f"The configuration in {self.source} describes far more memory than its weights fill: they do not "
-                    "belong together, download them again."
+                    "its configuration describes a model far larger than its weights: they do not belong together, "
+                    "download or export it again."
                 )
         return func(*args, **kwargs)
 
@@ -50,7 +49,7 @@ class BoundedMemory(TorchDispatchMode):
 def bounded_folder(folder: str | Path) -> BoundedMemory:
     """Bounds for loading a folder: those of the safetensors files in it and in the folders of components."""
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/*.safetensors")]
-    return BoundedMemory(folder, sum(file.stat().st_size for file in files if file.is_file()))
+    return BoundedMemory(sum(file.stat().st_size for file in files if file.is_file()))
 
 
 def _elements(func: Any, args: Any, kwargs: Any) -> int:

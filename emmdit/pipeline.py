@@ -100,11 +100,8 @@ class TextToImagePipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        try:
-            with loading(source):
-                pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
-        except Unfit as error:
-            raise Unfit(f"'{source}': {error}") from error
+        with loading(source):
+            pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _own_memory(component)

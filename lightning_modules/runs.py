@@ -14,6 +14,7 @@ from jsonargparse._common import parsing_settings
 from jsonargparse._util import import_object
 from lightning.pytorch import LightningModule
 
+from emmdit.bounded import Unfit
 from emmdit.config_text import read_yaml
 from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
@@ -50,7 +51,8 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
         found = section(parent, key, where=where)
         if not isinstance(found.get("class_path"), str):
             raise ValueError(f"{file}: {where}{key} has no class_path: restore the run's own file.")
-        return section(found, "init_args", needed=False, where=f"{where}{key}.")
+        found["init_args"] = section(found, "init_args", needed=False, where=f"{where}{key}.")
+        return found["init_args"]
 
     arguments = described(config, "model", where="")
     for key in ("denoiser", "codec", "text"):
@@ -113,6 +115,8 @@ def build_module(config: dict[str, Any], source: str | Path = "", trust_code: bo
             _refuse_functions(parsed.model.as_dict(), source)
         try:
             return instantiate(parser, parsed).model
+        except Unfit:
+            raise
         except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ValueError(_misfit(error, source)) from error
 

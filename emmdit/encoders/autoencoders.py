@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, frozen
+from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, clamped, frozen
 
 
 class AutoencoderCodec(FrozenModel, ImageCodec):
@@ -97,8 +97,7 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
             )
         with frozen(self.device):
             raw = self.unscale(latents.to(self.device, torch.float32)).to(self.dtype)
-            images = self.model.decode(raw, return_dict=False)[0].float()
-            return images.clamp(-1.0, 1.0).masked_fill_(~images.isfinite(), torch.nan)  # an overflow is not white
+            return clamped(self.model.decode(raw, return_dict=False)[0].float())
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Images -> the latents of the autoencoder."""

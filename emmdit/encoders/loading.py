@@ -136,6 +136,8 @@ def loading(source: str) -> Iterator[None]:
             stack.enter_context(bounded_folder(source))
         try:
             yield
+        except Unfit as error:
+            raise Unfit(f"'{source}': {error}") from error
         except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"a configuration in it does not fit ({str(error).splitlines()[0]})") from error
 

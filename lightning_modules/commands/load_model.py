@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from emmdit.bounded import BoundedMemory
+from emmdit.bounded import BoundedMemory, Unfit
 from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import loading, one_sentence
 from emmdit.files import read_json
@@ -126,12 +126,15 @@ def load_pipeline(
     if not (source.exists() or source.is_symlink()):
         raise FileNotFoundError(f"There is nothing at {source}: give a run folder, a checkpoint or an export.")
     config = read_config(source)
-    module = build_module(config, latest_config(run_folder(source)), trust_code)
     opened = open_checkpoint(source)  # once: a run that trains on replaces its files
     size = sum(value.nbytes for value in opened.state.values() if isinstance(value, Tensor))
-    with BoundedMemory(source, size):
-        network, kind = module.load_denoiser(opened, weights)
-    pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
+    try:
+        with BoundedMemory(size):
+            module = build_module(config, latest_config(run_folder(source)), trust_code)
+            network, kind = module.load_denoiser(opened, weights)
+        pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
+    except Unfit as error:
+        raise ValueError(f"'{source}': {error}") from error
     note = {"source": str(source), "weights": kind, "step": opened.step, "samples_seen": opened.samples_seen}
     return pipeline, note | {"sha256": opened.sha256}
 

@@ -1,0 +1,492 @@
+"""Commands that open models: bad options, damaged and hostile folders, weights that change or are not finite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from emmdit.evaluation.image_set import ImageSet
+from emmdit.evaluation.prompts import PromptFile
+from emmdit.pipeline import TextToImagePipeline
+from lightning_modules.commands import load_model, options
+from lightning_modules.commands.load_model import open_model
+from lightning_modules.commands.main import main
+from lightning_modules.commands.model_card import plain_text
+from lightning_modules.denoiser_module import DenoiserModule
+from lightning_modules.runs import build_module
+from tests.test_trust import CONFIG, ROOT
+
+MODEL = ROOT / "assets/shapes_emmdit"
+SMALL = ["--prompt", "a photo of a star", "--device", "cpu", "--steps", "1"]
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
+    """The one sentence with which a command ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert end.value.code == 2
+    said = capsys.readouterr().err.partition("\n(EMMDIT_TRACEBACK")[0].splitlines()[-1]
+    assert said.startswith(f"emmdit {arguments[0]}: ") and said.endswith(".") and len(said) < 900
+    return said
+
+
+def save(path: Path, network: torch.nn.Module, step: int) -> str:
+    """A checkpoint file of a run; returns its sha256."""
+    state = {f"denoiser.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": step, "samples_seen": 4 * step}, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    configure(folder)
+    save(folder / "checkpoints/last.ckpt", build_module(CONFIG).build_denoiser(), 3)
+    return folder
+
+
+def configure(run: Path, **sections: Any) -> None:
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | sections))
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """The model section of the run's config with other arguments."""
+    return {**CONFIG["model"], "init_args": CONFIG["model"]["init_args"] | changes}
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--height 0", "--height -32", "--width 1000000", "--columns 0", "--scale 0", "--steps 0", "--seed -1"),
+        *("--seed 99999999999", "--num_images 0", "--batch_size 0", "--guidance nan", "--guidance inf"),
+        *("--guidance .nan", "--device tpuu", "--device meta", "--device cuda:99", "--prompts /dev/null"),
+        *("--prompts latin.txt", "--prompts empty.txt", "--out latin.txt", "--out latin.txt/below", "--out="),
+    ],
+)
+def test_options_are_refused_before_a_model_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load_model, "open_model", lambda *args, **kwargs: pytest.fail("opened"))
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    Path("empty.txt").write_text("\n \n")
+    said = told(capsys, "sample", "--ckpt", MODEL, "--prompt", "x", "--device", "cpu", "--out", "out", *option.split())
+    name, _, value = option.lstrip("-").replace("=", " ").partition(" ")
+    assert name.split("_")[0] in said or value in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "latin.txt"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--height 0", "--seed -1", "--batch_size 0", "--device tpuu", "--steps 0", "--out="),
+        *("--ledger l.json --experiment ../../x", "--ledger bad.json --experiment a/b", "--ledger . --experiment a/b"),
+    ],
+)
+def test_evaluate_refuses_the_same_and_a_ledger_that_takes_no_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    config = ROOT / "experiments/evaluation/shapes.yaml"
+    said = told(capsys, "evaluate", "--ckpt", MODEL, "-c", config, *option.split())
+    assert any(word.strip("-=") in said for word in option.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(height=0), dict(width=33), dict(height=40_000), dict(guidance_scale=float("nan"))),
+        *(dict(num_inference_steps=0), dict(sampler="x"), dict(seed=-1), dict(seed="1"), dict(num_images_per_prompt=0)),
+    ],
+    ids=str,
+)
+def test_the_pipeline_refuses_them_too(shapes: TextToImagePipeline, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        shapes("a photo of a star", **{"num_inference_steps": 1, **settings})
+    with pytest.raises(ValueError):
+        shapes([])
+
+
+@pytest.fixture(scope="module")
+def shapes() -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(MODEL)
+
+
+def test_too_little_memory_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match="batch_size"), load_model.enough_memory(8):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="inner"), load_model.enough_memory(8):
+        raise RuntimeError("inner dimensions")
+
+
+# ----------------------------------------------------------------------------------- not finite
+
+
+def test_an_image_that_is_not_finite_is_an_error_and_not_black(
+    run: Path, capsys: pytest.CaptureFixture, shapes: TextToImagePipeline, tmp_path: Path
+) -> None:
+    network = build_module(CONFIG).build_denoiser()
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] = torch.nan
+    save(run / "checkpoints/last.ckpt", network, 4)
+    for command in ("sample", "export"):
+        extra = SMALL if command == "sample" else []
+        told(capsys, command, "--ckpt", run, "--out", tmp_path / "out", *extra)
+    overflow = ["--guidance", "1e38", "--steps", "3"]
+    said = told(capsys, "sample", "--ckpt", MODEL, "--out", tmp_path / "out", *SMALL, *overflow, "--seed", 7)
+    assert "'a photo of a star'" in said and "seed 7" in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="seed 5"):
+        shapes("a photo of a star", seed=5, num_inference_steps=3, guidance_scale=1e38)
+    raw = shapes("a photo of a star", num_inference_steps=3, guidance_scale=1e38, output_type="pt").images
+    assert raw.isnan().all()  # a decoder clamps what is infinite: it would be an image like any other
+
+
+def test_an_evaluation_stops_at_an_image_that_is_not_finite(tmp_path: Path) -> None:
+    images = image_set(tmp_path, "a\nb\n")
+    images.open()
+
+    def generate(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        made = torch.zeros(len(prompts), 3, 4, 4)
+        made[[prompt == "b" for prompt in prompts]] = torch.nan
+        return made
+
+    with pytest.raises(ValueError, match="'b' with seed 1"):
+        images.make(generate, 1)
+    assert [sample.line["prompt"] for sample in images.missing()] == ["b"]
+
+
+# ------------------------------------------------------------------------------------ image sets
+
+
+def image_set(tmp_path: Path, prompts: str, **made_with: Any) -> ImageSet:
+    (tmp_path / "prompts.txt").write_text(prompts)
+    return ImageSet(tmp_path / "images", PromptFile(str(tmp_path / "prompts.txt")), 0, made_with)
+
+
+def test_a_kill_at_any_moment_of_making_the_folders_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    calls = ("mkdir", "write_text")
+    real = {name: getattr(Path, name) for name in calls}
+    for kill in range(1, 12):
+        left = [kill]
+
+        def counted(name: str, left: list[int] = left) -> Any:
+            def call(self: Path, *args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                if left[0] == 0 and name == "write_text":
+                    real[name](self, args[0][: len(args[0]) // 2])
+                    raise Killed
+                return real[name](self, *args, **kwargs)
+
+            return call
+
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        images = image_set(tmp_path, "a\nb\nc\n")
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(Path, name, counted(name))
+            try:
+                images.open()
+            except Killed:
+                pass
+        images.open()
+        metadata = [path.read_text() for path in sorted((tmp_path / "images").glob("*/metadata.jsonl"))]
+        assert [json.loads(line)["prompt"] for line in metadata] == ["a", "b", "c"]
+        assert len(images.missing()) == 3
+
+
+def test_a_damaged_set_json_is_named_and_a_set_without_images_may_change(tmp_path: Path) -> None:
+    images = image_set(tmp_path, "a\n", height=9)
+    images.open()
+    other = image_set(tmp_path, "a\n", height=8)
+    other.open()
+    other.make(lambda prompts, seeds: torch.zeros(len(prompts), 3, 4, 4), 1)
+    with pytest.raises(ValueError, match="another height"):
+        images.open()
+    for content in (b"", b"{", b"\xff", b"[" * 100_000, b"[]"):
+        (tmp_path / "images/set.json").write_bytes(content)
+        with pytest.raises(ValueError, match=str(tmp_path / "images")) as error:
+            other.open()
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def test_step_and_hash_are_of_the_weights_that_were_loaded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that goes on replaces the checkpoint while an evaluation opens it."""
+    last, load = run / "checkpoints/last.ckpt", DenoiserModule.load_denoiser
+    sha256 = hashlib.sha256(last.read_bytes()).hexdigest()
+    before = torch.load(last, weights_only=True)["state_dict"]
+
+    def save_another(self: DenoiserModule, *args: Any) -> Any:
+        network = build_module(CONFIG).build_denoiser()
+        with torch.no_grad():
+            next(network.parameters()).add_(1)
+        save(last.with_name("new.ckpt"), network, 99)
+        os.replace(last.with_name("new.ckpt"), last)
+        return load(self, *args)
+
+    monkeypatch.setattr(DenoiserModule, "load_denoiser", save_another)
+    model = open_model(run)
+    assert (model.source["step"], model.source["sha256"]) == (3, sha256)
+    assert all(before[f"denoiser.{key}"].equal(value) for key, value in model.network.state_dict().items())
+
+
+def test_weights_of_a_folder_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    weights, load = folder / "transformer/diffusion_pytorch_model.safetensors", TextToImagePipeline.from_pretrained
+
+    def replaced(source: Path) -> TextToImagePipeline:
+        pipeline = load(source)
+        shutil.copy(weights, tmp_path / "new")
+        os.replace(tmp_path / "new", weights)
+        return pipeline
+
+    monkeypatch.setattr(TextToImagePipeline, "from_pretrained", replaced)
+    with pytest.raises(ValueError, match="changed"):
+        open_model(folder)
+
+
+# ------------------------------------------------------------------------- hostile and damaged folders
+
+INDEX, NETWORK, WEIGHTS = (
+    "model_index.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+)
+HUGE = {"num_attention_heads": 5000, "attention_head_dim": 512}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *((INDEX, content) for content in (b"", b"[]", b"null", b"\xff", b"[" * 100_000)),
+        *((INDEX, {"_class_name": name}) for name in (3, ["payload", "X"])),
+        *((INDEX, {"codec": part}) for part in ("emmdit.encoders.DCTCodec", ["a"], {"class_path": 3}, {"x": 1})),
+        (INDEX, {"codec": {"class_path": "emmdit.encoders.DCTCodec", "init_args": {"foo": 1}}}),
+        (INDEX, {"text": {"class_path": "emmdit.shapes.ShapesText", "init_args": {"max_length": 10**9}}}),
+        *(
+            (INDEX, {"sampling": part})
+            for part in ("x", {"foo": 1}, {"steps": "many"}, {"steps": 10**9}, {"height": 0})
+        ),
+        *((INDEX, {"transformer": part}) for part in ("x", ["emmdit"], [1, 2], ["emmdit.files", "os"])),
+        (INDEX, {"transformer": ["subprocess", "Popen"]}),
+        *((NETWORK, content) for content in (b"", None)),
+        *((NETWORK, change) for change in (HUGE, {"pos_embed_max_size": 10**6}, {"num_attention_heads": "x"})),
+        (NETWORK, {"block_groups": [1, 10**7, 1]}),
+        *((WEIGHTS, content) for content in (b"", (2**62).to_bytes(8, "little") + b"{}", None)),
+        *(("tokenizer/tokenizer.json", content) for content in (b"{", b"[1]", None)),
+        *(
+            ("text_encoder/config.json", change)
+            for change in (b"[]", {"vocab_size": 10**9}, {"num_hidden_layers": 10**7})
+        ),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_a_hostile_pipeline_folder_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, file: str, change: bytes | dict[str, Any] | None
+) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    if change is None:
+        (folder / file).unlink()
+    else:
+        content = change if isinstance(change, bytes) else None
+        (folder / file).write_bytes(content or b"" if content is not None else edited(folder / file, change))
+    began = time.perf_counter()
+    said = told(capsys, "sample", "--ckpt", folder, "--out", tmp_path / "out", *SMALL)
+    assert str(folder) in said and time.perf_counter() - began < 20
+    assert not (tmp_path / "out").exists()
+
+
+def edited(file: Path, change: dict[str, Any]) -> bytes:
+    return json.dumps(json.loads(file.read_text()) | change).encode()
+
+
+NETWORK_ARGUMENTS = CONFIG["model"]["init_args"]["denoiser"]["init_args"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        *(
+            ({"model": value}, "model")
+            for value in (None, "some.module.Class", "lightning_modules.TextToImage", [1], 3)
+        ),
+        ({"model": {"class_path": 3}}, "model"),
+        ({"model": {"class_path": "lightning_modules.TextToImage"}}, "denoiser"),
+        *(
+            ({"model": arguments(denoiser=value)}, "denoiser")
+            for value in (None, "emmdit.networks.X", {"class_path": 1})
+        ),
+        ({"model": arguments(codec="emmdit.encoders.DCTCodec")}, "codec"),
+        ({"model": arguments(codec={"class_path": "torch.nn.Linear"})}, "codec"),
+        ({"model": arguments(text={"class_path": "emmdit.shapes.ShapesText", "init_args": "x"})}, "text"),
+        *(({"model": arguments(components=value)}, "components") for value in ("x", ["a"])),
+        ({"model": arguments(components=[{"class_path": "emmdit.losses.REPA"}])}, "components"),
+        ({"model": arguments(unknown={"long": "x" * 10_000})}, "unknown"),
+        ({"model": arguments(sampling={"height": 0})}, "height"),
+        ({"model": arguments(path="emmdit.flow.Nope")}, "path"),
+        ({"seed_everything": "x"}, "seed_everything"),
+        *(({name: 3}, name) for name in ("data", "trainer", "checkpoint")),
+        (
+            {
+                "model": arguments(
+                    denoiser=CONFIG["model"]["init_args"]["denoiser"] | {"init_args": NETWORK_ARGUMENTS | HUGE}
+                )
+            },
+            "larger than its weights",
+        ),
+    ],
+    ids=lambda value: repr(value)[-50:],
+)
+def test_a_run_whose_config_is_damaged_is_a_sentence_with_file_and_key(
+    run: Path, capsys: pytest.CaptureFixture, sections: dict[str, Any], key: str
+) -> None:
+    configure(run, **sections)
+    said = told(capsys, "sample", "--ckpt", run, "--out", run / "out", *SMALL)
+    assert str(run) in said and key in said and "xxxx" not in said
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [1", b"- 1", b"\xff\xfe", b"a: &a [*a]", b"[" * 10_000], ids=repr)
+def test_a_config_that_is_no_yaml_is_named(run: Path, capsys: pytest.CaptureFixture, content: bytes) -> None:
+    (run / "config.yaml").write_bytes(content)
+    said = told(capsys, "sample", "--ckpt", run, "--out", run / "out", *SMALL)
+    assert str(run / "config.yaml") in said
+
+
+# ------------------------------------------------------------------------------------------ exports
+
+
+def export(run: Path, out: Path, *more: str) -> None:
+    main(["export", "--ckpt", str(run), "--out", str(out), *more])
+
+
+def test_an_export_is_whole_or_not_there(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    save_pretrained = TextToImagePipeline.save_pretrained
+
+    def fail(self: TextToImagePipeline, folder: Path) -> None:
+        save_pretrained(self, folder)
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImagePipeline, "save_pretrained", fail)
+        assert "No space left" in told(capsys, "export", "--ckpt", run, "--out", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+    def end(self: TextToImagePipeline, folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(TextToImagePipeline, "save_pretrained", end)
+            with pytest.raises(SystemExit) as ended:
+                export(run, out)
+            assert ended.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    export(run, out)  # of a config without `data` and `trainer`
+    assert TextToImagePipeline.from_pretrained(out).transformer.config.sample_size == 8
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    for source, target in ((out, tmp_path / "again"), (run, out)):  # an export; a folder that is used
+        told(capsys, "export", "--ckpt", source, "--out", target)
+        assert not (tmp_path / "again").exists()
+
+
+def test_an_export_publishes_names_as_text_and_no_file_from_elsewhere(tmp_path: Path, run: Path) -> None:
+    named = run.rename(tmp_path / "<img src=x onerror=alert(1)> [a](javascript:x) `b`")
+    (tmp_path / "secret").write_text("key")
+    (named / "curve.csv").symlink_to(tmp_path / "secret")
+    data = {"class_path": "datamodules.HubDataModule", "init_args": {"source": "a|b\n# <script>x</script>"}}
+    configure(named, data=data)
+    export(named, tmp_path / 'o"ut')
+    card = (tmp_path / 'o"ut/README.md').read_text()
+    assert "<img" not in card and "<script" not in card and "](javascript" not in card
+    assert r"a\|b" in card and not [line for line in card.splitlines()[1:] if line.startswith("#")]
+    assert r'from_pretrained("o\"ut")' in card
+    assert not (tmp_path / 'o"ut/curve.csv').exists()
+
+
+def test_plain_text() -> None:
+    assert plain_text("MuonAdamW(lr=0.003, weight_decay=0.1)") == "MuonAdamW(lr=0.003, weight_decay=0.1)"
+    assert plain_text("a <b> & *c*\n|d| ![e](f)") == r"a &lt;b&gt; &amp; \*c\* \|d\| !\[e\](f)"
+
+
+def test_a_folder_is_made_beside_its_place(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("new/below", "empty", "link"):
+        with options.whole_folder(tmp_path / name) as folder:
+            assert not (tmp_path / name / "a").exists()
+            (folder / "a").touch()
+        assert (tmp_path / name / "a").exists()
+        shutil.rmtree((tmp_path / name).resolve())
+        (tmp_path / "empty").mkdir(exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+
+def test_ctrl_c_is_one_line_and_leaves_whole_images(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_modules",
+        "sample",
+        "--ckpt",
+        str(MODEL),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        [*command, *SMALL, "--num_images", "5000", "--batch_size", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 100
+        while not (tmp_path / "out/00000.png").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.rstrip().splitlines()[-1].startswith("emmdit sample: ")
+    assert all(path.stat().st_size for path in (tmp_path / "out").iterdir())
