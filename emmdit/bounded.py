@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-SLACK = 2**26  # elements of tables and the like, which no file holds
+SLACK = 2**24  # elements of tables and the like, which no file holds
 COPIES = 4  # made of each byte of the weights: at construction, read, cast, moved
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -212,10 +214,8 @@ def test_a_kill_at_any_moment_of_making_the_folders_is_continued(
         with monkeypatch.context() as patch:
             for name in calls:
                 patch.setattr(Path, name, counted(name))
-            try:
+            with contextlib.suppress(Killed):
                 images.open()
-            except Killed:
-                pass
         images.open()
         metadata = [path.read_text() for path in sorted((tmp_path / "images").glob("*/metadata.jsonl"))]
         assert [json.loads(line)["prompt"] for line in metadata] == ["a", "b", "c"]
@@ -290,26 +290,16 @@ HUGE = {"num_attention_heads": 5000, "attention_head_dim": 512}
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        *((INDEX, content) for content in (b"", b"[]", b"null", b"\xff", b"[" * 100_000)),
-        *((INDEX, {"_class_name": name}) for name in (3, ["payload", "X"])),
-        *((INDEX, {"codec": part}) for part in ("emmdit.encoders.DCTCodec", ["a"], {"class_path": 3}, {"x": 1})),
+        *((INDEX, content) for content in (b"[]", b"\xff", b"[" * 100_000)),
+        *((INDEX, {"codec": part}) for part in ("emmdit.encoders.DCTCodec", {"class_path": 3})),
         (INDEX, {"codec": {"class_path": "emmdit.encoders.DCTCodec", "init_args": {"foo": 1}}}),
         (INDEX, {"text": {"class_path": "emmdit.shapes.ShapesText", "init_args": {"max_length": 10**9}}}),
-        *(
-            (INDEX, {"sampling": part})
-            for part in ("x", {"foo": 1}, {"steps": "many"}, {"steps": 10**9}, {"height": 0})
-        ),
-        *((INDEX, {"transformer": part}) for part in ("x", ["emmdit"], [1, 2], ["emmdit.files", "os"])),
-        (INDEX, {"transformer": ["subprocess", "Popen"]}),
-        *((NETWORK, content) for content in (b"", None)),
-        *((NETWORK, change) for change in (HUGE, {"pos_embed_max_size": 10**6}, {"num_attention_heads": "x"})),
-        (NETWORK, {"block_groups": [1, 10**7, 1]}),
-        *((WEIGHTS, content) for content in (b"", (2**62).to_bytes(8, "little") + b"{}", None)),
-        *(("tokenizer/tokenizer.json", content) for content in (b"{", b"[1]", None)),
-        *(
-            ("text_encoder/config.json", change)
-            for change in (b"[]", {"vocab_size": 10**9}, {"num_hidden_layers": 10**7})
-        ),
+        *((INDEX, {"sampling": part}) for part in ("x", {"foo": 1}, {"steps": 10**9}, {"height": 0})),
+        *((INDEX, {"transformer": part}) for part in ("x", [1, 2], ["emmdit.files", "os"], ["subprocess", "Popen"])),
+        *((NETWORK, change) for change in (b"", HUGE, {"pos_embed_max_size": 10**6}, {"block_groups": [1, 10**7, 1]})),
+        *((WEIGHTS, content) for content in ((2**62).to_bytes(8, "little") + b"{}", None)),
+        *(("tokenizer/tokenizer.json", content) for content in (b"[1]", None)),
+        *(("text_encoder/config.json", change) for change in (b"[]", {"vocab_size": 10**9})),
     ],
     ids=lambda value: repr(value)[:50],
 )
@@ -352,7 +342,6 @@ NETWORK_ARGUMENTS = CONFIG["model"]["init_args"]["denoiser"]["init_args"]
         ({"model": arguments(codec={"class_path": "torch.nn.Linear"})}, "codec"),
         ({"model": arguments(text={"class_path": "emmdit.shapes.ShapesText", "init_args": "x"})}, "text"),
         *(({"model": arguments(components=value)}, "components") for value in ("x", ["a"])),
-        ({"model": arguments(components=[{"class_path": "emmdit.losses.REPA"}])}, "components"),
         ({"model": arguments(unknown={"long": "x" * 10_000})}, "unknown"),
         ({"model": arguments(sampling={"height": 0})}, "height"),
         ({"model": arguments(path="emmdit.flow.Nope")}, "path"),
@@ -436,7 +425,7 @@ def test_an_export_publishes_names_as_text_and_no_file_from_elsewhere(tmp_path: 
     configure(named, data=data)
     export(named, tmp_path / 'o"ut')
     card = (tmp_path / 'o"ut/README.md').read_text()
-    assert "<img" not in card and "<script" not in card and "](javascript" not in card
+    assert "<img" not in card and "<script" not in card and not re.search(r"(?<!\\)\]\(javascript", card)
     assert r"a\|b" in card and not [line for line in card.splitlines()[1:] if line.startswith("#")]
     assert r'from_pretrained("o\"ut")' in card
     assert not (tmp_path / 'o"ut/curve.csv').exists()

@@ -168,6 +168,7 @@ def _explain(error: BaseException, source: str) -> str:
         link = link.__cause__ or link.__context__
     text = " ".join(str(e) for e in chain).lower()
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
 
     def raised(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)
