@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import time
+import zipfile
 from pathlib import Path
 
 import cleanfid.fid
@@ -183,6 +185,16 @@ def test_a_reference_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     refused("sigma.*finite", reference=bad)
     np.savez(bad, feats=arrays["feats"][:1])
     refused(r"bad\.npz.*\b2\b", CMMD, reference=bad)
+    np.savez_compressed(bad, mu=np.zeros(10**6), sigma=arrays["sigma"])  # a bomb
+    refused(r"bad\.npz(?!.*(sigma|feats)).*\bnpz\b", reference=bad)
+    lie = io.BytesIO()
+    np.lib.format.write_array_header_1_0(lie, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("mu.npy", lie.getvalue())
+    refused(r"bad\.npz", reference=bad)
+    for made_with in ("[]", "3", '{"features": []}', "{", "[" * 100_000):
+        np.savez(bad, mu=arrays["mu"], sigma=arrays["sigma"], made_with=np.array(made_with))
+        refused(r"bad\.npz", reference=bad)
     for content in (b"PK\x03\x04 cut off", b"no zip"):
         Path(bad).write_bytes(content)
         refused(r"bad\.npz(?!.*(sigma|feats)).*\bnpz\b", reference=bad)
@@ -256,7 +268,9 @@ def test_inception_that_is_missing_or_damaged_is_one_sentence(
     inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path / "my cache"))
-    with pytest.raises(MissingModelError, match=f"curl .*'{tmp_path}/my cache/inception/{INCEPTION}'.*EMMDIT_INCEPTION"):
+    with pytest.raises(
+        MissingModelError, match=f"curl .*'{tmp_path}/my cache/inception/{INCEPTION}'.*EMMDIT_INCEPTION"
+    ):
         CleanInception().prepare()  # and not what anyone may have put into the system's temporary folder
     loaded = []
     monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: loaded.append(args))
