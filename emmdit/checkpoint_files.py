@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -163,17 +163,18 @@ def check_sizes(folder: Path, listed: dict[str, dict[str, Any]] | None) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.is_file() or (path / ".metadata").is_file() or (path / MANIFEST).is_file()
+    """A file, or a folder with some of what a sharded checkpoint has, whole or not."""
+    return path.is_file() or any((path / name).is_file() for name in (".metadata", "meta.pt", MANIFEST))
 
 
-def whole(paths: Iterator[Path]) -> Iterator[Path]:
-    """Those of `paths` that are whole, newest first."""
+def whole(paths: Iterable[Path], errors: list[Exception]) -> Iterator[Path]:
+    """Those of `paths` that are whole, newest first; what is wrong with others is appended to `errors`."""
     for path in sorted(paths, key=_age):
         try:
             verify(path)
-        except (ValueError, OSError):
-            continue
-        yield path
+            yield path
+        except (ValueError, OSError) as error:
+            errors.append(error)
 
 
 def _age(path: Path) -> float:

@@ -172,7 +172,7 @@ class SafeReader(FileSystemReader):
     def _slice_file(self, file: Any, place: _StorageInfo) -> Any:
         file.seek(place.offset)
         stream = io.BytesIO(file.read(place.length))
-        check_archive(stream, place.length)
+        check_archive(stream, place.length, crcs=True)
         stream.seek(0)
         return stream
 

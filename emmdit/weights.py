@@ -190,27 +190,27 @@ def _listing(folder: Path) -> tuple[list[str], str]:
 
 
 def _last(folder: Path) -> tuple[Path | None, ValueError | None]:
-    last, entries = folder / "last.ckpt", [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")]
+    last, entries = folder / "last.ckpt", sorted(folder.glob("*.ckpt"))
     if not entries:
         return None, None
-    if found := next(whole([last]), None):
-        return found.resolve(), None
-    own = [path for path in entries if not path.is_symlink()]
-    if found := next(whole(own), None):
-        warnings.warn(f"{last} does not name a whole checkpoint: {found.name}, the newest, is used.", stacklevel=3)
+    errors: list[Exception] = []
+    if found := next(whole([last.resolve()], errors), None):
         return found, None
-    name = max(own or entries, key=lambda path: path.name).name
+    if found := next(whole((path for path in entries if not path.is_symlink()), errors), None):
+        warnings.warn(f"{last} does not name a whole checkpoint: {found.name}, the newest, is used.", stacklevel=4)
+        return found, None
+    told = next((str(error) for error in errors if not isinstance(error, OSError)), f"{entries[-1]} leads nowhere.")
     return None, ValueError(
-        f"{folder} has no whole checkpoint ({name} is damaged or cut short): restore one, or use another folder."
+        f"{told.rstrip('.')}; {folder} has no whole checkpoint: restore one, or use another folder."
     )
 
 
 def _with_way_out(error: Damaged) -> ValueError:
     path = error.path
     beside = (other for other in path.parent.glob("*.ckpt") if not other.is_symlink() and other != path.resolve())
-    other = next(whole(beside), None)
+    other = next(whole(beside, []), None)
     way_out = f"{other} is whole, use that" if other else "no other checkpoint beside it is whole, restore it"
-    return ValueError(f"{path} is not a whole checkpoint, since {error.why}: {way_out}.")
+    return ValueError(f"{str(error).rstrip('.')}: {way_out}.")
 
 
 def sha256_of(files: Iterable[Path]) -> str:

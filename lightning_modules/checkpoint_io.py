@@ -68,6 +68,7 @@ class LocalCheckpointIO(TorchCheckpointIO):
         else:
             _, checkpoint = read_file(found, mmap=False)
         check_keys(checkpoint, found, self.trainer)
+        check_next_load(self.trainer.lightning_module, found)
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -214,14 +215,14 @@ def check_fits(saved: Mapping[str, torch.Size], module: LightningModule, path: s
     )
 
 
-def check_on_load(module: nn.Module, trainer: Trainer) -> Any:
-    """Check each state dict of a checkpoint that `module` loads; returns the hook's handle."""
+def check_next_load(module: LightningModule, path: Path) -> None:
+    """`check_fits` of the state dict that `module` is about to load, after its own hooks have seen to it."""
 
-    def check(module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
-        saved = {key: value.shape for key, value in state.items() if isinstance(value, torch.Tensor)}
-        check_fits(saved, module, trainer.ckpt_path)
+    def check(_: nn.Module, state: Mapping[str, Any], *__: Any) -> None:
+        handle.remove()
+        check_fits({key: value.shape for key, value in state.items() if hasattr(value, "shape")}, module, path)
 
-    return module.register_load_state_dict_pre_hook(check)
+    handle = module.register_load_state_dict_pre_hook(check)
 
 
 def optimizer_names(trainer: Trainer) -> list[str]:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 
 from emmdit.weights import last_checkpoint
-from lightning_modules.checkpoint_io import LocalCheckpointIO, check_on_load, check_optimizers, link, optimizer_names
+from lightning_modules.checkpoint_io import LocalCheckpointIO, check_optimizers, link, optimizer_names
 from lightning_modules.parallel import FSDP2Strategy
 
 UNPICKLING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)  # what they find in a sharded checkpoint
@@ -35,7 +35,6 @@ class Checkpoint(ModelCheckpoint):
         self._resumed: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         strategy = trainer.strategy
         if isinstance(strategy, UNPICKLING) and not isinstance(strategy, FSDP2Strategy):
             raise ValueError(
@@ -49,8 +48,7 @@ class Checkpoint(ModelCheckpoint):
                 f"trainer.plugins: {type(strategy.checkpoint_io).__name__} writes checkpoints in an order that a kill "
                 "can break: leave it out."
             )
-        if not strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None:
-            self._check = check_on_load(pl_module, trainer)
+        super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizers"] = optimizer_names(trainer)
