@@ -145,7 +145,7 @@ class CaptionedImagesDataModule(TextImageDataModule):
         return CaptionedDataset(self.rows(), self.source, self.columns, self.resolution, **stored, **part)
 
     def inspected(self, resolution: int | None = None, **settings: Any) -> Inspected:
-        rows, resolution = self.rows(), resolution or self.resolution
+        rows, resolution = self.rows(), self.resolution if resolution is None else resolution
         about = {"kind": type(rows).__name__, "fingerprint": rows.fingerprint, "columns": ", ".join(rows.column_names)}
         settings["buckets"] = settings.get("buckets") or self.buckets
         if "image" not in self.columns:

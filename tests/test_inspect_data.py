@@ -73,7 +73,7 @@ def test_a_report_and_its_contact_sheet(capsys: pytest.CaptureFixture) -> None:
     sheet = Image.open("out/sheet.png")
     assert sheet.width == 6 * 168 + 8 and read_settings("out/sheet.png")["shown"] == list(range(14))
     first = np.asarray(sheet.convert("RGB"))[8:168, 8:168]  # row 0: its 32 px as training sees them, enlarged
-    assert (first == fit(open_image("source/000.jpg"), 32, 32).repeat(5, 0).repeat(5, 1)).all()
+    assert (first == fit(open_image(Path("source/000.jpg")), 32, 32).repeat(5, 0).repeat(5, 1)).all()
 
 
 def test_a_sample_is_the_same_again_and_with_processes() -> None:

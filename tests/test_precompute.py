@@ -84,7 +84,7 @@ def test_latents_are_the_codecs_and_the_folder_is_a_dataset(made: tuple[Path, Pa
     samples = LatentsDataset(out)
     codec = DCTCodec()
     for i in (0, 7, 22):
-        expected = codec.encode(load_image(str(source / f"{i:03d}.jpg"), 32)[None])[0]
+        expected = codec.encode(load_image(source / f"{i:03d}.jpg", 32)[None])[0]
         assert samples[i]["caption"] == f"image {i}"
         assert torch.equal(samples[i]["latents"], expected.half().float())
     with pytest.raises(IndexError):

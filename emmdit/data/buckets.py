@@ -34,7 +34,7 @@ class Buckets:
     max_ratio: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.step < 1 or self.max_ratio < 1:
+        if self.step < 1 or not self.max_ratio >= 1:
             raise ValueError(f"buckets need a step of at least 1 and a max_ratio of at least 1, got {self}.")
 
     def sizes(self, resolution: int) -> list[tuple[int, int]]:
@@ -93,17 +93,19 @@ def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | Non
         rows = select_columns(rows, {"size": size_columns}, "the source", "size_columns")
         for first in range(0, len(rows), 10_000):
             part = rows.__getitems__(list(range(first, min(first + 10_000, len(rows)))))
-            sizes = np.array([[value(row, name) for name in size_columns] for row in part], float)  # None becomes NaN
-            found[first : first + len(part)] = np.nan_to_num(sizes)
+            found[first : first + len(part)] = [_size([value(row, name) for name in size_columns]) for row in part]
         return found
     name = f"{rows.fingerprint} {len(rows)} {image_column}"
     folder = cache_folder("sizes")
     kept = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
-    if kept.is_file():
-        return np.load(kept, allow_pickle=False)
+    try:
+        if (stored := np.load(kept, allow_pickle=False)).shape == found.shape:
+            return stored
+    except (OSError, ValueError, EOFError):
+        pass  # there is none, or it is damaged
     for number in range(len(rows)):
         try:
-            found[number] = image_size(value(rows[number], image_column))
+            found[number] = _size(image_size(value(rows[number], image_column)))
         except Exception:  # it is named when its turn comes to be read
             continue
     try:
@@ -112,3 +114,12 @@ def image_sizes(rows: Rows, image_column: str, size_columns: Sequence[str] | Non
     except OSError:
         pass  # a full or read-only home is no reason to stop
     return found
+
+
+def _size(sides: Sequence[Any]) -> tuple[int, int]:
+    """Height and width; (0, 0), which is unknown, where metadata say nothing that an image could have."""
+    try:
+        height, width = (int(float(side)) for side in sides)
+    except (TypeError, ValueError, OverflowError):
+        return 0, 0
+    return (height, width) if min(height, width) > 0 and max(height, width) < 1 << 31 else (0, 0)

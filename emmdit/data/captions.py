@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from emmdit.seeding import digest
+
+
+def texts(found: Any) -> list[str | None]:
+    """A text, a list of texts, or None for a missing one, as a list. ValueError for anything else, and for half a
+    surrogate pair (JSON may have one), which no file takes and no tokenizer."""
+    found = list(found) if isinstance(found, (list, tuple)) else [found]
+    for text in found:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"a text was expected, not {text!r:.40}")
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the text {text!r:.40} is not valid Unicode") from None
+    return found
 
 
 def candidates(texts: Sequence[str | None], weights: Sequence[float] | None = None) -> list[tuple[str, float]]:
@@ -28,5 +44,5 @@ def choose(captions: Sequence[tuple[str, float]], seed: int, position: int) -> s
 
 def check_weights(weights: Sequence[float] | None) -> None:
     """ValueError unless there is at least one, none negative, and not all zero."""
-    if weights is not None and (not weights or min(weights) < 0 or sum(weights) <= 0):
+    if weights is not None and not (weights and min(weights) >= 0 and 0 < sum(weights) < math.inf):
         raise ValueError(f"caption_weights {list(weights)} must be numbers from 0 up, and one of them above 0.")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from emmdit.data.buckets import Bucketing, Buckets, one_bucket
-from emmdit.data.captions import candidates
+from emmdit.data.captions import candidates, texts
 from emmdit.data.images import first_line, load_image
 from emmdit.data.readers.open import value
 from emmdit.data.readers.protocol import Rows
@@ -115,8 +115,8 @@ class CaptionedDataset(Dataset):
             return {"caption": _texts(found)[0]}
         pairs = []
         for column, weight in self.captions.items():
-            texts = candidates(_texts(value(row, column), missing=len(self.captions) > 1))
-            pairs += [(text, weight / len(texts)) for text, _ in texts]
+            given = candidates(_texts(value(row, column), missing=len(self.captions) > 1))
+            pairs += [(text, weight / len(given)) for text, _ in given]
         if len(pairs) > 1:
             return {"caption": pairs[0][0], "captions": pairs}
         return {"caption": pairs[0][0] if pairs else _texts(found)[0]}
@@ -129,6 +129,8 @@ class CaptionedDataset(Dataset):
         array = np.array(found, dtype=np.float32)  # its own memory: bytes are read-only
         if array.ndim != 3:
             raise ValueError(f"an array (C, h, w) was expected, not one of shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError("not all its values are finite")
         if self.latents_scale != 1:
             array = array * np.float32(self.latents_scale)
         return torch.from_numpy(array)
@@ -136,8 +138,7 @@ class CaptionedDataset(Dataset):
 
 def _texts(found: Any, missing: bool = False) -> list[str]:
     """A text or a list of texts as a list; with `missing` there may be none."""
-    texts = list(found) if isinstance(found, (list, tuple)) else [found]
-    texts = [text for text in texts if text is not None] if missing else texts
-    if not all(isinstance(text, str) for text in texts) or not (texts or missing):
-        raise ValueError(f"a text was expected, not {found!r:.40}")
-    return texts
+    found = [text for text in texts(found) if text is not None or not missing]
+    if None in found or not (found or missing):
+        raise ValueError(f"a text was expected, not {None if None in found else found}")
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import textwrap
 from collections import Counter
@@ -20,10 +19,11 @@ from emmdit.data.buckets import Buckets, cropped
 from emmdit.data.images import first_line
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.precompute import Item
-from emmdit.files import to_uint8
+from emmdit.files import parse_json, read_bytes, to_uint8
 
 STEPS = (128, 64, 32, 16, 8)  # of buckets, where the data name none: the first with at least four to a side
 Tokenizer = tuple[str, Callable[[list[str]], list[int]], int | None]  # unit, captions -> lengths, where they are cut
+MAX_REJECTS = 1 << 30  # bytes of rejects.jsonl
 WORDS: Tokenizer = ("words", lambda captions: [len(caption.split()) for caption in captions], None)
 
 
@@ -148,9 +148,13 @@ def summary(
 def latents_summary(samples: LatentsDataset, shown: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """What a precomputed folder knows beside its rows: rejects, buckets as encoded, statistics of the shown latents."""
     manifest = samples.manifest
-    listed = (samples.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-    found: dict[str, Any] = {"rejected": manifest["counts"]["rejected"]}
-    found["rejects"] = [json.loads(line) for line in listed[:1000]]
+    file = samples.folder / "rejects.jsonl"
+    found: dict[str, Any] = {"rejected": manifest["counts"]["rejected"], "rejects": []}
+    for number, line in enumerate(read_bytes(file, MAX_REJECTS).splitlines()[:1000], 1):
+        try:
+            found["rejects"].append(parse_json(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is damaged ({first_line(error)}): precompute again.") from error
     found["buckets"] = bucket_table(samples.sizes, *samples.buckets(), manifest["resolution"])
     latents = [sample["latents"] for sample in samples.__getitems__(list(shown))] if shown else []
     if latents:

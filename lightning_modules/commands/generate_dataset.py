@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from emmdit.data.precompute.generate import WRITERS, Prompts, generate
+from emmdit.files import check_folder
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, open_model
 from lightning_modules.commands.options import add_trust_argument
@@ -42,6 +44,12 @@ def generate_dataset(argv: list[str]) -> None:
     """Generate an image for each prompt, as webdataset tars or parquet: a dataset to train on."""
     parser = generate_parser()
     args = parser.parse_args(argv)
+    check_folder(args.out)
+    for name in ("steps", "height", "width", "batch_size", "rows_per_shard", "quality"):
+        if (found := getattr(args, name)) is not None and found < 1:
+            raise ValueError(f"--{name} must be at least 1, got {found}.")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be a finite number, got {args.guidance}.")
     prompts = instantiate(parser, args).prompts
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in ("seed", "batch_size", "quality", "rows_per_shard")}

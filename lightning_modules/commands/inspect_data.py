@@ -24,13 +24,16 @@ from emmdit.data.precompute.manifest import KIND
 from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source
 from emmdit.encoders.loading import load_tokenizer
-from emmdit.files import save_png, to_uint8
+from emmdit.files import check_folder, read_json, save_png, to_uint8
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "txt", "text", "prompt")
 SIDE = 160
+MANY = 1 << 31
+BOUNDS = {name: (1, MANY) for name in ("limit", "min_side", "max_pixels", "bucket_step", "max_length")}
+BOUNDS |= {"resolution": (1, 9_459), "sample": (0, MANY), "images": (0, 1_000), "num_workers": (0, 1_000)}
 
 
 def inspect_data(argv: list[str]) -> None:
@@ -59,9 +62,10 @@ def inspect_data(argv: list[str]) -> None:
         parser.error("give either --source or -c files")
     if args.source is not None and more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    for name, least in (("limit", 1), ("sample", 0), ("images", 0), ("bucket_step", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}.")
+    for name, (least, most) in BOUNDS.items():
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            raise ValueError(f"--{name} must be from {least} to {most:,}, got {value}.")
+    check_folder(args.out)
 
     data, module = (open_any(args), None) if args.source is not None else from_files(args.config, more)
     for name, part in data.parts().items():
@@ -90,13 +94,13 @@ def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, 
 def _has_model(file: str) -> bool:
     try:
         return not {"model", "base"}.isdisjoint(yaml.safe_load(Path(file).read_text()) or {})
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False  # the parser says what is wrong with it
 
 
 def open_any(args: argparse.Namespace) -> TextImageDataModule:
     manifest = Path(args.source).expanduser() / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("kind") == KIND:
+    if manifest.is_file() and isinstance(about := read_json(manifest), dict) and about.get("kind") == KIND:
         return LatentsDataModule(args.source)
     names = open_source(args.source).column_names
     image = args.image_column or next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])

@@ -13,6 +13,7 @@ from datamodules import CaptionedImagesDataModule
 from emmdit.data.precompute.precompute import Settings
 from emmdit.data.precompute.precompute import precompute as precompute_rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures
+from emmdit.files import check_folder
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
@@ -38,6 +39,9 @@ def precompute(argv: list[str]) -> None:
     """Encode a source's images once: Arrow shards, a manifest that training checks, and a list of rejects."""
     parser = precompute_parser()
     args = parser.parse_args(argv)
+    check_folder(args.out)
+    if args.num_workers < 0:
+        raise ValueError(f"--num_workers must be at least 0, got {args.num_workers}.")
     built = instantiate(parser, args)
     data, codec = built.data, built.codec
     if codec is None:

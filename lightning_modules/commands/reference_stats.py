@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emmdit.config_text import read_yaml
 from emmdit.data.dataset import CaptionedDataset
-from emmdit.data.images import first_line, load_image
+from emmdit.data.images import eight_bits, first_line, load_image, opened
 from emmdit.data.readers.open import open_source, select_columns
 from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
@@ -198,9 +198,9 @@ def read_real(path: Path, resolution: int | None) -> Tensor:
     """uint8 (3, H, W); as clean-fid reads it, or cropped to a square. ValueError names a file that cannot be read."""
     try:
         if resolution is not None:
-            return _tensor(to_uint8(load_image(str(path), resolution)[None])[0])
-        with Image.open(path) as image:
-            return _tensor(np.array(image.convert("RGB")))
+            return _tensor(to_uint8(load_image(path, resolution)[None])[0])
+        with opened(path) as image:
+            return _tensor(np.array(eight_bits(image).convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image '{path}' cannot be read ({first_line(error)}): repair or remove it.") from error
 

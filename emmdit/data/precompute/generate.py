@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from emmdit.data.captions import texts
 from emmdit.data.images import InvalidSample, first_line
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.precompute import Item
@@ -63,8 +64,10 @@ class Prompts:
     def __getitem__(self, index: int) -> str:
         """InvalidSample where there is no text."""
         found = value(self.rows[self.range[index]], self.column)
-        if found is not None and not isinstance(found, str):
-            raise InvalidSample(f"a text was expected, not {found!r:.40}")
+        try:
+            (found,) = texts(found)
+        except ValueError as error:
+            raise InvalidSample(first_line(error)) from error
         if not found or not found.strip():
             raise InvalidSample("there is no prompt", "empty caption")
         return found.strip()

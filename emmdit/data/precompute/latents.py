@@ -14,6 +14,7 @@ from emmdit.data.buckets import Bucketing, one_bucket
 from emmdit.data.captions import candidates
 from emmdit.data.images import first_line, load_image
 from emmdit.data.precompute.manifest import read_manifest
+from emmdit.data.readers.huggingface import checked, open_arrow
 
 
 class LatentsDataset(Dataset):
@@ -51,13 +52,20 @@ class LatentsDataset(Dataset):
         self.manifest = read_manifest(self.folder)
         if not self.manifest["shards"]:
             raise ValueError(f"'{folder}' has no samples: all rows were rejected, see its rejects.jsonl.")
-        self.table = datasets.load_from_disk(str(self.folder))
+        files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        try:
+            self.table = open_arrow([str(file) for file in files])
+        except Exception as error:  # pyarrow and datasets raise almost anything
+            raise ValueError(f"A shard of '{folder}' is damaged ({first_line(error)}): precompute again.") from error
+        if len(self.table) != self.manifest["counts"]["samples"]:
+            raise ValueError(f"The shards of '{folder}' have {len(self.table):,} samples, not those of its manifest.")
         if "image" in self.table.column_names:
             self.table = self.table.cast_column("image", datasets.Image(decode=False))
         names = ["caption", "latents", "features"] + ["width", "height"] * bool(self.manifest.get("buckets"))
         names += ["captions"] * captions + ["image"] * images
         names += [name for name in self.table.column_names if text and name.startswith("text.")]
         self.rows = self.table.select_columns([name for name in names if name in self.table.column_names])
+        self.rows = self.rows.with_format("arrow")
         self.first, self.last = first, len(self.table) if last is None else last
         self.caption_weights = caption_weights
 
@@ -89,7 +97,10 @@ class LatentsDataset(Dataset):
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} is outside this dataset of {len(self)} samples.")
         numbers = [self.first + int(index) for index in indices]
-        stored = self.rows[numbers]
+        try:
+            stored = checked(self.rows[numbers]).to_pydict()
+        except ValueError as error:
+            raise ValueError(self._unreadable(numbers[0], first_line(error))) from error
         codec, columns = self.manifest["codec"], self.manifest["columns"]
         sizes = [(self.manifest["resolution"],) * 2] * len(numbers)
         if "height" in stored:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from emmdit.files import read_json
 
 KIND = "emmdit latents"
 VERSION = 1
@@ -57,15 +59,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if (folder / "plan.json").is_file():
             raise ValueError(f"'{folder}' is not finished: run the same `emmdit precompute` again to resume.")
         raise FileNotFoundError(f"'{folder}' holds no manifest.json: name a folder made by `emmdit precompute`.")
+    manifest = read_json(file, "copy it again, or run `emmdit precompute` again")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if (manifest["kind"], manifest["version"]) != (KIND, VERSION):
-            raise ValueError(f"it is '{manifest['kind']}' in version {manifest['version']}, not '{KIND}' {VERSION}")
-        shards = [(folder / shard["file"], shard["bytes"]) for shard in manifest["shards"]]
-        if "licence" in manifest["source"]:  # the key's older name
-            manifest["source"]["license"] = manifest["source"].pop("licence")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be used: {error}.") from error
+        _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file} cannot be used: {what}.") from error
+    shards = [(folder / shard["file"], shard["bytes"]) for shard in manifest["shards"]]
     for shard, size in shards:
         if not shard.is_file():
             raise FileNotFoundError(f"The shard {shard} is missing: copy it again, or run `emmdit precompute` again.")
@@ -75,6 +75,34 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 "precompute` again."
             )
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """All that is read of a manifest later. ValueError, KeyError, TypeError or AttributeError."""
+    if (manifest["kind"], manifest["version"]) != (KIND, VERSION):
+        raise ValueError(f"it is '{manifest['kind']}' in version {manifest['version']}, not '{KIND}' {VERSION}")
+    for name in ("shards", "source", "codec", "counts"):
+        if not isinstance(manifest[name], list if name == "shards" else dict):
+            raise ValueError(f"its {name} is of another type")
+    if "licence" in manifest["source"]:  # the key's older name
+        manifest["source"]["license"] = manifest["source"].pop("licence")
+    codec, columns = manifest["codec"], manifest["columns"] if manifest["shards"] else {}
+    numbers = [manifest["resolution"], codec["latent_channels"], codec["downsample"]]
+    numbers += [number for shard in manifest["shards"] for number in (shard["bytes"], shard["samples"])]
+    numbers += [number for column in columns.values() for number in column["shape"]]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError("one of its sizes is not a number above 0")
+    samples = sum(shard["samples"] for shard in manifest["shards"])
+    if samples != manifest["counts"]["samples"] or not isinstance(manifest["counts"]["rejected"], dict):
+        raise ValueError(f"its shards have {samples:,} samples, its counts {manifest['counts']['samples']!r:.20}")
+    for shard in manifest["shards"]:
+        if os.path.basename(shard["file"]) != shard["file"] or not shard["file"].endswith(".arrow"):
+            raise ValueError(f"its shard '{shard['file']}' is not a file beside it")
+    for column in columns.values():
+        getattr(torch, column["dtype"]).itemsize  # noqa: B018
+    texts = [manifest["sha256"], codec["class_path"], codec["weights_sha256"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its codec or hash is not a text")
 
 
 def check(manifest: dict[str, Any], folder: str | Path, codec: Any, resolution: int | None = None) -> None:

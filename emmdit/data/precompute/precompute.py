@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from emmdit.data.buckets import Buckets
+from emmdit.data.captions import texts
 from emmdit.data.images import MAX_PIXELS, InvalidSample, first_line, fit, open_image, to_tensor
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.manifest import KIND, VERSION, describe
@@ -68,9 +69,11 @@ class Settings:
     buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "batch_size", "max_pixels", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("resolution", "batch_size", "max_pixels", "rows_per_shard", "min_side"):
+            if (found := getattr(self, name)) is not None and found < 1:
+                raise ValueError(f"{name} must be at least 1, got {found}.")
+        if self.resolution**2 > MAX_PIXELS:
+            raise ValueError(f"resolution {self.resolution} gives images of more than {MAX_PIXELS:,} pixels: lower it.")
         if not self.caption_columns:
             raise ValueError("caption_columns must name at least one column.")
         if self.keep_images is not None and not 1 <= self.keep_images <= 100:
@@ -125,11 +128,12 @@ class Items(Dataset):
         settings = self.settings
         row = self.rows[item.row]
         for column in settings.caption_columns:
-            found = value(row, column)
-            for text in found if isinstance(found, (list, tuple)) else [found]:
-                if text is not None and not isinstance(text, str):
-                    raise InvalidSample(f"in '{column}' a text was expected, not {text!r:.40}", "corrupt")
-                item.captions.append((text or "").strip())
+            try:
+                item.captions += [(text or "").strip() for text in texts(value(row, column))]
+            except InvalidSample:
+                raise
+            except ValueError as error:
+                raise InvalidSample(f"in '{column}' {first_line(error)}") from error
         if not any(item.captions):
             raise InvalidSample(f"nothing in {', '.join(settings.caption_columns)}", "empty caption")
         image = open_image(value(row, settings.image_column), settings.max_pixels)
@@ -276,18 +280,17 @@ def write_arrow(path: Path, records: list[dict[str, Any]], batch_bytes: int = 32
 
 
 def finish(job: ResumableJob, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, and the two files by which `datasets.load_from_disk` knows the folder."""
+    """The manifest, and before it the two files by which `datasets.load_from_disk` knows the folder."""
     import datasets
 
-    manifest = job.manifest(about)
-    if manifest is None or not manifest["shards"]:
-        return manifest
-    files = [shard["file"] for shard in manifest["shards"]]
-    features = datasets.Dataset.from_file(str(job.folder / files[0])).features
-    datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
-    state = {name: None for name in ("_format_columns", "_format_type", "_split")}
-    state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
-    state["_data_files"] = [{"filename": file} for file in files]
-    with atomic_path(job.folder / "state.json") as part:
-        part.write_text(json.dumps(state, indent=1) + "\n")
-    return manifest
+    def describe_dataset(manifest: dict[str, Any]) -> None:
+        files = [shard["file"] for shard in manifest["shards"]]
+        features = datasets.Dataset.from_file(str(job.folder / files[0])).features
+        datasets.DatasetInfo(features=features).write_to_directory(str(job.folder))
+        state = {name: None for name in ("_format_columns", "_format_type", "_split")}
+        state |= {"_format_kwargs": {}, "_output_all_columns": False, "_fingerprint": manifest["sha256"][:16]}
+        state["_data_files"] = [{"filename": file} for file in files]
+        with atomic_path(job.folder / "state.json") as part:
+            part.write_text(json.dumps(state, indent=1) + "\n")
+
+    return job.manifest(about, describe_dataset)

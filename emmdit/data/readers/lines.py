@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+from emmdit.data.images import MAX_TEXT, first_line
 from emmdit.data.readers.protocol import Rows, Source
+from emmdit.files import read_bytes
+
+MAX_FILE = 1 << 31  # bytes: some ten million prompts
 
 
 class TextLines(Rows):
@@ -19,7 +23,14 @@ class TextLines(Rows):
     def open(cls, source: Source) -> TextLines | None:
         if source.path.suffix != ".txt" or not source.path.is_file():
             return None
-        return cls(source.path.read_text(encoding="utf-8").splitlines())
+        try:
+            lines = read_bytes(source.path, MAX_FILE).decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{source.name}' is not UTF-8 text ({first_line(error)}): convert it.") from error
+        for number, line in enumerate(lines, 1):
+            if len(line) > MAX_TEXT:
+                raise ValueError(f"'{source.name}', line {number} has more than {MAX_TEXT:,} characters: no prompt is.")
+        return cls(lines)
 
     @property
     def fingerprint(self) -> str:

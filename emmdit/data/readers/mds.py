@@ -9,9 +9,6 @@ by memory map: no copy, no shared memory, no writer's package.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable
 from decimal import Decimal
@@ -21,11 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageMode
 
-from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.images import MAX_BYTES, MAX_PIXELS, MAX_TEXT, InvalidSample, first_line, opened, printable
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, parse_json, read_json
 
 _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 _SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}
@@ -33,6 +30,8 @@ _SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", 
 _ARRAY_DTYPES = {8 * dtype.itemsize + "uif".index(dtype.kind): dtype for dtype in _SCALARS.values()}
 # Extension of a packed shard -> what Arrow calls its compression.
 _PACKED = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
+MAX_SHARD = 1 << 32  # bytes: offsets are uint32
+MAX_LOST = 1 << 20  # samples that a shard may claim whose file is not there or cut
 
 
 class MDSDataset(Rows):
@@ -103,7 +102,8 @@ class MDSDataset(Rows):
             try:
                 row[name] = shard.decoders[name](data)
             except Exception as error:
-                why = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else "corrupt"
+                why = error.reason if isinstance(error, InvalidSample) else "corrupt"
+                why = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else why
                 where = f"{shard.path.name}, sample {sample}, column '{name}'"
                 raise InvalidSample(f"{where}: {first_line(error)}", why) from error
         return row
@@ -115,7 +115,7 @@ class MDSDataset(Rows):
 
     def origin(self, index: int) -> str:
         shard, sample = self._find(index)
-        return f"{shard.path.relative_to(self.root)}, sample {sample}"
+        return printable(f"{shard.path.relative_to(self.root)}, sample {sample}")
 
     def _find(self, index: int) -> tuple[_Shard, int]:
         index = int(index)
@@ -134,15 +134,22 @@ class _Shard:
         try:
             if entry["format"] != "mds":
                 raise ValueError(f"its format is '{entry['format']}', and only mds is read here")
-            self.samples = int(entry["samples"])
-            self.size = int(entry["raw_data"]["bytes"])
+            self.samples, self.size = _count(entry["samples"]), _count(entry["raw_data"]["bytes"])
             names, encodings = entry["column_names"], entry["column_encodings"]
-            self.sizes = dict(zip(names, entry["column_sizes"], strict=True))
+            sizes = [None if size is None else _count(size) for size in entry["column_sizes"]]
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("its column_names are not all texts")
+            self.sizes = dict(zip(names, sizes, strict=True))
             self.encodings = dict(zip(names, encodings, strict=True))
             self.path = folder / _inside(entry["raw_data"]["basename"])
             self.packed = folder / _inside(entry["zip_data"]["basename"]) if entry.get("zip_data") else None
             self.decoders = {name: _decoder(name, encoding) for name, encoding in self.encodings.items()}
-        except (KeyError, TypeError, ValueError) as error:
+            if 4 * (self.samples + 2) > self.size or self.size > MAX_SHARD:
+                raise ValueError(f"{self.samples:,} samples do not fit a shard of {self.size:,} bytes")
+            found = self.path.stat().st_size if self.path.is_file() else self.size if self.packed else 0
+            if self.samples > MAX_LOST and found < 4 * (self.samples + 2):
+                raise ValueError(f"{self.path.name} of {found:,} bytes cannot hold its {self.samples:,} samples")
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
             raise ValueError(f"{folder / 'index.json'} cannot be used: {what}.") from error
         self._data: np.ndarray | None = None
@@ -157,7 +164,7 @@ class _Shard:
         if not self.path.is_file():
             if self.packed is None or not self.packed.is_file():
                 raise InvalidSample(f"the shard {self.packed or self.path} is missing", "missing")
-            _unpack(self.packed, self.path)
+            _unpack(self.packed, self.path, self.size)
         if self.path.stat().st_size < 4 * (self.samples + 2):
             raise InvalidSample(f"the shard {self.path} is truncated: not even its table of samples is whole")
         data = np.asarray(np.memmap(self.path, mode="r"))  # a slice of a memmap costs more than its bytes
@@ -170,12 +177,16 @@ class _Shard:
     def read(self, sample: int, columns: list[str]) -> dict[str, bytes]:
         self.open()
         begin, end = self._offsets[sample : sample + 2]
+        if end - begin > MAX_BYTES:
+            raise InvalidSample(f"the sample {sample} of {self.path} has {end - begin:,} bytes", "too large")
         if end > len(self._data) or begin > end:
             raise InvalidSample(
                 f"the shard {self.path} is truncated at {len(self._data):,} bytes, before its sample {sample}"
             )
         data = self._data[begin:end].tobytes()
         variable = sum(size is None for size in self.sizes.values())
+        if len(data) < 4 * variable:
+            raise InvalidSample(f"the shard {self.path} is damaged in its sample {sample}")
         lengths = iter(np.frombuffer(data, "<u4", variable).tolist())
         position, found = 4 * variable, {}
         for name, size in self.sizes.items():
@@ -189,9 +200,18 @@ class _Shard:
 
 def _entries(index: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = read_json(index)["shards"]
+        if not isinstance(entries, list):
+            raise TypeError("its shards are no list")
+        return entries
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{index} is no index of MDS shards: {first_line(error)}.") from error
+
+
+def _count(found: Any) -> int:
+    if type(found) is not int or found < 0:
+        raise ValueError(f"{found!r:.40} is not a number of samples or bytes")
+    return found
 
 
 def _inside(name: str) -> PurePosixPath:
@@ -201,13 +221,15 @@ def _inside(name: str) -> PurePosixPath:
     return path
 
 
-def _unpack(packed: Path, path: Path) -> None:
-    """Beside the packed file, once, so that samples can be read in any order."""
+def _unpack(packed: Path, path: Path, size: int) -> None:
+    """Beside the packed file, once, so that samples can be read in any order; never more than `size` bytes."""
     import pyarrow as pa
 
     kind = _PACKED.get(packed.suffix.lstrip("."))
     if kind is None or not pa.Codec.is_available(kind):
         raise ValueError(f"{packed} is packed in a way that cannot be read here: unpack it to {path.name}.")
+    if path.is_symlink() or path.parent.resolve() != packed.parent.resolve():  # a link could lead anywhere
+        raise InvalidSample(f"the shard {path} would be unpacked elsewhere than beside {packed}", "unsafe path")
     try:
         with (
             atomic_path(path) as part,
@@ -215,8 +237,15 @@ def _unpack(packed: Path, path: Path) -> None:
             pa.CompressedInputStream(file, kind) as source,
             open(part, "wb") as target,
         ):
-            shutil.copyfileobj(source, target, 1 << 20)
-    except OSError as error:
+            written = 0
+            while block := source.read(1 << 20):
+                written += len(block)
+                if written > size:
+                    raise InvalidSample(
+                        f"{packed} holds more than the {size:,} bytes that index.json says", "too large"
+                    )
+                target.write(block)
+    except (OSError, pa.ArrowException) as error:
         if isinstance(error, PermissionError) or "No space" in str(error) or "Read-only" in str(error):
             raise ValueError(f"{packed} cannot be unpacked beside itself ({first_line(error)}).") from error
         raise InvalidSample(f"the packed shard {packed} is damaged: {first_line(error)}") from error
@@ -251,24 +280,40 @@ def _array(*given: bytes | str) -> np.ndarray:
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
 
 
-def _image(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data))
+def _text(data: bytes) -> str:
+    if len(data) > MAX_TEXT:
+        raise InvalidSample(f"a text of {len(data):,} bytes", "too large")
+    return data.decode()
+
+
+def _json(data: bytes) -> Any:
+    return parse_json(_text(data))
 
 
 def _pil(data: bytes) -> Image.Image:
-    width, height, length = np.frombuffer(data, "<u4", 3).tolist()
-    return Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
+    width, height, length = np.frombuffer(data[:12], "<u4").tolist()
+    mode = data[12 : 12 + length].decode()
+    if width * height > MAX_PIXELS:
+        raise InvalidSample(f"{width} x {height} pixels", "decompression bomb")
+    line = -(-width // 8) if mode == "1" else width * len(ImageMode.getmode(mode).bands) * _bytes(mode)
+    if len(data) != 12 + length + line * height:  # before memory is taken for what it claims
+        raise InvalidSample(f"{len(data):,} bytes are not {width} x {height} pixels of mode {mode:.8}")
+    return Image.frombytes(mode, (width, height), data[12 + length :])
+
+
+def _bytes(mode: str) -> int:
+    return np.dtype(ImageMode.getmode(mode).typestr).itemsize
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "bytes": bytes,
-    "str": bytes.decode,
+    "str": _text,
     "int": lambda data: int(np.frombuffer(data, "<i8")[0]),
     "str_int": int,
     "str_float": float,
     "str_decimal": lambda data: Decimal(data.decode()),
-    "json": json.loads,
-    "jpeg": _image,
-    "png": _image,
+    "json": _json,
+    "jpeg": opened,
+    "png": opened,
     "pil": _pil,
 }

@@ -6,11 +6,13 @@ A new format is a file with a subclass of `Rows` and its line in `emmdit.data.re
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -38,13 +40,74 @@ class Source:
         return Path(self.name).expanduser()
 
     def files(self, suffix: str) -> list[str]:
-        """The local files with this suffix: the file itself, the glob's, of `data_files`, or all below the folder."""
+        """The local files with this suffix: the file itself, the glob's, of `data_files`, or all below the folder.
+
+        ValueError for a pipe or a device.
+        """
         if suffix not in self._found:  # a scan of millions of files takes a while
             patterns = [self.data_files] if isinstance(self.data_files, str) else self.data_files or [f"**/*{suffix}"]
             whole = [str(self.path / pattern) for pattern in patterns] if self.path.is_dir() else [str(self.path)]
-            found = {file for pattern in whole for file in glob(pattern, recursive=True)}
-            self._found[suffix] = sorted(file for file in found if file.endswith(suffix))
+            found = {file for pattern in whole for file in _globbed(pattern) if file.endswith(suffix)}
+            self._found[suffix] = sorted(file for file in found if not os.path.isdir(file))
+            for file in self._found[suffix]:
+                if os.path.exists(file) and not os.path.isfile(file):
+                    raise ValueError(f"'{file}' is a pipe or a device, not a file: remove it.")
         return self._found[suffix]
+
+
+def walk(root: str | Path, links: bool = True) -> Iterator[Path]:
+    """All files below a folder, those whose names begin with a dot aside.
+
+    Each folder is visited once, under its own name where it has one, so that links to folders (with `links`) can
+    neither loop nor multiply what is there.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, linked = [Path(root)], []
+    while folders or linked:
+        folder = folders.pop() if folders else linked.pop(0)
+        place = folder.stat()
+        if (place.st_dev, place.st_ino) in seen:
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = folder / entry.name
+                if entry.name.startswith("."):
+                    continue
+                if not _is_folder(entry):
+                    yield path
+                elif not entry.is_symlink():
+                    folders.append(path)
+                elif links:
+                    linked.append(path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _globbed(pattern: str) -> Iterator[str]:
+    """`glob`, whose `**` would follow links for ever."""
+    parts = PurePath(pattern).parts
+    if "**" not in parts:
+        yield from glob(pattern)
+        return
+    first = parts.index("**")
+    for root in filter(os.path.isdir, glob(os.path.join(*parts[:first])) if first else ["."]):
+        for path in walk(root):
+            if _matches(path.relative_to(root).parts, parts[first:]):
+                yield str(path)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 class Rows(Dataset, ABC):
@@ -52,8 +115,9 @@ class Rows(Dataset, ABC):
 
     Opening is cheap and finds the number of rows. A row that cannot be used while its neighbors can (a truncated file,
     a missing one, an unsafe path) raises `InvalidSample` when it is read, so it is counted and named. Images are
-    encoded: bytes, a path, `{"bytes": ..., "path": ...}`, or a PIL image that is not decoded yet. An instance is sent
-    to loader processes: leave open files out of `__getstate__`.
+    encoded: bytes, a `pathlib.Path`, `{"bytes": ...}`, or a PIL image that is not decoded yet. A reader makes a `Path`
+    only of a name that it followed and found inside its source; a text that stands in the data is never opened. An
+    instance is sent to loader processes: leave open files out of `__getstate__`.
 
     Attributes:
         column_names: of each row, all or those of `select_columns`.

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.images import MAX_BYTES, MAX_TEXT, InvalidSample, first_line, printable
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path, cache_folder
+from emmdit.files import atomic_path, cache_folder, parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")
@@ -90,15 +90,18 @@ class TarRows(Rows):
         if name not in members:
             return None
         offset, size = members[name]
+        text = name in _TEXTS or name == "json" or name.endswith(".json")
+        if size > (MAX_TEXT if text else MAX_BYTES):
+            raise InvalidSample(f"its .{name} has {size:,} bytes", "too large")
         data = os.pread(self._handle(number), size, offset)
         if len(data) < size:
             raise InvalidSample(f"the tar ends within its .{name}")
         if name in IMAGES:
             return {"bytes": data, "path": None}
         try:
-            if name == "json" or name.endswith(".json"):
-                return json.loads(data)
-            return data.decode("utf-8") if name in _TEXTS else data
+            if name in _TEXTS:
+                return data.decode("utf-8")
+            return parse_json(data) if text else data
         except ValueError as error:
             raise InvalidSample(f"its .{name} cannot be read: {first_line(error)}") from error
 
@@ -112,9 +115,9 @@ class TarRows(Rows):
         try:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
+                with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
                     name = tar.firstmember.name
-        except (tarfile.TarError, AttributeError):
+        except Exception:  # see _scan
             return f"at byte {offset}"
         return _key(name)
 
@@ -133,7 +136,22 @@ class TarRows(Rows):
         return number, index - self._starts[number]
 
 
+class _Headers:
+    """A tar's file as `tarfile` reads headers from it: a name or note that claims to be large is not read."""
+
+    name = ""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_TEXT:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self.file.read(size)
+
+
 def _key(name: str) -> str:
+    name = printable(name)
     path = PurePosixPath(name)
     if not path.name:
         return name
@@ -150,6 +168,7 @@ def _index(file: Path) -> dict[str, Any]:
     """Rows, members, extensions and faults of one tar; from the cache where it has not changed."""
     try:
         stat = file.stat()
+        open(file, "rb").close()
     except OSError as error:
         raise FileNotFoundError(f"The tar '{file}' cannot be read: {error.strerror}.") from error
     identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -162,11 +181,8 @@ def _index(file: Path) -> dict[str, Any]:
                 held.enter_context(FileLock(kept.with_suffix(".lock")))
             except (OSError, NotImplementedError):
                 pass  # a full or read-only home, or one without locks, is no reason to stop: everyone scans alone
-        if kept.is_file():
-            with np.load(kept, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in ARRAYS} | json.loads(str(arrays["about"]))
-            found["faults"] = {int(row): tuple(fault) for row, fault in found["faults"].items()}
-        else:
+        found = _kept(kept) if kept.is_file() else None
+        if found is None:
             found = _scan(file, stat.st_size)
             about = json.dumps({"extensions": found["extensions"], "faults": found["faults"]})
             try:
@@ -175,6 +191,16 @@ def _index(file: Path) -> dict[str, Any]:
             except OSError:
                 pass
     return found | {"name": file.name, "size": stat.st_size}
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ARRAYS} | json.loads(str(arrays["about"]))
+        found["faults"] = {int(row): tuple(fault) for row, fault in found["faults"].items()}
+    except Exception:  # damaged: it is made again
+        return None
+    return found
 
 
 def _scan(file: Path, size: int) -> dict[str, Any]:
@@ -186,9 +212,11 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
     key = None
     position = 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        with open(file, "rb") as stream, tarfile.open(fileobj=_Headers(stream), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # it keeps them all
+                if member.size < 0 or tar.offset <= member.offset:  # it would be read again and again
+                    raise tarfile.ReadError("a member of negative size")
                 position = member.offset_data + member.size
                 if member.isdir():
                     continue
@@ -201,8 +229,8 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
                 row = len(rows) - 1
                 if unsafe:
                     faults[row] = (f"its member {member.name!r:.100} leaves the folder", "unsafe path")
-                elif not member.isreg():
-                    faults[row] = (f"its member {member.name!r:.100} is a link or a device, not a file", "unsafe path")
+                elif not member.isreg() or member.issparse():
+                    faults[row] = (f"its member {member.name!r:.100} is a link, device or sparse file", "unsafe path")
                 elif member.offset_data + member.size > size:
                     faults[row] = (f"the tar is truncated within {member.name!r:.100}", "corrupt")
                 else:
@@ -211,7 +239,7 @@ def _scan(file: Path, size: int) -> dict[str, Any]:
             tar.fileobj.seek(tar.offset)
             if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                 raise tarfile.ReadError("bad header")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except Exception as error:  # a hostile header raises almost anything: ValueError, RecursionError, KeyError, ...
         if not rows and not isinstance(error, tarfile.TarError):
             raise ValueError(f"'{file}' cannot be read as a tar: {first_line(error)}.") from error
         last = len(rows) - 1
