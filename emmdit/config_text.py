@@ -72,6 +72,24 @@ def parse_yaml(text: str, source: str | Path) -> Any:
             loader.dispose()
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """Line of each key of a YAML text that `parse_yaml` takes: {"model.denoiser.dim": 7}, without `init_args`."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node, name: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                child = name if key.value == "init_args" else f"{name}.{key.value}" if name else str(key.value)
+                lines.setdefault(child, key.start_mark.line + 1)
+                walk(value, child)
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                walk(value, name)
+
+    walk(yaml.compose(text, Loader=_Loader), "")
+    return lines
+
+
 def _check_events(text: str) -> None:
     """Raise a MarkedYAMLError where a document as it is written nests too deep or has too many values."""
     depth = count = 0
@@ -118,6 +136,41 @@ def _check_nodes(root: yaml.Node) -> None:
 
 def _fault(place: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")  # to another key; one with a resolver (`oc.env:`) is none
+
+
+def resolve_references(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a saved configuration with each value `${a.b}` replaced by the value of `a.b`.
+
+    Resolvers are not called: `${oc.env:NAME}` in the configuration of a stranger stays text.
+
+    Raises:
+        ValueError: a reference names no key, or goes in a circle.
+    """
+
+    def lookup(name: str, chain: tuple[str, ...]) -> Any:
+        value: Any = config
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise ValueError(f"${{{name}}} names no key of the configuration.")
+            value = value[key]
+        return resolve(value, chain)
+
+    def resolve(value: Any, chain: tuple[str, ...] = ()) -> Any:
+        if isinstance(value, Mapping):
+            return {key: resolve(child, chain) for key, child in value.items()}
+        if isinstance(value, list):
+            return [resolve(child, chain) for child in value]
+        found = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if found is None:
+            return value
+        if found[1] in chain:
+            raise ValueError(f"{value} refers to itself.")
+        return lookup(found[1], (*chain, found[1]))
+
+    return resolve(config)
 
 
 def flatten_config(config: Any, name: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jsonargparse._util import import_object
 from lightning.pytorch import LightningModule
 
 from emmdit.bounded import Unfit
-from emmdit.config_text import read_yaml
+from emmdit.config_text import read_yaml, resolve_references
 from emmdit.legacy import modernize_run
 from emmdit.weights import run_folder
 from lightning_modules.commands.config_errors import sentence
@@ -32,7 +32,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: with one sentence, where it is missing, broken, or not of a run.
     """
     file = latest_config(run_folder(path))
-    config = read_yaml(file)
+    config = resolve_references(read_yaml(file))
     _check_config(config, file)
     return modernize_run(config)
 

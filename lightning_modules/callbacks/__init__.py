@@ -16,6 +16,7 @@ __getattr__, __all__ = attach(
         "non_finite": ("NonFinite",),
         "progress": ("ProgressBar",),
         "save_config": ("SaveConfig",),
+        "stop": ("StopSignals",),
         "summary": ("Summary",),
         "throughput": ("Throughput",),
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from emmdit.evaluation.metrics.clip_score import CLIPScore
 from emmdit.evaluation.metrics.features import FeatureExtractor
 from emmdit.evaluation.metrics.fid import FID
 from emmdit.evaluation.prompts import PromptSet
+from lightning_modules.callbacks.image_grid import check_sampling
+from lightning_modules.callbacks.stop import check_signals
+from lightning_modules.callbacks.survive import Failed, survives, together
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.commands.progress import counter
 
@@ -43,6 +47,8 @@ class Evaluation(Callback):
         steps, guidance: sampling settings in place of the model's own.
         keep_images: leave all images on disk (False: only those of the last evaluation).
     """
+
+    after_checkpoint = True  # of the same step: the command line orders callbacks by it
 
     def __init__(
         self,
@@ -76,43 +82,51 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evaluate(trainer, pl_module, pl_module.training_steps)
 
+    def check(self, pl_module: LightningModule) -> None:
+        """Raise a ValueError for prompts and settings that the module cannot sample, before anything is allocated."""
+        check_sampling(pl_module, [line["prompt"] for line in self.prompts.lines], [self.weights], self.settings)
+
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Generate, measure and log, unless that was done at this step."""
-        last_step, last_folder = self._last or (0, None)
-        if step in (0, last_step):
-            return
-        Throughput.exclude(trainer)
+        """Generate, measure and log, unless that was done at this step. A failure costs a warning."""
+        if step not in (0, (self._last or (0, None))[0]) and not trainer.fast_dev_run:
+            Throughput.exclude(trainer)
+            with suppress(Failed):
+                self._evaluate(trainer, pl_module, step)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        what = f"The evaluation {self.prompts.name} of step {step}"
+        last_folder = self._last[1] if self._last else None
         if trainer.is_global_zero and last_folder is not None and not self.keep_images:
             for samples in last_folder.glob("*/samples"):
                 shutil.rmtree(samples, ignore_errors=True)
-        images = self._generate(trainer, pl_module, step)
+        images = self._image_set(trainer, step)
         self._last = step, images.folder
         device = pl_module.device
-        prepare(self.metrics, images, device)
-        scores = measure(self.metrics, images, device, self.batch_size)
+        together(trainer, what, lambda: self._generate(trainer, pl_module, images, step))
+        together(trainer, what, lambda: prepare(self.metrics, images, device))
+        scores = together(trainer, what, lambda: measure(self.metrics, images, device, self.batch_size))
         self.latest = scores.metrics
         if trainer.is_global_zero:
-            self._write(trainer, images, scores, step)
+            with survives(what):
+                self._write(trainer, images, scores, step)
         if device.type != "cpu":  # the training needs the memory
             for metric in self.metrics:
                 metric.prepare("cpu")
         rank_zero_info("  ".join(f"{name} {value:.4g}" for name, value in self.latest.items()))
 
-    def _generate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> ImageSet:
-        images = self._image_set(trainer, step)
+    def _generate(self, trainer: Trainer, pl_module: LightningModule, images: ImageSet, step: int) -> None:
         # Images of an earlier run in the same folder, or of one that was killed here, are not of these weights.
         if trainer.is_global_zero:
             shutil.rmtree(images.folder, ignore_errors=True)
         images.open()
 
         def sample(prompts: list[str], seeds: list[int]) -> Tensor:
+            check_signals(trainer, pl_module)
             with trainer.precision_plugin.forward_context():
                 return pl_module.sample(prompts, seeds, weights=self.weights, **self.settings)
 
         progress = counter(f"images of {self.prompts.name} at step {step}") if trainer.is_global_zero else None
         images.make(sample, self.batch_size, progress, together=True)
-        trainer.strategy.barrier()
-        return images
 
     def _image_set(self, trainer: Trainer, step: int) -> ImageSet:
         made_with = {"step": step, "weights": self.weights or "default", "sampling": self.settings}

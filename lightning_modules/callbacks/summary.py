@@ -18,6 +18,7 @@ from emmdit.config_text import mask_secrets
 from emmdit.files import atomic_path
 from emmdit.provenance import git_commit, hardware
 from lightning_modules.callbacks.image_grid import ImageGrid
+from lightning_modules.callbacks.survive import survives
 from lightning_modules.mlflow_logger import MLflowLogger
 from lightning_modules.mlflow_runs import metric_history, training_record
 
@@ -35,6 +36,10 @@ class Summary(Callback):
 
     def __init__(self) -> None:
         self.caption = ""  # the first one seen
+        self._first_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = pl_module.training_steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.caption and isinstance(batch, dict):
@@ -43,6 +48,14 @@ class Summary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        if pl_module.training_steps == self._first_step:
+            print(nothing_done(trainer, pl_module.training_steps), flush=True)
+            return
+        with survives("The summary of the training"):
+            self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files and print where they are."""
         run_dir = Path(trainer.default_root_dir)
         logger = next((logger for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
         lines = [f"\nRun folder   {run_dir}"]
@@ -75,13 +88,23 @@ class Summary(Callback):
         store = logger.tracking_uri if logger else "sqlite:///mlflow.db"
         prompts = [c.prompts[0] for c in trainer.callbacks if isinstance(c, ImageGrid) and c.prompts]
         prompt = next(iter(prompts), textwrap.shorten(self.caption, 120, placeholder="") or PROMPT)
-        commands = (
+        commands = [
             ("emmdit", "sample", "--ckpt", str(run_dir), "--prompt", prompt, "--num_images", "8", "--out", "out"),
             ("emmdit", "export", "--ckpt", str(run_dir), "--out", "exported"),
-            ("mlflow", "ui", "--backend-store-uri", store),
-        )
+        ]
+        commands = (commands if checkpoint else []) + [("mlflow", "ui", "--backend-store-uri", store)]
         lines += ["\nNext:", *(f"  {shlex.join([program(name), *rest])}" for name, *rest in commands)]
         print("\n".join(lines), flush=True)
+
+
+def nothing_done(trainer: Trainer, step: int) -> str:
+    """Why a training that has ended has made no step."""
+    if step and 0 <= trainer.max_steps <= step:
+        return (
+            f"Nothing to do: the checkpoint {trainer.ckpt_path} is of step {step:,}, and trainer.max_steps is "
+            f"{trainer.max_steps:,}; --trainer.max_steps with a larger number trains on."
+        )
+    return f"Nothing was trained: training ended at step {step:,}, where it began (see trainer.max_epochs, max_time)."
 
 
 def program(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 
+USER_ERRORS = (ArgumentError, ValueError, OSError)
 _WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
 _EXPECTED = ("Expected a ", "Expected <class ")
 _BASE_CLASS = re.compile(r"class_path '(?:lightning|datamodules)[\w.]*\.(?:LightningModule|TextImageDataModule)'")
@@ -20,6 +21,9 @@ def sentence(error: BaseException) -> str:
     text = _message(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
         return text.rstrip().splitlines()[-1].partition(": ")[2]
+    if "EADDRINUSE" in text:  # of torch's rendezvous
+        port = re.search(r"port: (\d+)", text)
+        return f"The port {port[1] if port else ''} of the ranks is in use: name a free one with MASTER_PORT."
     if type(error).__module__.startswith("omegaconf"):  # a ${...} that resolves to nothing
         return text.splitlines()[0] + "."
     if not (isinstance(error, ArgumentError) or text.startswith(_WRAPPERS)):
@@ -49,6 +53,12 @@ def sentence(error: BaseException) -> str:
         text = choices[-1] if choices else types or text
     problem = _plain(text)
     return f"{'.'.join(path)}: {problem}" if path else problem
+
+
+def one_line(error: BaseException) -> str:
+    """Any error in one line: its sentence, behind its kind where that is no error of a user's."""
+    told = " ".join(sentence(error).split())
+    return told if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {told}"
 
 
 def _choices(text: str) -> list[str]:

@@ -6,12 +6,13 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+
+from emmdit.config_text import REFERENCE, key_lines, read_yaml
 
 OPTIONS = ("-c", "--config")
 BASE = re.compile(r"^base:[^\n]*\n?(?:(?:[ \t]+|-)[^\n]*\n?)*", re.MULTILINE)  # with the items of a block list
@@ -38,9 +39,11 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 
 
 def _split(argument: str) -> list[str]:
-    """-c=FILE as -c FILE; everything else as it is."""
+    """-c=FILE, --config=FILE and -cFILE as -c FILE; everything else as it is."""
     option, equals, file = argument.partition("=")
-    return [option, file] if equals and option in OPTIONS else [argument]
+    if equals and option in OPTIONS:
+        return [option, file]
+    return ["-c", argument[2:]] if re.match("-c.", argument) else [argument]
 
 
 def with_bases(arguments: Sequence[str]) -> list[str]:
@@ -78,16 +81,115 @@ def _bases(file: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[Path]:
 
 
 def named_bases(file: Path) -> list[str]:
-    """The value of `base` in a YAML file; nothing for what the parser itself will refuse."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    found = content.get("base") if isinstance(content, dict) else None
+    """The value of `base` in a YAML file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or no mapping in YAML, with its name and the line.
+    """
+    found = read_yaml(file).get("base")
     found = [found] if isinstance(found, str) else found or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{file}: `base` must be the path of a YAML file or a list of paths, not {found!r}.")
     return found
+
+
+# -- configs that runs have saved ----------------------------------------------------------------------------------
+
+
+def is_run_config(file: str | Path) -> bool:
+    """Whether a file is the configuration that a run saved, in its own folder."""
+    path = Path(file)
+    named = re.fullmatch(r"config(-\d+)?\.yaml", path.name) and path.is_file()
+    return bool(named) and {"ckpt_path", "model", "data", "trainer"} <= read_yaml(path).keys()
+
+
+def as_clones(arguments: Sequence[str]) -> list[str]:
+    """The arguments without what a run's own config says about its folder and checkpoint (of older versions it does).
+
+    A later file or option may name them.
+    """
+    given = [part for argument in arguments for part in _split(argument)]
+    expanded: list[str] = []
+    for option, argument in zip(["", *given], given, strict=False):
+        expanded.append(argument)
+        if option in OPTIONS and is_run_config(argument):
+            saved = read_yaml(argument)
+            if saved["ckpt_path"] is not None:
+                expanded.append("--ckpt_path=null")
+            if saved["trainer"].get("default_root_dir") is not None:
+                expanded.append("--trainer.default_root_dir=null")
+    return expanded
+
+
+def interpolations(files: Sequence[str], arguments: Sequence[str]) -> dict[str, str]:
+    """Keys whose value is a reference to another key, `${trainer.max_steps}`, in the files and not overridden."""
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= dict(_leaves(read_yaml(file)))
+    for argument in arguments:
+        values.pop(argument.removeprefix("--").partition("=")[0], None)
+    return {key: value for key, value in values.items() if isinstance(value, str) and REFERENCE.fullmatch(value)}
+
+
+def place_of(told: str, files: Sequence[str], arguments: Sequence[str]) -> str:
+    """`FILE, line N` of the key that a sentence on a wrong configuration is about; "" where no file names it.
+
+    Of several files the last counts, since it is laid over the others.
+    """
+    words = {word.replace(".init_args", "").strip(".") for word in re.findall(r"[\w.]+", told)}
+    about = told.partition(":")[0] if re.match(r"[\w.]+: ", told) else ""
+    options = {_short(argument.removeprefix("--").partition("=")[0]) for argument in arguments}
+    if options & (words | {about}):
+        return ""
+    weak = ""
+    for file in reversed(files):
+        for name, line in key_lines(Path(file).read_text(encoding="utf-8-sig")).items():
+            last = name.rpartition(".")[2]
+            if (
+                name in words
+                and "." in name
+                or (name.startswith(f"{about}.") if about else True)
+                and last in words - {*about.split("."), "class_path", "model", "data", "trainer"}
+            ):
+                return f"{file}, line {line}"
+            if name == about and not weak:
+                weak = f"{file}, line {line}"
+    return weak
+
+
+def reference_at_fault(told: str, files: Sequence[str]) -> str:
+    """The place and value of the `${...}` that an error of OmegaConf is about, at best by what the error quotes."""
+    found = [
+        (file, name, value)
+        for file in reversed(files)
+        for name, value in _leaves(read_yaml(file))
+        if isinstance(value, str) and "${" in value
+    ]
+    quoted = [entry for entry in found if (inner := entry[2].strip("${}")) and inner in told]
+    for file, name, value in [*quoted, *found][:1]:
+        line = key_lines(Path(file).read_text(encoding="utf-8-sig")).get(_short(name), 1)
+        return f"{file}, line {line}: {name} is {value!r}, which stands for no value ({told.rstrip('.')})."
+    return told
+
+
+def check_sections(files: Sequence[str], names: Sequence[str]) -> None:
+    """Raise a ValueError for a section that holds no keys: the parser would take it for none, or fail later."""
+    for file in files:
+        for name, value in read_yaml(file).items():
+            if name in names and not isinstance(value, dict | str):
+                raise ValueError(f"{file}: the section {name} must hold keys and values, not {value!r}.")
+
+
+def _short(name: str) -> str:
+    return name.replace(".init_args", "")
+
+
+def _leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, content
 
 
 def default_run_dir(config_files: Sequence[str]) -> str:

@@ -11,10 +11,10 @@ import signal
 import sys
 import threading
 import warnings
-from argparse import ArgumentError
 from importlib import import_module
 
-from lightning_modules.commands.config_errors import sentence
+from lightning_modules.commands.config_errors import USER_ERRORS, one_line, sentence
+from lightning_modules.commands.ranks import end_with_rank_zero
 
 LIGHTNING = ("fit", "validate")  # subcommands of LightningCLI, see fit.py
 COMMANDS = {
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE, end="")
         return
     quiet()
+    end_with_rank_zero()
+    threading.excepthook = _thread_failed
     command, arguments = argv[0], normalized(argv[1:])
     try:
         if command in COMMANDS:
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\nemmdit {command}: interrupted.", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        sys.exit(_status(end))
     except Exception as error:
         if os.environ.get("EMMDIT_TRACEBACK") or not isinstance(error, _user_errors()):
             raise
@@ -90,10 +94,27 @@ def _normalized(argument: str) -> str:
     return f"--{name.replace('-', '_')}{dot}{key}{equals}{value}"
 
 
+def _status(end: SystemExit) -> int | str | None:
+    """Exit status, not zero where Lightning left its loop because of a signal."""
+    if isinstance(end.__context__, KeyboardInterrupt):
+        return 130
+    return 143 if type(end).__name__ == "SIGTERMException" and end.code is None else end.code
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A line in place of the traceback: what runs in a thread here (system metrics, sending to a tracker) can fail."""
+    if os.environ.get("EMMDIT_TRACEBACK"):
+        threading.__excepthook__(failure)
+    elif failure.exc_value is not None:
+        name = failure.thread.name if failure.thread else "?"
+        print(f"The thread {name} failed: {one_line(failure.exc_value)}", file=sys.stderr)
+
+
 def _user_errors() -> tuple[type[BaseException], ...]:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # takes seconds, so only on an error
+    from torch.distributed import DistNetworkError
 
-    return ArgumentError, MisconfigurationException, ValueError, OSError
+    return *USER_ERRORS, MisconfigurationException, DistNetworkError
 
 
 def quiet() -> None:
@@ -102,7 +123,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*args parameter is intended to run from within Python.*",
         ".*You are using `torch.load` with.*",
-        ".*exists and is not empty.*",
+        ".*exists and is not empty.*",  # a used run folder is refused, or resumed
         ".*module\\(s\\) in eval mode at the start of training.*",  # the EMA copy, on purpose
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",
