@@ -32,7 +32,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: with one sentence, where it is missing, broken, or not of a run.
     """
     file = latest_config(run_folder(path))
-    config = resolve_references(read_yaml(file))
+    try:
+        config = resolve_references(read_yaml(file))
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
     _check_config(config, file)
     return modernize_run(config)
 

@@ -106,7 +106,14 @@ def test_a_run_whose_config_is_damaged_is_a_sentence_with_file_and_key(
     assert str(run) in said and key in said and "xxxx" not in said
 
 
-@pytest.mark.parametrize("content", [b"", b"a: [1", b"- 1", b"\xff\xfe", b"a: &a [*a]", b"[" * 10_000], ids=repr)
+BOMB = "\n".join([f"k{i}: [{', '.join(9 * [f'${{k{i + 1}}}'])}]" for i in range(12)] + ["k12: 1"]).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"a: [1", b"- 1", b"\xff\xfe", b"a: &a [*a]", b"[" * 10_000, b"a: ${a}", b"a: ${b}", BOMB],
+    ids=range(9),
+)
 def test_a_config_that_is_no_yaml_is_named(run: Path, capsys: pytest.CaptureFixture, content: bytes) -> None:
     (run / "config.yaml").write_bytes(content)
     said = told(capsys, "sample", "--ckpt", run, "--out", run / "out", *SMALL)
