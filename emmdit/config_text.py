@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -158,7 +159,11 @@ def resolve_references(config: dict[str, Any]) -> dict[str, Any]:
             value = value[key]
         return resolve(value, chain)
 
+    count = itertools.count()
+
     def resolve(value: Any, chain: tuple[str, ...] = ()) -> Any:
+        if next(count) > MAX_YAML_NODES:  # references to references double what they stand for, as aliases do
+            raise ValueError(f"its references stand for more than {MAX_YAML_NODES:,} values.")
         if isinstance(value, Mapping):
             return {key: resolve(child, chain) for key, child in value.items()}
         if isinstance(value, list):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from emmdit.encoders import ImageCodec, TextConditioner
-from emmdit.flow import Path, Predict, State, classifier_free_guidance, schedule, trajectory
+from emmdit.flow import SAMPLERS, Path, Predict, State, classifier_free_guidance, schedule, trajectory
 from emmdit.seeding import generator
 from emmdit.types import Condition
+
+LARGEST_SIDE, MOST_STEPS = 16384, 10_000  # pixels, network evaluations
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,23 @@ class Sampling:
     width: int | None = None
 
     def __post_init__(self) -> None:
+        """Raises ValueError for values that no image can be made with; `steps` by `timesteps`."""
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and (type(side) is not int or not 1 <= side <= LARGEST_SIDE):
+                raise ValueError(f"{name} is {side!r}: give a whole number of pixels from 1 to {LARGEST_SIDE:,}.")
+        if not (_finite(self.guidance) and _finite(self.shift)):
+            raise ValueError(f"guidance {self.guidance!r} and shift {self.shift!r} must be finite numbers.")
+        interval = self.guidance_interval
+        if not (isinstance(interval, Sequence) and len(interval) == 2 and all(map(_finite, interval))):
+            raise ValueError(f"guidance_interval must be two timesteps, not {interval!r}.")
+        if not (self.steps is None or (type(self.steps) is int and 1 <= self.steps <= MOST_STEPS)):
+            raise ValueError(f"steps is {self.steps!r}: give a whole number from 1 to {MOST_STEPS:,}.")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"There is no sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+        listed = self.schedule if isinstance(self.schedule, list | tuple) else []
+        if not (isinstance(self.schedule, str) or listed) or not all(map(_finite, listed)):
+            raise ValueError(f"schedule must be a name or a list of timesteps, not {self.schedule!r}.")
         object.__setattr__(self, "steps", len(self.timesteps()) - 1)
 
     def timesteps(self) -> Tensor:
@@ -52,6 +72,20 @@ class Sampling:
         if not isinstance(settings.get("schedule", ""), str):
             settings = {"steps": None, **settings}
         return dataclasses.replace(self, **settings)
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
+
+
+def check_finite(images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
+    """`images` (B, ...) of these prompts, all finite. Raises ValueError that names the first one which is not."""
+    for i in (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"The image of {prompts[i][:80]!r} with seed {seeds[i]} is not finite: the model overflows, or its weights "
+            "are damaged; use --dtype float32 or bfloat16, an earlier checkpoint, or a lower guidance."
+        )
+    return images
 
 
 def initial_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -74,12 +108,16 @@ def generate(
 ) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed; arguments as for `generate_trajectory`.
 
+    An image whose latents are not finite is NaN.
+
     >>> images = generate(network, DCTCodec(), ShapesText(), ["a photo of a star"], [0], RectifiedFlow(), Sampling())
 
     Args:
         callback: called as `callback(i, n)` after step i of n.
     """
-    return codec.decode(generate_latents(network, codec, text, prompts, seeds, path, sampling, device, callback))
+    latents = generate_latents(network, codec, text, prompts, seeds, path, sampling, device, callback)
+    broken = ~latents.isfinite().flatten(1).all(1)
+    return codec.decode(latents).masked_fill_(broken.view(-1, 1, 1, 1), torch.nan)  # decoders clamp what is infinite
 
 
 @torch.no_grad()
@@ -124,12 +162,7 @@ def generate_trajectory(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"Each prompt needs a seed: got {len(prompts)} prompts and {len(seeds)} seeds.")
-    side = network.config.sample_size * codec.downsample
-    height, width = sampling.height or side, sampling.width or side
-    if height % codec.downsample or width % codec.downsample:
-        raise ValueError(
-            f"Images of {height} x {width} do not fit the codec: both sides must divide by {codec.downsample}."
-        )
+    height, width = image_size(network, codec, sampling)
     shape = (codec.latent_channels, height // codec.downsample, width // codec.downsample)
     dtype = next(network.parameters()).dtype  # half precision: inputs in it too; under autocast this is float32
 
@@ -138,6 +171,20 @@ def generate_trajectory(
 
     predict = predictor(denoise, text, prompts, sampling, device, dtype)
     return trajectory(predict, initial_noise(seeds, shape, device), path, sampling.timesteps(), sampling.sampler)
+
+
+def image_size(network: nn.Module, codec: ImageCodec, sampling: Sampling) -> tuple[int, int]:
+    """Height and width of the images in pixels. ValueError for sides that the codec cannot make."""
+    side = network.config.sample_size * codec.downsample
+    height = side if sampling.height is None else sampling.height
+    width = side if sampling.width is None else sampling.width
+    if max(height, width) > LARGEST_SIDE:
+        raise ValueError(f"Images of {height:,} x {width:,} are larger than {LARGEST_SIDE:,}: give height and width.")
+    if height % codec.downsample or width % codec.downsample:
+        raise ValueError(
+            f"Images of {height} x {width} do not fit the codec: both sides must be divisible by {codec.downsample}."
+        )
+    return height, width
 
 
 def predictor(

@@ -7,6 +7,7 @@ licensed ones (Llama, DC-AE) are named, not copied, unless `include_encoders` wa
 from __future__ import annotations
 
 import importlib
+from numbers import Integral
 from pathlib import Path as FilePath
 from typing import Any, Self, TypeVar
 
@@ -16,16 +17,19 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
 
+from emmdit.bounded import Unfit
 from emmdit.encoders import ImageCodec, TextConditioner
-from emmdit.encoders.loading import MissingModelError, locate, one_sentence
+from emmdit.encoders.loading import MissingModelError, loading, locate, one_sentence
 from emmdit.flow import Path
-from emmdit.generate import Sampling, generate
+from emmdit.generate import Sampling, check_finite, generate
 from emmdit.legacy import modernize
 
 CODEC = {"class_path": "emmdit.encoders.DCAE"}
 TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
 PATH = {"class_path": "emmdit.flow.RectifiedFlow"}
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a pipeline on the hub: configs, weights, tokenizers
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
+LARGEST_ARGUMENT = 2**20  # of codec, text and path, which mean lengths, channels and pixels
 T = TypeVar("T")
 
 
@@ -61,7 +65,10 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         settings = dict(codec=codec or CODEC, text=text or TEXT, path=path or PATH, sampling=sampling or {})
         self.register_to_config(**settings)
-        self.sampling = Sampling(**settings["sampling"])
+        try:
+            self.sampling = Sampling(**settings["sampling"])
+        except (TypeError, ValueError) as error:
+            raise Unfit(f"`sampling` of the pipeline does not fit ({str(error).rstrip('.')}).") from error
         self.path = build(settings["path"], Path)
         self.codec = build(settings["codec"], ImageCodec)
         self.text = build(settings["text"], TextConditioner)
@@ -93,7 +100,8 @@ class TextToImagePipeline(DiffusionPipeline):
                 source = huggingface_hub.snapshot_download(source, allow_patterns=FILES, **options)
         if not FilePath(source, "model_index.json").is_file():
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
-        pipeline = super().from_pretrained(source, **kwargs)
+        with loading(source):
+            pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _own_memory(component)
@@ -103,10 +111,19 @@ class TextToImagePipeline(DiffusionPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, with names of older versions translated and our components' modules imported."""
         config = modernize(super().load_config(*args, **kwargs))
-        for value in config.values():
-            if isinstance(value, list) and str(value[0]).split(".")[0] == "emmdit":
+        for name, value in config.items():
+            if name in COMPONENTS and not (isinstance(value, list) and len(value) == 2):
+                raise Unfit(f"{name} of a pipeline is named by library and class, not {value!r:.80}.")
+            if (
+                isinstance(value, list)
+                and all(isinstance(part, str) for part in value)
+                and value[0].split(".")[0] == "emmdit"
+            ):
                 # diffusers looks a class up among imported modules, and for ModelMixin beside it: in its own file
-                value[0] = _find(*value).__module__
+                found = _find(*value)
+                if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+                    raise Unfit(f"{'.'.join(value)} is not a network: the pipeline folder was made by another version.")
+                value[0] = found.__module__
         return config
 
     @torch.no_grad()
@@ -131,10 +148,18 @@ class TextToImagePipeline(DiffusionPipeline):
             num_inference_steps, guidance_scale, height, width, sampler: in place of the pipeline's own settings.
             output_type: "pil": a list of images; "np": an array (B, H, W, 3) in [0, 1]; "pt": a tensor (B, 3, H, W).
             callback: called as `callback(i, n)` after each step.
+
+        Raises:
+            ValueError: no prompt, or settings that no image can be made with; and, unless a tensor is asked for, an
+                image that is not finite, which would be black. In a tensor it is NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) for p in prompts) or num_images_per_prompt < 1:
+            raise ValueError("Give at least one prompt, a text, and num_images_per_prompt of at least 1.")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if not all(isinstance(s, Integral) and 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"Seeds are whole numbers from 0 to 2**63 - 1, not {seed!r}.")
         given = dict(steps=num_inference_steps, guidance=guidance_scale, height=height, width=width, sampler=sampler)
         device = self.transformer.device
         self._adopt()
@@ -151,6 +176,8 @@ class TextToImagePipeline(DiffusionPipeline):
             device=device,
             callback=callback,
         )
+        if output_type != "pt":
+            check_finite(images, prompts, seeds)
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(images, output_type=output_type))
 
 
@@ -159,21 +186,30 @@ EMMDiTPipeline = TextToImagePipeline  # its older name
 
 def build(settings: dict[str, Any], kind: type[T]) -> T:
     """The object that `{"class_path": ..., "init_args": ...}` describes: a `kind` of this package, nothing else."""
-    path = settings["class_path"]
+    path = settings.get("class_path") if isinstance(settings, dict) else None
+    arguments = (settings.get("init_args") or {}) if path is not None else {}
+    if not isinstance(path, str) or not isinstance(arguments, dict):
+        raise Unfit(f"The {kind.__name__} of a pipeline is named by class_path and init_args, not {settings!r:.80}.")
+    for key, value in arguments.items():
+        if isinstance(value, int) and value > LARGEST_ARGUMENT:
+            raise Unfit(f"{path} with {key} {value:,} would take more memory than any pipeline needs.")
     module, _, name = path.rpartition(".")
     if module.split(".")[0] != "emmdit":
-        raise ValueError(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
+        raise Unfit(f"{path} is not a part of emmdit: a pipeline folder may name classes of this package only.")
     found = _find(module, name)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
-    return found(**settings.get("init_args") or {})
+        raise Unfit(f"{path} is not a kind of {kind.__name__}: the pipeline folder was made by another version.")
+    try:
+        return found(**arguments)
+    except TypeError as error:
+        raise Unfit(f"{path} does not take what the pipeline folder gives it ({error}).") from error
 
 
 def _find(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
+    except (ImportError, AttributeError, TypeError) as error:
+        raise Unfit(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from emmdit.encoders import CLIPVision, MissingModelError, standin
-from emmdit.evaluation.metrics.clip import CLIP, short_name
+from emmdit.encoders.loading import locate
+from emmdit.evaluation.metrics.clip import CLIP, PUBLISHED, check_published, short_name
+from emmdit.weights import sha256_of
 
 STANDIN = "standin:clip_model"
 
@@ -113,6 +115,21 @@ def test_settings_pin_the_weights(clip: CLIP) -> None:
 
 def vision(source: str = STANDIN, **changes) -> CLIPVision:
     return CLIPVision(source, **dict(image_size=32, feature_dim=16, patch_size=8) | changes)
+
+
+def test_known_weights_of_the_hub_are_checked_before_they_are_opened(
+    clip: CLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(locate(clip.source)[0], "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: str(file))
+    opened: list[str] = []
+    monkeypatch.setattr(CLIP, "_load", lambda self, *args: opened.append(self.source))
+    with pytest.raises(MissingModelError, match=f"{file}.*openai/clip-vit-large-patch14"):
+        CLIP("openai/clip-vit-large-patch14").prepare()
+    assert not opened
+    monkeypatch.setitem(PUBLISHED, "openai/clip-vit-large-patch14", sha256_of([file]))
+    check_published("openai/clip-vit-large-patch14", None)
+    check_published("owner/of-another", None)
 
 
 def test_patch_features_are_those_of_transformers() -> None:

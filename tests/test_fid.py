@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import time
+import zipfile
 from pathlib import Path
 
 import cleanfid.fid
@@ -21,6 +23,7 @@ from emmdit.evaluation.metrics.features import INCEPTION, CleanInception, CLIPFe
 from emmdit.evaluation.metrics.fid import FID, FeatureStatistics, frechet_distance
 from emmdit.evaluation.metrics.kid import KID, kernel_distance
 from emmdit.evaluation.metrics.reference import write_reference
+from emmdit.weights import sha256_of
 from tests.tiny_features import TinyFeatures, random_images, samples, write_folder
 
 METRICS = {"fid": FID, "kid": KID, "cmmd": CMMD}
@@ -182,6 +185,16 @@ def test_a_reference_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     refused("sigma.*finite", reference=bad)
     np.savez(bad, feats=arrays["feats"][:1])
     refused(r"bad\.npz.*\b2\b", CMMD, reference=bad)
+    np.savez_compressed(bad, mu=np.zeros(10**6), sigma=arrays["sigma"])  # a bomb
+    refused(r"bad\.npz(?!.*(sigma|feats)).*\bnpz\b", reference=bad)
+    lie = io.BytesIO()
+    np.lib.format.write_array_header_1_0(lie, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("mu.npy", lie.getvalue())
+    refused(r"bad\.npz", reference=bad)
+    for made_with in ("[]", "3", '{"features": []}', "{", "[" * 100_000):
+        np.savez(bad, mu=arrays["mu"], sigma=arrays["sigma"], made_with=np.array(made_with))
+        refused(r"bad\.npz", reference=bad)
     for content in (b"PK\x03\x04 cut off", b"no zip"):
         Path(bad).write_bytes(content)
         refused(r"bad\.npz(?!.*(sigma|feats)).*\bnpz\b", reference=bad)
@@ -229,7 +242,8 @@ def inception(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_inception_is_clean_fids_own(inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "CLEAN_FID_FOLDER", tmp_path)
+    monkeypatch.setattr(features_module, "INCEPTION_SHA256", sha256_of([inception]))
+    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path / "cache"))
     real, drawn = random_images(12, seed=1), random_images(9, seed=2)
     folder = str(write_folder(tmp_path / "drawn", drawn))
     network = cleanfid.features.InceptionV3W(str(inception.parent), download=False)
@@ -245,21 +259,28 @@ def test_inception_is_clean_fids_own(inception: Path, tmp_path: Path, monkeypatc
     assert metric.settings()["features"]["sha256"] == features.settings()["sha256"] != ""
     assert copy.deepcopy(metric).state_dict() == {}
     monkeypatch.delenv("EMMDIT_INCEPTION")
-    (tmp_path / INCEPTION).symlink_to(copied)
+    (tmp_path / "cache/inception").mkdir(parents=True)
+    (tmp_path / "cache/inception" / INCEPTION).symlink_to(copied)
     CleanInception().prepare()
 
 
 def test_inception_that_is_missing_or_damaged_is_one_sentence(
     inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "CLEAN_FID_FOLDER", tmp_path)
-    with pytest.raises(MissingModelError, match=f"{INCEPTION}.*curl.*EMMDIT_INCEPTION"):
-        CleanInception().prepare()
+    monkeypatch.setenv("EMMDIT_CACHE", str(tmp_path / "my cache"))
+    with pytest.raises(
+        MissingModelError, match=f"curl .*'{tmp_path}/my cache/inception/{INCEPTION}'.*EMMDIT_INCEPTION"
+    ):
+        CleanInception().prepare()  # and not what anyone may have put into the system's temporary folder
+    loaded = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: loaded.append(args))
     cut_off = inception.read_bytes()[:1000]
     for damage in (lambda: inception.write_bytes(cut_off), lambda: torch.jit.script(torch.nn.ReLU()).save(inception)):
         damage()
         with pytest.raises(MissingModelError, match=f"{INCEPTION}(?!.*EMMDIT_INCEPTION)"):
             CleanInception(str(inception.parent)).prepare()
+    assert not loaded  # a TorchScript file runs its code when it is loaded
+    assert len(features_module.INCEPTION_SHA256) == 64
 
 
 def test_clip_features_name_the_metric_and_are_not_normalized(tmp_path: Path) -> None:

@@ -90,11 +90,14 @@ def test_a_writer_that_dies_leaves_the_old_ledger(path: Path, monkeypatch: pytes
 BAD = [
     ({"hardware": None}, "hardware"),
     ({"experiment": "../shapes emmdit"}, "'../shapes emmdit'"),
+    *(({"experiment": name}, repr(name)) for name in ("../../x", "a/../b", "..", "/a", "a/", ".hidden", "a\nb", "")),
     ({"seed": "0"}, "seed"),
     ({"eval_seed": "0"}, "eval_seed"),
     ({"metrics": {}}, "metrics"),
     ({"metrics": {"fid_clip": float("nan")}}, "fid_clip"),
     ({"train_seconds": "long"}, "train_seconds"),
+    ({"train_seconds": float("inf")}, "train_seconds"),
+    ({"settings": {"x": float("nan")}}, "shapes.json"),
 ]
 
 

@@ -299,6 +299,37 @@ def test_all_ways_to_name_foreign_code_are_refused(run: Path, payload: Path, arg
     assert not payload.exists()
 
 
+MAIN = "lightning_modules.commands.main.main"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"denoiser": {"class_path": MAIN, "init_args": {"argv": ["x"]}}},
+        {"denoiser": {"class_path": "torch.load", "init_args": {"f": "x", "weights_only": False}}},
+        {"denoiser": {"class_path": "transformers.pipeline", "init_args": {"model": "x", "trust_remote_code": True}}},
+        {"optimizer": {"class_path": MAIN, "init_args": {"argv": ["x"]}}},
+        {"optimizer": f"{{class_path: {MAIN}, init_args: {{argv: [x]}}}}"},
+        {"optimizer.class_path": MAIN, "optimizer.init_args.argv": ["x"]},
+        {"optimizer": "other.yaml"},
+        {"optimizer": MAIN},
+        {"scheduler": {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": MAIN}}},
+    ],
+    ids=str,
+)
+def test_functions_of_trusted_packages_are_not_called(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    """jsonargparse takes a function where something is to be called, and some of them run what they are given."""
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text(f"class_path: {MAIN}\ninit_args: {{argv: [x]}}\n")
+    config = copy.deepcopy(CONFIG)
+    config["model"]["init_args"].update(arguments)
+    with pytest.raises(ValueError, match="config.yaml") as error:  # and no SystemExit of `main`
+        build_module(config, run / "config.yaml").build_denoiser()
+    assert "\n" not in str(error.value)
+
+
 def test_the_users_own_files_name_what_they_like_after_a_run_was_opened(run: Path, payload: Path) -> None:
     build_module(CONFIG)
     config = copy.deepcopy(CONFIG)

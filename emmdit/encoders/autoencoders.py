@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, frozen
+from emmdit.encoders.base import FrozenModel, ImageCodec, as_dtype, clamped, frozen
 
 
 class AutoencoderCodec(FrozenModel, ImageCodec):
@@ -90,14 +90,14 @@ class AutoencoderCodec(FrozenModel, ImageCodec):
             return self.scale(self._encode(images.to(self.device, self.dtype), generator).float())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B,C,h,w) -> images (B,3,h*d,w*d) float32, clamped to [-1,1]."""
+        """Scaled latents (B,C,h,w) -> images (B,3,h*d,w*d) float32, clamped to [-1,1]; an overflow is NaN."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"{type(self).__name__} decodes latents (B,{self.latent_channels},h,w), not {tuple(latents.shape)}."
             )
         with frozen(self.device):
             raw = self.unscale(latents.to(self.device, torch.float32)).to(self.dtype)
-            return self.model.decode(raw, return_dict=False)[0].float().clamp(-1.0, 1.0)
+            return clamped(self.model.decode(raw, return_dict=False)[0].float())
 
     def _encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Images -> the latents of the autoencoder."""

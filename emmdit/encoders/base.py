@@ -82,6 +82,11 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def clamped(images: torch.Tensor) -> torch.Tensor:
+    """Decoded images in [-1, 1]; what overflowed is NaN, not black or white."""
+    return images.clamp(-1.0, 1.0).masked_fill(images.isinf(), torch.nan)
+
+
 @contextmanager
 def frozen(device: torch.device) -> Iterator[None]:
     """No gradients and no autocast: an encoder computes in its own dtype, whatever the precision of the trainer (an

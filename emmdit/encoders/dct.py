@@ -13,7 +13,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from emmdit.encoders.base import ImageCodec, as_dtype, frozen
+from emmdit.encoders.base import ImageCodec, as_dtype, clamped, frozen
 
 # BT.601, as in JPEG; images are in [-1, 1], so there is no offset for chroma.
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
@@ -165,9 +165,9 @@ class DCTCodec(ImageCodec):
             return self.model.encode(images).float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents -> images (B, 3, H, W) clamped to [-1, 1], float32."""
+        """Scaled latents -> images (B, 3, H, W) clamped to [-1, 1], float32; an overflow is NaN."""
         with frozen(self.device):
-            return self.model.decode(latents).float().clamp(-1.0, 1.0)
+            return clamped(self.model.decode(latents).float())
 
 
 def fold_blocks(images: torch.Tensor, n: int) -> torch.Tensor:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from emmdit.bounded import Unfit, bounded_folder
 
 STANDIN_SCHEME = "standin:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -100,7 +102,7 @@ def load_model(
         options |= dict(trust_remote_code=False, weights_only=True)
     # transformers would ask a hub service to convert a repository that has only pickled weights
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with one_sentence(place):
+    with loading(place):
         model, info = cls.from_pretrained(place, **options)
     if missing := sorted(info["missing_keys"]):
         raise MissingModelError(
@@ -115,7 +117,7 @@ def load_processor(
 ) -> Any:
     """`cls.from_pretrained(...)` of a tokenizer or an image processor. Raises MissingModelError."""
     source, subfolder = locate(source, subfolder)
-    with one_sentence(source):
+    with loading(source):
         return cls.from_pretrained(source, subfolder=subfolder or "", revision=revision or "main", **options)
 
 
@@ -127,13 +129,27 @@ def load_tokenizer(source: str, subfolder: str | None = None, revision: str | No
 
 
 @contextmanager
+def loading(source: str) -> Iterator[None]:
+    """`one_sentence` for all that a damaged or hostile folder can raise, with memory bounded by its weights."""
+    with one_sentence(source), ExitStack() as stack:
+        if Path(source).is_dir():
+            stack.enter_context(bounded_folder(source))
+        try:
+            yield
+        except Unfit as error:
+            raise Unfit(f"'{source}': {error}") from error
+        except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"a configuration in it does not fit ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
 def one_sentence(source: str) -> Iterator[None]:
     """Turn the exceptions of the libraries while loading `source` into a MissingModelError of one sentence."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (MissingModelError, torch.OutOfMemoryError):
+    except (MissingModelError, Unfit, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) or _of_http(error):
@@ -152,6 +168,7 @@ def _explain(error: BaseException, source: str) -> str:
         link = link.__cause__ or link.__context__
     text = " ".join(str(e) for e in chain).lower()
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
 
     def raised(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)

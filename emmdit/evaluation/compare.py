@@ -28,6 +28,8 @@ PARTS = ("image", "prompt")  # outputs of a joint attention layer; any other has
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a ValueError with one sentence unless both take the same inputs and share attention layers."""
+    if not (isinstance(student, nn.Module) and isinstance(teacher, nn.Module)):
+        raise ValueError("A comparison needs two transformers, and a pipeline without one was given: omit --teacher.")
     if not common_layers(student, teacher):
         raise ValueError(
             f"The student ({type(student).__name__}) and the teacher ({type(teacher).__name__}) have no attention "

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.evaluation.prompts import PromptSet
-from emmdit.files import atomic_path, to_uint8
+from emmdit.files import atomic_path, read_json, to_uint8
+from emmdit.generate import check_finite
 from emmdit.legacy import modernize
 
 Generate = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> images (B, 3, H, W) in [-1, 1]
@@ -54,33 +55,46 @@ class ImageSet:
         """Create the folder, or check that it holds images of this very set. Every process calls it, rank zero acts.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError, OSError: the folder holds something else, or cannot be written; on every process.
         """
-        try:
-            if self.rank == 0:
+        failed: list[Exception | None] = [None]
+        if self.rank == 0:
+            try:
                 self._open()
-        finally:  # also where it raises: the other ranks are waiting
-            if dist.is_available() and dist.is_initialized():
-                dist.barrier()
+            except (ValueError, OSError) as error:
+                failed = [error]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(failed)  # and wait for the folders
+        if failed[0] is not None:
+            raise failed[0]
 
     def _open(self) -> None:
         file = self.folder / "set.json"
         if file.is_file():
-            found = modernize(json.loads(file.read_text()))
+            found = modernize(read_json(file, f"remove {self.folder}, or choose another folder"))
+            found = found if isinstance(found, dict) else {}
             other = sorted(key for key in found.keys() | self.made_with if found.get(key) != self.made_with.get(key))
+            if "prompts" not in other and not any(self.folder.glob("*/samples/*.png")):
+                other = []  # nothing was made yet, such as after a size that the network refused
+                self._describe()
             if other:
                 raise ValueError(
                     f"{self.folder} holds images made with another {' and another '.join(other)}: choose another "
                     "folder, or remove it."
                 )
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
+        else:
+            # Parts of a set.json are of an evaluation that was killed before anything else.
+            if self.folder.is_dir() and not all(p.match(".set-*.json") for p in self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
+            self._describe()  # before the folders of the prompts: killed among them, a set goes on
         for index, line in enumerate(self.prompts.lines):
-            sub = self.folder / f"{index:05d}"
-            (sub / "samples").mkdir(parents=True, exist_ok=True)
-            (sub / "metadata.jsonl").write_text(json.dumps(line) + "\n")
-        with atomic_path(file) as part:
+            metadata, text = self.folder / f"{index:05d}" / "metadata.jsonl", json.dumps(line) + "\n"
+            if not metadata.is_file() or metadata.read_text() != text:
+                (metadata.parent / "samples").mkdir(parents=True, exist_ok=True)
+                metadata.write_text(text)
+
+    def _describe(self) -> None:
+        with atomic_path(self.folder / "set.json") as part:
             part.write_text(json.dumps(self.made_with, indent=1) + "\n")
 
     def missing(self) -> list[Sample]:
@@ -109,7 +123,7 @@ class ImageSet:
     def make(
         self, generate: Generate, batch_size: int, progress: Progress | None = None, together: bool = False
     ) -> int:
-        """Generate what is missing; returns how many images were made.
+        """Generate what is missing; returns how many images were made. ValueError names one that is not finite.
 
         Args:
             together: all processes of a sharded network call `generate` equally often, by repeating images.
@@ -120,8 +134,9 @@ class ImageSet:
         for number in range(rounds):
             chunk = missing[number * batch_size : (number + 1) * batch_size]
             asked = chunk or self.samples[:1] or self.all[:1]
-            images = to_uint8(generate([s.line["prompt"] for s in asked], [s.seed for s in asked]))
-            for sample, image in zip(chunk, images, strict=False):
+            prompts, seeds = [s.line["prompt"] for s in asked], [s.seed for s in asked]
+            images = check_finite(generate(prompts, seeds), prompts, seeds)
+            for sample, image in zip(chunk, to_uint8(images), strict=False):
                 self.write(sample, image)
             made += len(chunk)
             if progress is not None:

@@ -29,6 +29,7 @@ TYPES = {
     "hardware": str,
     "train_seconds": int | float | None,
 }
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # like its YAML below experiments/: no part is empty, or `..`
 KEYS = ("experiment", "seed", "eval_seed", "metrics", "train_seconds", "train", "settings", "command", "commit")
 
 
@@ -51,10 +52,22 @@ def append(path: str | Path, row: Mapping[str, Any]) -> Row:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = _ordered([other for other in read(path) if key(other) != key(row)] + [row])
-        lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows]
+        try:
+            lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"A row for the ledger {path} is not JSON ({error}).") from error
         with atomic_path(path) as part:
             part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     return row
+
+
+def check(path: str | Path, experiment: str) -> None:
+    """Raise what `append` would for this ledger and name, before the work is done."""
+    if not NAME.fullmatch(experiment):
+        raise ValueError(f"--experiment {experiment}: give a name such as shapes/one_path, as of its YAML.")
+    if Path(path).is_dir():
+        raise ValueError(f"The ledger {path} is a folder: name a JSON file.")
+    read(path)
 
 
 def read(path: str | Path) -> list[Row]:
@@ -65,7 +78,7 @@ def read(path: str | Path) -> list[Row]:
     way_out = "restore the version in git, and let `emmdit evaluate` alone write it"
     try:
         rows = modernize(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # neither JSON nor text
+    except (ValueError, RecursionError) as error:  # neither JSON nor text
         raise ValueError(f"The ledger {path} is not JSON ({error}); {way_out}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"The ledger {path} is a {type(rows).__name__}, not a list of rows; {way_out}.")
@@ -97,8 +110,9 @@ def _check(row: Any, where: str) -> None:
     wrong = {name: row[name] for name, kind in TYPES.items() if not isinstance(row[name], kind) or row[name] == {}}
     if not wrong:
         numbers = row["metrics"] | {"seed": row["seed"], "eval_seed": row.get("eval_seed", 0)}
+        numbers |= {"train_seconds": row["train_seconds"] or 0}
         wrong = {k: v for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)}
-    if not wrong and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", row["experiment"]):  # named like its YAML
+    if not wrong and not NAME.fullmatch(row["experiment"]):
         wrong = {"experiment": row["experiment"]}
     if wrong:
         told = ", ".join(f"{value!r} as {name}" for name, value in wrong.items())

@@ -15,6 +15,7 @@ from emmdit.evaluation.geneval import GenEval, summary, write_results
 from emmdit.evaluation.image_set import ImageSet, Progress
 from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.metrics.clip_score import CLIPScore
+from emmdit.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Scores:
 
     def write(self, folder: Path, result: Mapping[str, Any]) -> None:
         """`evaluation.json` with `result` in it, and GenEval's official files where it was measured."""
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        with atomic_path(folder / "evaluation.json") as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
         if self.rows:
             write_results(folder / "geneval_results.jsonl", self.rows)
             (folder / "geneval_summary.txt").write_text(f"{summary(self.rows)}\n")

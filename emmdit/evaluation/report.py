@@ -15,6 +15,7 @@ from jinja2 import Environment
 from PIL import Image, UnidentifiedImageError
 
 from emmdit.config_text import flatten_config
+from emmdit.files import atomic_path
 
 Row = Mapping[str, Any]
 Table = list[tuple[str, bool, list[str]]]  # first cell, whether it is part of the one above, other cells
@@ -120,7 +121,8 @@ def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[R
     )
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
-    page.write_text(text, encoding="utf-8")
+    with atomic_path(page) as part:
+        part.write_text(text, encoding="utf-8")
     return page
 
 

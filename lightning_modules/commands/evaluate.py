@@ -25,6 +25,7 @@ from emmdit.evaluation.measure import measure, prepare
 from emmdit.evaluation.metrics.base import ImageMetric
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.evaluation.report import text_table, write_report
+from emmdit.files import check_folder
 from emmdit.provenance import git_commit, hardware
 from emmdit.shapes import ShapesWorld
 from emmdit.shapes.metrics import noise, renders
@@ -38,7 +39,9 @@ from lightning_modules.commands.options import (
     add_released_arguments,
     add_sampling_arguments,
     add_trust_argument,
+    check_options,
     command_parser,
+    find_device,
     given,
 )
 from lightning_modules.commands.progress import counter
@@ -56,17 +59,19 @@ def evaluate(argv: list[str]) -> None:
         raise ValueError(
             "No prompts or metrics are given: name an evaluation, e.g. -c experiments/evaluation/shapes.yaml."
         )
-    if args.batch_size < 1 or args.seed < 0:
-        raise ValueError("--batch_size must be at least 1 and --seed at least 0.")
+    check_options(args)
     if (args.ledger is None) != (args.experiment is None):
         raise ValueError("--ledger and --experiment belong together: a row of the ledger bears an experiment's name.")
+    if args.ledger is not None:
+        ledger.check(args.ledger, args.experiment)
+    for option in ("out", "teacher_images"):
+        if args[option] is not None:
+            check_folder(args[option], f"--{option}")
     if args.teacher is None and (args.teacher_weights or args.teacher_images):
         raise ValueError("--teacher_weights and --teacher_images are of a teacher: name it with --teacher.")
     trainer = dict(args.trainer)
     if args.device is not None:
-        device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu.")
+        device = find_device(args.device)
         trainer |= {"accelerator": device.type} | ({} if device.index is None else {"devices": [device.index]})
     built = instantiate(parser, args)
     on_all_ranks(trainer, lambda *place: run(args, built.prompts, built.metrics, *place))

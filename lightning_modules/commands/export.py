@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.commands.options import DTYPES, add_trust_argument, command_parser, refuse_used
+from lightning_modules.commands.options import (
+    DTYPES,
+    add_trust_argument,
+    command_parser,
+    refuse_used,
+    whole_folder,
+)
 
 
 def export(argv: list[str]) -> None:
@@ -32,7 +38,8 @@ def export(argv: list[str]) -> None:
         raise ValueError(f"{args.ckpt} is a diffusers folder already: --ckpt names a run folder or a checkpoint.")
     pipeline, note = load_model.load_pipeline(args.ckpt, args.weights, args.include_encoders, args.trust_code)
     pipeline.transformer.to(load_model.DTYPES[args.dtype])
-    pipeline.save_pretrained(out)
-    write_card(out, args.ckpt, pipeline, note, args.dtype)
+    with whole_folder(out) as folder:
+        pipeline.save_pretrained(folder)
+        write_card(folder, out.resolve().name, args.ckpt, pipeline, note, args.dtype)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{note['weights']} weights, {parameters:,} parameters, {args.dtype}: {out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.commands.options import command_parser, refuse_used
+from lightning_modules.commands.options import check_options, command_parser, refuse_used, whole_folder
 
 
 def import_nitro_e(argv: list[str]) -> None:
@@ -20,6 +20,7 @@ def import_nitro_e(argv: list[str]) -> None:
     parser.add_argument("--text_encoder", default="meta-llama/Llama-3.2-1B", help="folder or hub id (gated; see docs)")
     parser.add_argument("--autoencoder", default="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", help="folder or hub id")
     args = parser.parse_args(argv)
+    check_options(args)
     out = Path(args.out)
     refuse_used(out)
     from lightning_modules.commands.load_model import nitro_e_pipeline  # takes seconds: --help need not wait
@@ -27,6 +28,7 @@ def import_nitro_e(argv: list[str]) -> None:
     pipeline, _ = nitro_e_pipeline(
         Path(args.file), args.resolution, args.steps, args.guidance, args.text_encoder, args.autoencoder
     )
-    pipeline.save_pretrained(out)
+    with whole_folder(out) as folder:
+        pipeline.save_pretrained(folder)
     print(f"{sum(p.numel() for p in pipeline.transformer.parameters()):,} parameters: {out}")
     print("Text encoder and autoencoder are loaded at first use, under their own licenses.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from emmdit.bounded import BoundedMemory, Unfit
 from emmdit.encoders.base import FrozenModel
-from emmdit.encoders.loading import one_sentence
+from emmdit.encoders.loading import loading, one_sentence
+from emmdit.files import read_json
+from emmdit.generate import image_size
 from emmdit.legacy import modernize
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import checkpoint_progress, find_checkpoint, is_diffusers_folder, is_hub_id, run_folder, sha256_of
+from emmdit.weights import is_diffusers_folder, is_hub_id, open_checkpoint, run_folder, sha256_of
 from lightning_modules.commands import options
 from lightning_modules.runs import build_module, latest_config, read_config
 
@@ -68,7 +71,7 @@ def open_model(
     """
     settings, path = settings or {}, Path(source).expanduser()
     index = path / "model_index.json"
-    kind = modernize(json.loads(index.read_text()).get("_class_name")) if index.is_file() else None
+    kind = _pipeline_class(index) if index.is_file() else None
     on_hub = not path.exists() and is_hub_id(source) and path.suffix != ".safetensors"
     if not (path.exists() or on_hub):
         raise FileNotFoundError(
@@ -79,6 +82,7 @@ def open_model(
         if weights is not None or "sampler" in settings:
             raise ValueError(f"{source} is a diffusers pipeline with weights and a sampler of its own: omit both.")
         return _from_diffusers(path if kind else str(source), settings, encoders, revision, hashed)
+    before = _weight_files(path)
     if path.suffix == ".safetensors":
         if weights not in (None, "raw"):
             raise ValueError(f"{path} is a released file and has one set of weights: omit --weights.")
@@ -86,15 +90,17 @@ def open_model(
     else:
         pipeline, note = load_pipeline(path, weights, encoders, trust_code)
     pipeline.sampling = pipeline.sampling.replace(**settings)
+    image_size(pipeline.transformer, pipeline.codec, pipeline.sampling)
 
     def generate(prompts: list[str], seeds: list[int]) -> Tensor:
-        return pipeline(prompts, seed=seeds, output_type="pt").images * 2 - 1
+        with enough_memory(len(prompts)):
+            return pipeline(prompts, seed=seeds, output_type="pt").images * 2 - 1
 
     def to(device: torch.device, dtype: str) -> None:
         pipeline.transformer.to(device, DTYPES[dtype])
 
     sampling = {key: value for key, value in asdict(pipeline.sampling).items() if value is not None}
-    return Model(note | _published(path, hashed), sampling, generate, to, pipeline)
+    return Model(note | _published(path, before if hashed else {}), sampling, generate, to, pipeline)
 
 
 def load_pipeline(
@@ -117,12 +123,20 @@ def load_pipeline(
         if weights not in (None, "raw"):
             raise ValueError(f"{source} is an export and has one set of weights: omit --weights.")
         return TextToImagePipeline.from_pretrained(source), {"source": str(source)}
-    checkpoint = find_checkpoint(source)
-    config = read_config(checkpoint)
-    module = build_module(config, latest_config(run_folder(checkpoint)), trust_code)
-    network, kind = module.load_denoiser(checkpoint, weights)
-    pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
-    return pipeline, {"source": str(source), "weights": kind, **checkpoint_progress(checkpoint)}
+    if not (source.exists() or source.is_symlink()):
+        raise FileNotFoundError(f"There is nothing at {source}: give a run folder, a checkpoint or an export.")
+    config = read_config(source)
+    opened = open_checkpoint(source)  # once: a run that trains on replaces its files
+    size = sum(value.nbytes for value in opened.state.values() if isinstance(value, Tensor))
+    try:
+        with BoundedMemory(size):
+            module = build_module(config, latest_config(run_folder(source)), trust_code)
+            network, kind = module.load_denoiser(opened, weights)
+        pipeline = _make_pipeline(module, network, config["model"]["init_args"], include_encoders)
+    except Unfit as error:
+        raise ValueError(f"'{source}': {error}") from error
+    note = {"source": str(source), "weights": kind, "step": opened.step, "samples_seen": opened.samples_seen}
+    return pipeline, note | {"sha256": opened.sha256}
 
 
 def _make_pipeline(
@@ -187,11 +201,14 @@ def _from_diffusers(
     from diffusers import DiffusionPipeline
 
     if isinstance(source, Path):
+        before = _weight_files(source) if hashed else {}
         index = DiffusionPipeline.load_config(source)
         parts = [name for name, value in index.items() if isinstance(value, list)]
         left_out = [] if encoders else [name for name in parts if name not in ("transformer", "scheduler")]
-        pipeline = DiffusionPipeline.from_pretrained(source, local_files_only=True, **dict.fromkeys(left_out))
-        note = {"pipeline": type(pipeline).__name__, **_published(source, hashed)}
+        options = {"local_files_only": True, "use_safetensors": True}
+        with loading(str(source)):
+            pipeline = DiffusionPipeline.from_pretrained(source, **options, **dict.fromkeys(left_out))
+        note = {"pipeline": type(pipeline).__name__, **_published(source, before)}
     else:
         with one_sentence(source):
             pipeline = DiffusionPipeline.from_pretrained(
@@ -205,7 +222,8 @@ def _from_diffusers(
 
     def generate(prompts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(prompts, generator=generators, output_type="pt", **arguments).images * 2 - 1
+        with enough_memory(len(prompts)):
+            return pipeline(prompts, generator=generators, output_type="pt", **arguments).images * 2 - 1
 
     def to(device: torch.device, dtype: str) -> None:
         pipeline.to(device, DTYPES[dtype])
@@ -213,14 +231,41 @@ def _from_diffusers(
     return Model(note, {**arguments, "scheduler": type(pipeline.scheduler).__name__}, generate, to, pipeline)
 
 
-def _published(path: Path, hashed: bool) -> dict[str, str]:
-    """Name without an absolute path, since results are published, and hash of the weights."""
+@contextmanager
+def enough_memory(batch_size: int) -> Iterator[None]:
+    """Raise a ValueError with one sentence where the memory does not suffice for a batch of images."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a GPU, and of a CPU, where torch has no class for it
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"The memory does not suffice for {batch_size} images of this size at once: lower --batch_size or the size."
+        ) from error
+
+
+def _pipeline_class(index: Path) -> str:
+    """`_class_name` of a model_index.json, in present names."""
+    content = read_json(index, "download the folder again")
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{index} names no pipeline class (`_class_name`): download the folder again.")
+    return modernize(name)
+
+
+def _weight_files(path: Path) -> dict[Path, tuple[int, ...]]:
+    """The safetensors files of an export, a pipeline's folder or a released file, with what changes when they do."""
+    files = sorted(path.rglob("*.safetensors")) if is_diffusers_folder(path) else [path]
+    stats = {file: file.stat() for file in files if file.suffix == ".safetensors" and file.is_file()}
+    return {file: (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def _published(path: Path, files: dict[Path, tuple[int, ...]]) -> dict[str, str]:
+    """Name without an absolute path, since results are published, and hash of the weights that were loaded."""
     name = {"source": path.name if path.is_absolute() else str(path)}
-    if not hashed:
+    if not files:
         return name
-    if is_diffusers_folder(path):
-        files = sorted(path.rglob("*.safetensors"))
-    else:
-        found = path if path.suffix == ".safetensors" else find_checkpoint(path)
-        files = sorted(found.iterdir()) if found.is_dir() else [found]
-    return name | {"sha256": sha256_of(files)}
+    found = name | {"sha256": sha256_of(files)}
+    if _weight_files(path) != files:
+        raise ValueError(f"The weights in {path} changed while they were read: run the command again.")
+    return found

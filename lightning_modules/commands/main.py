@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     command, arguments = argv[0], normalized(argv[1:])
     try:
         if command in COMMANDS:
+            end_on_sigterm()
             name = command.replace("-", "_")
             getattr(import_module(f"lightning_modules.commands.{name}"), name)(arguments)
         elif command in LIGHTNING:
@@ -70,6 +72,13 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"emmdit {command}: {sentence(error)}\n(EMMDIT_TRACEBACK=1 shows where.)", file=sys.stderr)
         sys.exit(2)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, so that what is half written is removed; exit status 143."""
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def normalized(arguments: list[str]) -> list[str]:

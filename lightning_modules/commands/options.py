@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("euler", "heun", "dpm_solver")
 SAMPLING = ("steps", "guidance", "sampler", "height", "width")
 RELEASED = ("resolution", "text_encoder", "autoencoder")
+LARGEST_SEED = 2**32 - 1
+# The least and greatest value of each whole number on the command line; `Sampling` knows those of its own fields.
+BOUNDS = {
+    **dict(resolution=(1, 16384), columns=(1, 10_000), scale=(1, 64), seed=(0, LARGEST_SEED)),
+    **dict(
+        num_images=(1, 1_000_000), batch_size=(1, 100_000), per_task=(1, 100_000), num=(1, 10**9), shapes=(1, 10**9)
+    ),
+}
 
 
 def command_parser(command: Callable[[list[str]], None]) -> ArgumentParser:
@@ -46,7 +61,73 @@ def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
+def check_options(args: Namespace) -> None:
+    """Raise a ValueError that names the first option with a value that no command can use, before anything is loaded.
+
+    A `--device` must be one that this machine has.
+    """
+    for name, (least, greatest) in BOUNDS.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= greatest:
+            raise ValueError(f"--{name} {value}: give a whole number from {least:,} to {greatest:,}.")
+    if getattr(args, "out", None) == "":
+        raise ValueError("--out is empty: name a folder.")
+    sampling = {name: args[name] for name in SAMPLING if args.get(name) is not None}
+    if sampling:
+        from emmdit.generate import Sampling  # takes seconds: --help need not wait
+
+        Sampling(**sampling)
+    if getattr(args, "device", None) is not None:
+        find_device(args.device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name. Raises ValueError with one sentence where this machine has none such."""
+    import torch  # takes seconds: --help need not wait
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--device {name} is no device: use cpu, cuda, or cuda:1.") from error
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if found is None or device.type != found.type:
+        what = "no GPU" if device.type == "cuda" else f"no {device.type}"
+        raise ValueError(f"--device {name}: PyTorch sees {what} here; use --device {found.type if found else 'cpu'}.")
+    if (device.index or 0) >= (count := torch.accelerator.device_count()):
+        raise ValueError(f"--device {name}: PyTorch sees {count} of them; use {device.type}:{count - 1}.")
+    return device
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, which becomes `folder` when the block ends and is removed when it fails.
+
+    Raises:
+        ValueError: `folder` holds something, or cannot be made.
+    """
+    folder = folder.resolve()
+    refuse_used(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
+    try:
+        try:
+            yield part
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{folder} could not be written ({str(error).splitlines()[0]}): nothing was left.") from error
+        refuse_used(folder)
+        os.replace(part, folder)  # also over an empty folder
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def refuse_used(folder: Path) -> None:
     """Raise a ValueError unless `folder` is empty or not there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another --out or remove it.")
+    from emmdit.files import check_folder  # takes seconds: --help need not wait
+
+    check_folder(folder)

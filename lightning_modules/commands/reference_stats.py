@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from PIL import Image
 from torch import Tensor
 
+from emmdit.config_text import read_yaml
 from emmdit.data.dataset import CaptionedDataset
 from emmdit.data.images import eight_bits, first_line, load_image, opened
 from emmdit.data.readers.open import open_source, select_columns
@@ -26,9 +26,10 @@ from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
 from emmdit.evaluation.metrics.fid import FeatureStatistics
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.files import to_uint8
+from emmdit.files import check_folder, to_uint8
 from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
-from lightning_modules.commands.options import command_parser
+from lightning_modules.commands.config_errors import sentence
+from lightning_modules.commands.options import check_options, command_parser
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
 
@@ -49,8 +50,8 @@ class Source:
 def reference_stats(argv: list[str]) -> None:
     """Write mean and covariance of the features of real images (and the features), as clean-fid reads them."""
     args = reference_parser().parse_args(argv)
-    if args.batch_size < 1 or args.seed < 0 or (args.resolution or 1) < 1:
-        raise ValueError("--batch_size and --resolution must be at least 1, --seed at least 0.")
+    check_options(args)
+    check_folder(args.out)
     features = build_features(args.features)
     images = open_images(args)
     if images.count < 2:
@@ -130,10 +131,11 @@ def build_features(text: str) -> FeatureExtractor:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("features", type=FeatureExtractor)
     try:
-        parsed = parser.parse_object({"features": yaml.safe_load(Path(text).read_text())})
-        return instantiate(parser, parsed).features
-    except (ArgumentError, yaml.YAMLError) as error:
-        raise ValueError(f"'{text}' does not name a FeatureExtractor by class_path and init_args: {error}") from error
+        return instantiate(parser, parser.parse_object({"features": read_yaml(text)})).features
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(
+            f"'{text}' does not name a FeatureExtractor by class_path and init_args ({sentence(error).rstrip('.')})."
+        ) from error
 
 
 def open_images(args: Namespace) -> Source:
@@ -141,7 +143,7 @@ def open_images(args: Namespace) -> Source:
     if args.shapes is not None:
         if args.num is not None:
             raise ValueError("--num goes with --images or --data; with --shapes N there are N images.")
-        scenes = ShapesDataset(ShapesWorld(args.resolution or 32), args.seed, max(args.shapes, 1))
+        scenes = ShapesDataset(ShapesWorld(32 if args.resolution is None else args.resolution), args.seed, args.shapes)
         about |= {"source": "shapes world", "resolution": scenes.world.image_size, "per_task": args.per_task}
         if args.per_task is None:
             return Source("shapes", args.shapes, lambda i: _tensor(render_scene(scenes.scene(i))), about)

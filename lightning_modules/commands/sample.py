@@ -9,14 +9,16 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from emmdit.files import grid, save_png, to_uint8
+from emmdit.files import check_folder, grid, save_png, to_uint8
 from lightning_modules.commands.options import (
     DTYPES,
+    LARGEST_SEED,
     RELEASED,
     SAMPLING,
     add_released_arguments,
     add_sampling_arguments,
     add_trust_argument,
+    check_options,
     command_parser,
     given,
 )
@@ -26,16 +28,15 @@ from lightning_modules.commands.progress import counter
 def sample(argv: list[str]) -> None:
     """Generate images with a run folder, a checkpoint, an export, a diffusers pipeline or a released Nitro-E file."""
     args = sample_parser().parse_args(argv)
-    prompts = list(args.prompt)
-    if args.prompts is not None:
-        if not Path(args.prompts).is_file():
-            raise FileNotFoundError(f"There is no prompt file {args.prompts}.")
-        prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+    check_options(args)
+    prompts = [*args.prompt, *(read_prompt_file(Path(args.prompts)) if args.prompts is not None else ())]
     if not prompts:
         raise ValueError("No prompt is given: use --prompt or --prompts.")
-    if args.num_images < 1 or args.batch_size < 1:
-        raise ValueError("--num_images and --batch_size must be at least 1.")
-    from lightning_modules.commands.load_model import open_model  # takes seconds: --help and errors need not wait
+    if args.seed + len(prompts) * args.num_images > LARGEST_SEED:
+        raise ValueError(f"--seed {args.seed} is too large for so many images: seeds end at {LARGEST_SEED:,}.")
+    check_folder(args.out)
+    from emmdit.generate import check_finite  # these take seconds: --help and errors need not wait
+    from lightning_modules.commands.load_model import open_model
 
     how = {"hashed": False, "trust_code": args.trust_code, **given(args, RELEASED)}
     model = open_model(args.ckpt, args.weights, given(args, SAMPLING), **how)
@@ -47,7 +48,8 @@ def sample(argv: list[str]) -> None:
     for first in range(0, len(prompts), args.batch_size):
         chunk = prompts[first : first + args.batch_size]
         seeds = [args.seed + first + i for i in range(len(chunk))]
-        for prompt, seed, image in zip(chunk, seeds, to_uint8(model.generate(chunk, seeds)), strict=True):
+        made = check_finite(model.generate(chunk, seeds), chunk, seeds)
+        for prompt, seed, image in zip(chunk, seeds, to_uint8(made), strict=True):
             name = out / f"{len(images):05d}.png"
             images.append(Image.fromarray(image))
             save_png(images[-1], name, {"prompt": prompt, "seed": seed, **settings})
@@ -55,6 +57,20 @@ def sample(argv: list[str]) -> None:
     seconds = time.perf_counter() - started
     save_png(grid(images, args.columns, args.scale), out / "grid.png", {"prompts": prompts, **settings})
     print(f"{len(images)} images in {seconds:.1f} s: {out}/grid.png")
+
+
+def read_prompt_file(file: Path) -> list[str]:
+    """One prompt per line, without empty lines. FileNotFoundError or ValueError names the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no prompt file {file}.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The prompt file {file} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"The prompt file {file} is empty: write one prompt per line.")
+    return prompts
 
 
 def sample_parser() -> ArgumentParser:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from emmdit.encoders.base import FrozenModel, frozen
-from emmdit.encoders.loading import load_processor, load_tokenizer
+from emmdit.encoders.loading import MissingModelError, load_processor, load_tokenizer, one_sentence
 from emmdit.evaluation.metrics.base import check_images
+from emmdit.weights import sha256_of
 
+# sha256 of `model.safetensors` of hub repositories, as their page at huggingface.co shows it: metrics of a CLIP that
+# somebody exchanged there, or in the local cache, would be of another one.
+PUBLISHED = {"openai/clip-vit-large-patch14": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"}
 _SIZES = {"base": "b", "large": "l", "huge": "h", "giant": "g"}
 
 
@@ -48,6 +54,7 @@ class CLIP(FrozenModel):
     def _build(self) -> nn.Module:
         from transformers import CLIPImageProcessor, CLIPModel
 
+        check_published(self.source, self.revision)
         model = self._load(CLIPModel, ("clip",))
         self._tokenizer = load_tokenizer(self.source, revision=self.revision)
         processor = load_processor(CLIPImageProcessor, self.source, revision=self.revision)
@@ -121,6 +128,20 @@ class CLIP(FrozenModel):
             "preprocessing": {"resize": "pillow", **self._pixels},
             "max_length": self.max_length,
         }
+
+
+def check_published(source: str, revision: str | None) -> None:
+    """Raise MissingModelError if the weights of a hub repository are known and are not these; `revision`: not asked."""
+    known = PUBLISHED.get(source)
+    if known is None or revision is not None or Path(source).is_dir():
+        return
+    with one_sentence(source):
+        file = Path(huggingface_hub.hf_hub_download(source, "model.safetensors"))
+    if (found := sha256_of([file])) != known:
+        raise MissingModelError(
+            f"'{file}' is not the published model of '{source}' (its sha256 is {found[:8]}..., not {known[:8]}...): "
+            "remove it, so that it is downloaded again, or name a revision that you trust."
+        )
 
 
 def short_name(source: str) -> str:

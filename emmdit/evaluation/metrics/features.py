@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -18,11 +20,12 @@ from emmdit.encoders.base import frozen
 from emmdit.encoders.loading import MissingModelError
 from emmdit.evaluation.metrics.base import check_images
 from emmdit.evaluation.metrics.clip import CLIP
-from emmdit.weights import sha256_of
+from emmdit.files import cache_folder
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
-CLEAN_FID_FOLDER = Path("/tmp")  # hard-coded in clean-fid
+# As published by k-diffusion, which downloads the same file (k_diffusion/evaluation.py).
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 RESIZE_THREADS = 8  # Pillow releases the GIL while it resizes
 
 
@@ -69,13 +72,12 @@ class FeatureExtractor(ABC):
 class CleanInception(FeatureExtractor):
     """clean-fid's mode "clean" by clean-fid's own code: its resize on the CPU, then its Inception, 2048 features.
 
-    The network is a TorchScript file, and loading one runs the code inside it. It is accepted for this file alone,
-    because a number made with any other Inception cannot be compared with published ones. It is never downloaded
-    here. Its sha256 is in `settings` and in references, and a reference made with another file is refused.
+    The network is a TorchScript file, and loading one runs the code inside it: only the published file is loaded, known
+    by its sha256. It is never downloaded here.
 
     Args:
-        weights: the file, or the folder it lies in; else the environment's EMMDIT_INCEPTION, else where clean-fid
-            keeps it.
+        weights: the file, or the folder it lies in; else the environment's EMMDIT_INCEPTION, else the folder
+            `inception` of the suite's own cache.
     """
 
     name = "clean"
@@ -91,12 +93,13 @@ class CleanInception(FeatureExtractor):
 
     def file(self) -> Path:
         """The weights on this machine. Raises MissingModelError."""
-        path = Path(self.weights or os.environ.get("EMMDIT_INCEPTION") or CLEAN_FID_FOLDER).expanduser()
+        path = Path(self.weights or os.environ.get("EMMDIT_INCEPTION") or cache_folder("inception") / INCEPTION)
+        path = path.expanduser()
         path = path / INCEPTION if path.is_dir() else path
         if not path.is_file():
             raise MissingModelError(
-                f"FID's Inception weights '{path}' are missing: get them by `curl -Lo {path} {INCEPTION_URL}`, or "
-                f"name a copy as `weights` or in EMMDIT_INCEPTION."
+                f"FID's Inception weights '{path}' are missing: get them by `curl --create-dirs -Lo "
+                f"{shlex.quote(str(path))} {INCEPTION_URL}`, or name a copy as `weights` or in EMMDIT_INCEPTION."
             )
         return path
 
@@ -107,21 +110,19 @@ class CleanInception(FeatureExtractor):
             from cleanfid.resize import build_resizer
 
             file = self.file()
-            self._sha256 = sha256_of([file])
-            try:
-                # clean-fid takes a folder and expects this name. It reads by torch.jit.load, which is deprecated.
-                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)
-                    (Path(folder) / INCEPTION).symlink_to(file.resolve())
-                    network = InceptionV3W(folder, download=False).eval().requires_grad_(False).to(self.device)
-                with frozen(self.device):
-                    network(torch.zeros(1, 3, 299, 299, device=self.device))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, AttributeError, ValueError) as error:
+            content = file.read_bytes()
+            self._sha256 = hashlib.sha256(content).hexdigest()
+            if self._sha256 != INCEPTION_SHA256:
                 raise MissingModelError(
-                    f"'{file}' is damaged or is not clean-fid's Inception: download it again from {INCEPTION_URL}."
-                ) from error
+                    f"'{file}' is damaged or is not clean-fid's Inception (its sha256 is {self._sha256[:8]}..., not "
+                    f"{INCEPTION_SHA256[:8]}...): download it again from {INCEPTION_URL}."
+                )
+            # clean-fid takes a folder and expects this name. It reads by torch.jit.load, which is deprecated. The very
+            # bytes that were checked: others may be able to exchange the file.
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                (Path(folder) / INCEPTION).write_bytes(content)
+                network = InceptionV3W(folder, download=False).eval().requires_grad_(False).to(self.device)
             self._network, self._resizer = network, build_resizer("clean")
         self._network.to(self.device)
 

@@ -18,6 +18,7 @@ from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
 from emmdit.files import atomic_path
 from emmdit.weights import sha256_of
 
+MOST_COMPRESSED = 100  # bytes of an array from one in the file
 MADE_WITH = "made_with"  # a JSON array beside clean-fid's, which clean-fid ignores
 
 
@@ -39,13 +40,18 @@ def read_reference(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, 
             f"There are no reference statistics '{path}': compute them with `emmdit reference-stats`."
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.file_size > MOST_COMPRESSED * max(entry.compress_size, 1) for entry in archive.infolist()):
+                raise ValueError("features do not compress like this")
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in (*names, MADE_WITH) if name in file.files}
         made_with = json.loads(str(found.pop(MADE_WITH, "{}")))
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, AttributeError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"'{path}' is no npz file of reference statistics: compute one with `emmdit reference-stats`."
         ) from error
+    if not isinstance(made_with, dict) or not isinstance(made_with.get("features", {}), dict):
+        raise ValueError(f"'{path}' has a damaged {MADE_WITH}: compute it again with `emmdit reference-stats`.")
     if len(found) < len(names):
         held, wanted = ("NAME_kid.npz", " with --feats") if "feats" in names else ("NAME.npz", "")
         raise ValueError(
