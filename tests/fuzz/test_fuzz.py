@@ -1,0 +1,111 @@
+"""Short fuzz run: regressions of the corpus, and the same few mutations of valid inputs at every run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.fuzz.guard import Fault, Guard, guarded
+from tests.fuzz.mutations import inputs, read
+from tests.fuzz.target import Target
+from tests.fuzz.targets import TARGETS
+
+CORPUS = Path(__file__).parent / "corpus"
+MILLISECONDS = 500  # of a target
+
+
+@pytest.fixture(scope="module")
+def guard(stand_ins: None) -> Iterator[Guard]:
+    with guarded(TARGETS.values()) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_a_mutated_input_is_read_or_refused_in_a_sentence(guard: Guard, name: str) -> None:
+    target = TARGETS[name]
+    count = max(8, int(MILLISECONDS / (target.cost + 1)))
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(inputs(target.examples))
+    def check(tree: dict) -> None:
+        guard.check(target, tree)
+
+    check()
+
+
+@pytest.mark.parametrize("entry", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_an_input_of_the_corpus_is_read_or_refused_in_a_sentence(guard: Guard, entry: Path) -> None:
+    guard.check(TARGETS[entry.parent.name], read(entry))
+
+
+def reader(read, **settings) -> Target:  # noqa: ANN001
+    return Target("reader", lambda folder: (folder / "a.txt").write_text("x"), read, **settings)
+
+
+def deep(folder: Path) -> None:
+    deep(folder)
+
+
+def caught(folder: Path) -> None:
+    try:
+        os.system("true")
+    except BaseException:  # a reader that hides what it did
+        raise ValueError("a.txt is broken.") from None
+
+
+def slow(folder: Path) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    "read, fault",
+    [
+        (lambda folder: {}["x"], "KeyError"),
+        (deep, "RecursionError"),
+        (caught, "os.system"),
+        (lambda folder: __import__("fuzz_canary"), "imports 'fuzz_canary'"),
+        (lambda folder: (folder.parent / "b").write_text("x"), "writes"),
+        (lambda folder: (folder / "a.txt").rename(folder.parent / "b"), "os.rename"),
+        (lambda folder: Path("/etc/passwd").read_text(), "reads '/etc/passwd'"),
+        (lambda folder: bytearray(1 << 40), "asks for more"),
+        (lambda folder: bytearray(2 << 30), "MiB"),
+        (lambda folder: (_ for _ in ()).throw(ValueError("a.txt is broken:\nline 1")), "in 2 lines"),
+        (lambda folder: (_ for _ in ()).throw(ValueError("a.txt" * 999)), "4995 characters"),
+        (lambda folder: (_ for _ in ()).throw(ValueError("Expecting value")), "no file is named"),
+        (slow, "takes more than"),
+    ],
+)
+def test_the_guard_finds(guard: Guard, read, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    monkeypatch.setattr("tests.fuzz.guard.SECONDS", 0.3)
+    with pytest.raises(Fault, match=fault):
+        guard.check(reader(read), {"a.txt": b"x"})
+
+
+def test_the_guard_lets_a_reader_be(guard: Guard) -> None:
+    def refuses(folder: Path) -> None:
+        raise ValueError(f"{folder}/a.txt is broken.")
+
+    assert guard.check(reader(refuses), {"a.txt": b"x"}) == "ValueError"
+    assert guard.check(reader(lambda folder: (folder / "a.txt").read_text()), {"a.txt": b"x"}) == "read"
+
+
+def test_a_link_out_of_the_folder_is_a_fault_where_links_must_stay_inside(guard: Guard) -> None:
+    def follows(folder: Path) -> None:
+        (folder / "a.txt").read_text()
+
+    tree = {"a.txt": "../secret.txt"}
+    assert guard.check(reader(follows), tree) == "read"
+    with pytest.raises(Fault, match="reads"):
+        guard.check(reader(follows, links=False), tree)
