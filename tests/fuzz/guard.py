@@ -235,11 +235,16 @@ def _of_memory(error: BaseException | None) -> bool:
 
 
 def _where(error: BaseException | None) -> str:
-    """The innermost line of this suite that the error came through."""
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    own = [
-        f
-        for f in frames
-        if f.filename.startswith(str(ROOT)) and "/fuzz/" not in f.filename and "/.venv/" not in f.filename
-    ]
-    return f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].name}" if own else "outside the suite"
+    """The innermost line of this suite that the error, or its cause, came through."""
+    while error is not None:
+        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        own = [(file, name) for file, name in zip(frames, names, strict=True) if _of_suite(file)]
+        if own:
+            return f"{own[-1][0].relative_to(ROOT)}:{own[-1][1]}"
+        error = error.__cause__
+    return "outside the suite"
+
+
+def _of_suite(file: Path) -> bool:
+    return file.is_relative_to(ROOT) and not {".venv", "fuzz"} & set(file.relative_to(ROOT).parts)
