@@ -179,7 +179,7 @@ def images(folder: Path) -> None:
     first: ValueError | None = None
     for path in sorted(folder.iterdir()):
         try:
-            open_image(str(path))
+            open_image(path)
             load_image(path.read_bytes(), 8)
         except ValueError as error:
             first = first or error
