@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from argparse import ArgumentError
 from functools import cache
@@ -88,16 +87,15 @@ def sharded(folder: Path) -> None:
 
 
 def make_metadata(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as other:
-        make_sharded(Path(other))
-        (folder / ".metadata").write_bytes(Path(other, "checkpoints/last.ckpt/.metadata").read_bytes())
+    make_sharded(folder)
+    (folder / "checkpoints/last.ckpt/meta.pt").unlink()
 
 
 @target(make_metadata, cost=1)
 def metadata(folder: Path) -> None:
     from emmdit.checkpoint_reader import read_metadata
 
-    read_metadata(folder / ".metadata")
+    read_metadata(folder / "checkpoints/last.ckpt/.metadata")
 
 
 @target(lambda folder: tiny_network().save_pretrained(folder), cost=15)

@@ -163,7 +163,7 @@ def make_images(folder: Path) -> None:
         "d.tif": {"kind": "TIFF"},
     }
     forms |= {"e.png": {"mode": "LA"}, "f.png": {"mode": "P"}, "g.bmp": {"kind": "BMP"}, "h.png": {"mode": "I;16"}}
-    forms |= {"i.gif": {"kind": "GIF", "mode": "P"}, "j.tif": {"kind": "TIFF", "mode": "F"}, "k.ppm": {"kind": "PPM"}}
+    forms |= {"i.gif": {"kind": "GIF", "mode": "P"}, "k.ppm": {"kind": "PPM"}}
     for name, form in forms.items():
         mode = form.pop("mode", "RGB")
         if mode == "I;16":
@@ -219,7 +219,7 @@ def make_latents(folder: Path) -> None:
     (shard,) = folder.glob("*.arrow")
     made = {"kind": "emmdit latents", "version": 1, "resolution": 64, "source": {"source": "x", "license": ""}}
     made |= {"codec": {"latent_channels": 2, "downsample": 32}, "counts": {"rows": 3, "samples": 3, "rejected": {}}}
-    made |= {"columns": {"latents": {"dtype": "float16"}}, "sha256": "0"}
+    made |= {"columns": {"latents": {"dtype": "float16", "shape": [2, 2, 2]}}, "sha256": "0"}
     made |= {"shards": [{"file": shard.name, "samples": 3, "bytes": shard.stat().st_size, "sha256": "0"}]}
     write_json(folder / "manifest.json", made)
 
