@@ -218,9 +218,11 @@ def make_latents(folder: Path) -> None:
     datasets.Dataset.from_dict(columns).save_to_disk(folder)
     (shard,) = folder.glob("*.arrow")
     made = {"kind": "emmdit latents", "version": 1, "resolution": 64, "source": {"source": "x", "license": ""}}
-    made |= {"codec": {"latent_channels": 2, "downsample": 32}, "counts": {"rows": 3, "samples": 3, "rejected": {}}}
-    made |= {"columns": {"latents": {"dtype": "float16", "shape": [2, 2, 2]}}, "sha256": "0"}
-    made |= {"shards": [{"file": shard.name, "samples": 3, "bytes": shard.stat().st_size, "sha256": "0"}]}
+    made |= {"counts": {"rows": 3, "samples": 3, "rejected": {}}}
+    made |= {"columns": {"latents": {"dtype": "float16", "shape": [2, 2, 2]}}, "sha256": "0" * 64}
+    codec = {"class_path": "emmdit.encoders.DCTCodec", "weights_sha256": "0" * 64, "dtype": "float32"}
+    made |= {"codec": codec | {"latent_channels": 2, "downsample": 32}, "rows_per_shard": 3}
+    made |= {"shards": [{"file": shard.name, "samples": 3, "bytes": shard.stat().st_size, "sha256": "0" * 64}]}
     write_json(folder / "manifest.json", made)
 
 
