@@ -63,7 +63,6 @@ def work(names: list[str], seed: int, folder: Path) -> None:
     from tests.fuzz.mutations import inputs, write
     from tests.fuzz.targets import TARGETS
 
-    quiet()
     began = time.monotonic()
     with guarded(TARGETS[name] for name in names) as guard:
         tell(case=str(guard.root))
@@ -110,15 +109,6 @@ def examine(tree: dict, guard: Any, target: Any, ends: Counter, faults: dict[str
 
 def tell(**what: Any) -> None:
     print(json.dumps(what), flush=True)
-
-
-def quiet() -> None:
-    import logging
-
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.disable(logging.CRITICAL)
 
 
 def replay(name: str, folder: Path) -> int:
