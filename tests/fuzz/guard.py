@@ -68,17 +68,18 @@ class Guard:
     """
 
     installed: Guard | None = None
+    hooked = False
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.case, self.scratch = self.root / "case", self.root / "scratch"
         self.secret = self.root / "secret.txt"
-        self.secret.write_text("not of the input\n")
-        self.active = self.links = False
+        self.active, self.reads = False, ""
         self.seen: list[str] = []
         self.modules: frozenset[str] = frozenset()
         self.most = 0  # bytes of addresses
-        if Guard.installed is None:  # a hook cannot be removed
+        if not Guard.hooked:  # for good: a hook cannot be removed
+            Guard.hooked = True
             sys.addaudithook(lambda *event: Guard.installed and Guard.installed._watch(*event))
         Guard.installed = self
 
@@ -89,9 +90,9 @@ class Guard:
             self._forbid(f"{event} {arguments[0]!r:.80}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, _, flags = arguments
-            if flags & WRITING and not self._inside(path) and os.fspath(path) not in ("/dev/null", b"/dev/null"):
+            if flags & WRITING and not self._inside(path, follow=True) and os.fsdecode(path) != "/dev/null":
                 self._forbid(f"writes {os.fsdecode(path)!r:.80}")
-            elif not self._inside(path) and not os.path.realpath(os.fsdecode(path)).startswith(READABLE):
+            elif not (self.reads == "anything" or self._readable(path)):
                 self._forbid(f"reads {os.fsdecode(path)!r:.80}")
         elif event == "import" and self.modules and arguments[0].partition(".")[0] not in self.modules:
             self._forbid(f"imports {arguments[0]!r:.80}")
@@ -101,12 +102,15 @@ class Guard:
                 if not isinstance(path, str | bytes | os.PathLike):
                     continue
                 base = os.readlink(f"/proc/self/fd/{base}") if isinstance(base, int) and base >= 0 else os.getcwd()
-                if not self._inside(os.path.join(base, os.fsdecode(path)), changed=True):
+                if not self._inside(os.path.join(base, os.fsdecode(path)), follow=False):
                     self._forbid(f"{event} {os.fsdecode(path)!r:.80}")
 
-    def _inside(self, path: Any, changed: bool = False) -> bool:
+    def _readable(self, path: Any) -> bool:
+        follow = self.reads == "inside" or os.fsdecode(path).startswith("/dev/fd/")
+        return self._inside(path, follow) or os.path.realpath(os.fsdecode(path)).startswith(READABLE)
+
+    def _inside(self, path: Any, follow: bool) -> bool:
         name = os.fsdecode(path)
-        follow = not changed and (not self.links or name.startswith("/dev/fd/"))
         place = os.path.realpath(name) if follow else os.path.abspath(name)
         folders = (str(self.case), str(self.scratch))
         return place in folders or place.startswith(tuple(f"{folder}/" for folder in folders))
@@ -124,11 +128,12 @@ class Guard:
         for folder in (self.case, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
         self.scratch.mkdir()
+        self.secret.write_text("not of the input\n")
         try:
             write(tree, self.case)
         except (OSError, ValueError):
             return "not written"  # names that a file system does not take
-        self.seen, self.links = [], target.links
+        self.seen, self.reads = [], target.reads
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         error: BaseException | None = None
         if self.most and addresses() > self.most - MEMORY:

@@ -181,7 +181,7 @@ def config_parser() -> Any:
     return parser
 
 
-@target(make_configs, cost=8)
+@target(make_configs, cost=8, reads="anything", named=False)  # files of one's own
 def config_files(folder: Path) -> None:
     from lightning_modules.commands.config_errors import sentence
 

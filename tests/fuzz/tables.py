@@ -136,7 +136,7 @@ def make_folder(folder: Path) -> None:
     write_json(folder / "sub/b.json", {"caption": "a square"})
 
 
-@target(make_folder, cost=4, links=False)
+@target(make_folder, cost=4, reads="inside")
 def captioned_folder(folder: Path) -> None:
     samples(folder)
 

@@ -24,7 +24,8 @@ class Target:
         make: writes a valid input into an empty folder.
         read: reads it, as the commands do.
         cost: milliseconds of an input, for the shares of a run.
-        links: links of an input may lead out of its folder (a cache of the hub is made of them).
+        reads: what may be opened: "inside" of the folder, what is "linked" there (a cache of the hub is made of links
+            that lead out), or "anything" that the input names.
         named: a message names the file.
     """
 
@@ -32,7 +33,7 @@ class Target:
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
     cost: float = 2
-    links: bool = True
+    reads: str = "linked"
     named: bool = True
 
     @cached_property

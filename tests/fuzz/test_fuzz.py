@@ -109,4 +109,4 @@ def test_a_link_out_of_the_folder_is_a_fault_where_links_must_stay_inside(guard:
     tree = {"a.txt": "../secret.txt"}
     assert guard.check(reader(follows), tree) == "read"
     with pytest.raises(Fault, match="reads"):
-        guard.check(reader(follows, links=False), tree)
+        guard.check(reader(follows, reads="inside"), tree)
