@@ -76,6 +76,7 @@ class Guard:
         self.secret = self.root / "secret.txt"
         self.active, self.reads = False, ""
         self.seen: list[str] = []
+        self.linked: list[str] = []
         self.modules: frozenset[str] = frozenset()
         self.most = 0  # bytes of addresses
         if not Guard.hooked:  # for good: a hook cannot be removed
@@ -107,7 +108,12 @@ class Guard:
 
     def _readable(self, path: Any) -> bool:
         follow = self.reads == "inside" or os.fsdecode(path).startswith("/dev/fd/")
-        return self._inside(path, follow) or os.path.realpath(os.fsdecode(path)).startswith(READABLE)
+        place = os.path.realpath(os.fsdecode(path))
+        if self.reads == "linked" and any(
+            place == link or place.startswith(os.path.join(link, "")) for link in self.linked
+        ):
+            return True
+        return self._inside(path, follow) or place.startswith(READABLE)
 
     def _inside(self, path: Any, follow: bool) -> bool:
         name = os.fsdecode(path)
@@ -134,6 +140,7 @@ class Guard:
         except (OSError, ValueError):
             return "not written"  # names that a file system does not take
         self.seen, self.reads = [], target.reads
+        self.linked = [os.path.realpath(self.case / name) for name, content in tree.items() if isinstance(content, str)]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         error: BaseException | None = None
         if self.most and addresses() > self.most - MEMORY:
