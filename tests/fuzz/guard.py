@@ -216,14 +216,16 @@ def guarded(targets: Iterable[Target]) -> Iterator[Guard]:
         guard = Guard(Path(folder))
         os.environ["EMMDIT_CACHE"] = str(guard.scratch)
         try:
-            with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", guard.scratch):
-                targets = list(targets)
+            targets = [target for target in targets if target.valid]
+            guard.scratch.mkdir()
+            with (
+                mock.patch.object(datasets.config, "HF_DATASETS_CACHE", guard.scratch),
+                mock.patch.object(tempfile, "tempdir", str(guard.scratch)),
+            ):
                 for target in targets:
                     write(target.valid, guard.root / target.name)
                     target.read(guard.root / target.name)
-                for folder in guard.root.iterdir():
-                    if folder.is_dir():
-                        shutil.rmtree(folder)
+                    shutil.rmtree(guard.root / target.name)
                 for target in targets:
                     ended = guard.check(target, target.valid)
                     assert ended == "read", f"the valid input of {target.name} ends in {ended}"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.guard import Fault, Guard, guarded
-from tests.fuzz.mutations import inputs, read
+from tests.fuzz.mutations import OUTSIDE, inputs, read
 from tests.fuzz.target import Target
 from tests.fuzz.targets import TARGETS
 
@@ -47,6 +47,34 @@ def test_a_mutated_input_is_read_or_refused_in_a_sentence(guard: Guard, name: st
 @pytest.mark.parametrize("entry", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_an_input_of_the_corpus_is_read_or_refused_in_a_sentence(guard: Guard, entry: Path) -> None:
     guard.check(TARGETS[entry.parent.name], read(entry))
+
+
+LOOPS = {"loop": ".", "other-loop": "."}
+
+
+@pytest.mark.parametrize("name", ["captioned_folder", "tar", "arrow", "mds", "imagefolder"])
+def test_folders_that_link_to_themselves_end(guard: Guard, name: str) -> None:
+    guard.check(TARGETS[name], TARGETS[name].valid | LOOPS)
+
+
+@pytest.mark.parametrize(
+    "name, links",
+    [
+        ("captioned_folder", {"a.txt": OUTSIDE}),
+        ("captioned_folder", {"c.json": OUTSIDE}),
+        ("captioned_folder", {"a.png": OUTSIDE}),
+        ("image_set", {"images/00000/metadata.jsonl": f"../../{OUTSIDE}", "images/set.json": "gone"}),
+        ("image_set", {"images/00000/samples/00000.png": f"../../../{OUTSIDE}"}),
+        ("job", {"job/journal/rank-00000.jsonl": f"../../{OUTSIDE}"}),
+        ("job", {"job/plan.json": f"../{OUTSIDE}"}),
+        ("ledger", {"shapes.json": OUTSIDE}),
+        ("checkpoint", {"checkpoints/last.ckpt": f"../{OUTSIDE}"}),
+        ("checkpoint", {"checkpoints/last.ckpt": "last.ckpt"}),
+        ("tar", {"a.tar": OUTSIDE}),
+    ],
+)
+def test_nothing_is_written_through_a_link_nor_a_caption_read(guard: Guard, name: str, links: dict) -> None:
+    guard.check(TARGETS[name], TARGETS[name].valid | links)
 
 
 def reader(read, **settings) -> Target:  # noqa: ANN001
