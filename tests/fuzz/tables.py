@@ -172,7 +172,7 @@ def make_images(folder: Path) -> None:
             (folder / name).write_bytes(encoded(mode=mode, **form))
 
 
-@target(make_images, cost=1.5, named=False)
+@target(make_images, cost=1, named=False, apart=True)
 def images(folder: Path) -> None:
     from emmdit.data.images import load_image, open_image
 

@@ -27,6 +27,7 @@ class Target:
         reads: what may be opened: "inside" of the folder, what is "linked" there (a cache of the hub is made of links
             that lead out), or "anything" that the input names.
         named: a message names the file.
+        apart: the files are inputs of their own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     cost: float = 2
     reads: str = "linked"
     named: bool = True
+    apart: bool = False
 
     @cached_property
     def valid(self) -> Tree:
@@ -44,8 +46,9 @@ class Target:
 
     @property
     def examples(self) -> list[Tree]:
-        """The valid input, and those of the corpus."""
-        return [self.valid, *map(mutations.read, sorted((CORPUS / self.name).glob("*")))]
+        """The valid inputs, and those of the corpus."""
+        valid = [{name: content} for name, content in self.valid.items()] if self.apart else [self.valid]
+        return [*valid, *map(mutations.read, sorted((CORPUS / self.name).glob("*")))]
 
 
 TARGETS: dict[str, Target] = {}
