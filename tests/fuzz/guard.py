@@ -91,7 +91,8 @@ class Guard:
             self._forbid(f"{event} {arguments[0]!r:.80}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, _, flags = arguments
-            if flags & WRITING and not self._inside(path, follow=True) and os.fsdecode(path) != "/dev/null":
+            follow = not flags & os.O_NOFOLLOW
+            if flags & WRITING and not self._inside(path, follow) and os.fsdecode(path) != "/dev/null":
                 self._forbid(f"writes {os.fsdecode(path)!r:.80}")
             elif not (self.reads == "anything" or self._readable(path)):
                 self._forbid(f"reads {os.fsdecode(path)!r:.80}")
