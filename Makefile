@@ -21,7 +21,7 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	echo "Python 3.11 or 3.12 with its venv module is needed and was not found: install one, or name it with" \
 	"PYTHON=/path/to/python." >&2; exit 1
 
-.PHONY: help setup quickstart test test-all lint format lock clean
+.PHONY: help setup quickstart test test-all fuzz lint format lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: $(STAMP)  ## Run the tests that are not marked slow
 
 test-all: $(STAMP)  ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+fuzz: $(STAMP)  ## Give the readers a million broken files (ARGS="--hours 1 --target tar")
+	$(BIN)/python -m tests.fuzz.run --processes $(WORKERS) $(ARGS)
 
 lint: $(STAMP)  ## Check style and formatting
 	$(BIN)/ruff check .

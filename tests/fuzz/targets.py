@@ -1,0 +1,5 @@
+"""All targets."""
+
+from tests.fuzz import models as models
+from tests.fuzz import tables as tables
+from tests.fuzz.target import TARGETS as TARGETS
