@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
 from emmdit.evaluation.image_set import ImageSet
@@ -316,6 +318,18 @@ def test_a_folder_is_made_beside_its_place(tmp_path: Path) -> None:
         assert (tmp_path / name / "a").exists()
         shutil.rmtree((tmp_path / name).resolve())
         (tmp_path / "empty").mkdir(exist_ok=True)
+
+
+def test_a_full_disk_leaves_no_part_of_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Image.Image, path: Path, **options: Any) -> None:
+        Path(path).write_bytes(b"\x89PNG")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "No space left" in told(capsys, "sample", "--ckpt", MODEL, "--out", tmp_path / "out", *SMALL)
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ------------------------------------------------------------------------------------------- signals

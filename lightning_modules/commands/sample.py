@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -52,11 +53,20 @@ def sample(argv: list[str]) -> None:
         for prompt, seed, image in zip(chunk, seeds, to_uint8(made), strict=True):
             name = out / f"{len(images):05d}.png"
             images.append(Image.fromarray(image))
-            save_png(images[-1], name, {"prompt": prompt, "seed": seed, **settings})
+            write_image(images[-1], name, {"prompt": prompt, "seed": seed, **settings})
         progress(len(images), len(prompts))
     seconds = time.perf_counter() - started
-    save_png(grid(images, args.columns, args.scale), out / "grid.png", {"prompts": prompts, **settings})
+    write_image(grid(images, args.columns, args.scale), out / "grid.png", {"prompts": prompts, **settings})
     print(f"{len(images)} images in {seconds:.1f} s: {out}/grid.png")
+
+
+def write_image(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    """`save_png` with an OSError of one sentence, such as on a full disk."""
+    try:
+        save_png(image, path, settings)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(f"{path} could not be written ({why}): make room, or choose another --out.") from error
 
 
 def read_prompt_file(file: Path) -> list[str]:
