@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning_modules.checkpoint_io import PART
 
-CALLS = {"open", "write", "write_record", "write_end_of_file", "flush", "fsync", "close", "truncate"}
-CALLS |= {"replace", "rename", "remove", "unlink", "rmdir", "mkdir", "symlink"}
+NAMES = {"open", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "symlink"}
+CALLS = NAMES | {"write", "write_record", "write_end_of_file", "flush", "fsync", "close", "truncate"}
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def snapshots(folder: Path, into: Path) -> Iterator[list[str]]:
         if event == "c_call" and argument.__name__ in CALLS and on_disk and places & {"posix", "io", "_io", "torch._C"}:
             sys.setprofile(None)
             with lock:
-                if (now := state()) not in states:
+                if (not calls or calls[-1] in NAMES) and (now := state()) not in states:
                     states.add(now)
                     shutil.copytree(folder, into / str(len(calls)), symlinks=True, copy_function=copy)
                 calls.append(argument.__name__)
