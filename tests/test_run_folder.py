@@ -235,10 +235,6 @@ def test_the_config_of_an_older_version_does_not_take_its_folder_along(trained: 
 # -- work beside the training --------------------------------------------------------------------------------
 
 
-class Broken(Callback):
-    pass
-
-
 def test_a_failing_grid_evaluation_or_logger_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such\nword")
