@@ -31,6 +31,7 @@ def tree(tmp_path: Path) -> Path:
 def test_bases_come_first_and_once(tree: Path) -> None:
     assert names("fit", "-c", "c.yaml", "--x=1") == ["a", "b", "c"]
     assert names("-c", "a.yaml", "-c", "c.yaml") == names("-c", "c.yaml") == ["a", "b", "c"]
+    assert names("-csub/d.yaml") == ["a", "b", "d"]
     assert names("--config=sub/d.yaml", "-c=c.yaml") == ["a", "b", "d", "c"]  # relative to the file, shared bases once
     assert names("-c", "c.yaml", "-c", "a.yaml") == ["a", "b", "c", "a"]  # what is given is laid over what was before
     assert with_bases(["fit", "-c", "a.yaml", "--ckpt_path", "last", "-c"]) == [

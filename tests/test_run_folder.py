@@ -84,7 +84,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "signum, status, validation",
-    [(signal.SIGTERM, 143, True), (signal.SIGTERM, 143, False), (signal.SIGINT, 130, False)],
+    [
+        (signal.SIGTERM, 143, True),
+        pytest.param(signal.SIGTERM, 143, False, marks=pytest.mark.slow),
+        (signal.SIGINT, 130, False),
+    ],
 )
 def test_a_signal_saves_and_ends_and_the_resume_is_exact(
     signum: int, status: int, validation: bool, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -229,10 +233,6 @@ def test_the_config_of_an_older_version_does_not_take_its_folder_along(trained: 
 
 
 # -- work beside the training --------------------------------------------------------------------------------
-
-
-class Broken(Callback):
-    pass
 
 
 def test_a_failing_grid_evaluation_or_logger_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
