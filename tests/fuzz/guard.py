@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from lightning_modules.commands.config_errors import sentence
 from tests.fuzz.mutations import Tree, write
 from tests.fuzz.target import Target
 
@@ -177,7 +178,7 @@ class Guard:
         signature = f"{type(error).__name__} {_where(error)}"
         if not isinstance(error, ValueError | OSError | ArgumentError):
             raise Fault(told, signature) from error
-        message = str(error).replace(str(self.case), "")
+        message = sentence(error).replace(str(self.case), "")  # what `main` prints
         if len(message.splitlines()) != 1 or len(message) > LONGEST:
             raise Fault(f"{len(message)} characters in {len(message.splitlines())} lines: {told}", f"long {signature}")
         names = {str(self.case), *(Path(name).name for name in tree)}
