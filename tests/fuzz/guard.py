@@ -147,6 +147,7 @@ class Guard:
         error: BaseException | None = None
         if self.most and addresses() > self.most - MEMORY:
             gc.collect()  # an error keeps what its frames hold
+            self.most = addresses() + ADDRESSES  # what libraries keep is no reader's fault
         with limits(self.most), warnings.catch_warnings(action="ignore"):
             self.active = True
             try:
@@ -247,7 +248,8 @@ def addresses() -> int:
 
 
 def _too_slow(*_: object) -> None:
-    raise TooSlow
+    if Guard.installed is not None and Guard.installed.active:  # else it has just ended
+        raise TooSlow
 
 
 def _of_memory(error: BaseException | None) -> bool:
