@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from argparse import ArgumentError
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -183,12 +182,7 @@ def config_parser() -> Any:
 
 @target(make_configs, cost=8, reads="anything", named=False)  # files of one's own
 def config_files(folder: Path) -> None:
-    from lightning_modules.commands.config_errors import sentence
-
-    try:
-        config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
-    except (ArgumentError, ValueError, OSError) as error:
-        raise ValueError(sentence(error)) from error  # as `main` prints it
+    config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
 
 
 CONFIG = yaml.safe_load("""
