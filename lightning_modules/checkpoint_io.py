@@ -55,8 +55,9 @@ class LocalCheckpointIO(TorchCheckpointIO):
         Raises:
             FileNotFoundError, ValueError: with one sentence.
         """
-        if is_remote(path) or weights_only is False:  # which a user asked for
-            return super().load_checkpoint(path, map_location or torch.device("cpu"), weights_only)
+        if is_remote(path) or weights_only is False:  # the latter: a user asked for it
+            tensors_only = weights_only is not False  # Lightning unpickles what comes from an address
+            return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
         found = find_checkpoint(path)
         if found.is_dir():
             if self.trainer.state.fn == "fit":

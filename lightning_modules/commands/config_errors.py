@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 
+LONGEST = 600  # values and names in a message may come from a hostile file
 USER_ERRORS = (ArgumentError, ValueError, OSError)
 _WRAPPERS = ("Parser key ", "Does not validate", "Problem with given class_path", "Type typing.", "Type collections.")
 _EXPECTED = ("Expected a ", "Expected <class ")
@@ -14,10 +15,14 @@ _KEY = re.compile(r'Parser key "([\w.]+)"')
 
 
 def sentence(error: BaseException) -> str:
-    """The message for the user: the key path in the config, and what is wrong with it.
+    """The message for the user, one line of at most `LONGEST` characters: the key path in the config, and what is wrong
+    with it. Errors that jsonargparse did not wrap keep their words, those of a loader process lose its traceback."""
+    line = " ".join(_sentence(error).split())
+    half = LONGEST // 2 - 3
+    return line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}"  # the way out stands at the end
 
-    Errors that jsonargparse did not wrap stay as they are, those of a loader process lose its traceback.
-    """
+
+def _sentence(error: BaseException) -> str:
     text = _message(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # raised in a data loader's process
         return text.rstrip().splitlines()[-1].partition(": ")[2]
@@ -57,7 +62,7 @@ def sentence(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """Any error in one line: its sentence, behind its kind where that is no error of a user's."""
-    told = " ".join(sentence(error).split())
+    told = sentence(error)
     return told if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {told}"
 
 
