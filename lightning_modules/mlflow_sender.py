@@ -219,5 +219,4 @@ def _import_store(tracking_uri: str) -> None:
     import mlflow.store.tracking.rest_store  # noqa: F401
 
     if database_file(tracking_uri) is not None or not tracking_uri.startswith(("http", "file")):
-        import alembic.runtime.migration  # noqa: F401
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

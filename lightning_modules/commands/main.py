@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from lightning_modules.commands.config_errors import USER_ERRORS, one_line, sentence
@@ -53,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     command, arguments = argv[0], normalized(argv[1:])
     try:
         if command in COMMANDS:
-            end_on_sigterm()
             name = command.replace("-", "_")
-            getattr(import_module(f"lightning_modules.commands.{name}"), name)(arguments)
+            with ends_on_sigterm():
+                getattr(import_module(f"lightning_modules.commands.{name}"), name)(arguments)
         elif command in LIGHTNING:
             from lightning_modules.commands.fit import SuiteCLI
 
@@ -74,11 +76,18 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def end_on_sigterm() -> None:
+@contextmanager
+def ends_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end this process as an error does, so that what is half written is removed; exit status 143."""
     here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def normalized(arguments: list[str]) -> list[str]:

@@ -12,9 +12,10 @@ from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from emmdit.weights import find_checkpoint, is_whole, last_checkpoint
+from emmdit.checkpoint_files import is_checkpoint
+from emmdit.weights import find_checkpoint, last_checkpoint
 from lightning_modules.commands.config_files import default_run_dir, is_run_config
-from lightning_modules.mlflow_logger import RUN_FILE
+from lightning_modules.mlflow_store import RUN_FILE
 from lightning_modules.runs import numbered_configs
 
 LOCK = ".lock"
@@ -112,7 +113,7 @@ class RunFolder:
             return ckpt_path
         if ckpt_path == "best":
             raise ValueError("--ckpt_path best is for a training that has just ended: give last, or a path.")
-        if is_whole(path := Path(ckpt_path)) or path.is_file():
+        if is_checkpoint(path := Path(ckpt_path)):
             return str(path)
         return str(find_checkpoint(path))  # the last one of a run folder, or the sentence
 
