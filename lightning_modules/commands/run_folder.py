@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from emmdit.files import resolved
-from emmdit.weights import find_checkpoint, is_whole, last_checkpoint
+from emmdit.weights import find_checkpoint, last_checkpoint
 from lightning_modules.commands.config_files import default_run_dir, is_run_config
 from lightning_modules.mlflow_logger import RUN_FILE
 from lightning_modules.runs import numbered_configs
@@ -113,9 +113,7 @@ class RunFolder:
             return ckpt_path
         if ckpt_path == "best":
             raise ValueError("--ckpt_path best is for a training that has just ended: give last, or a path.")
-        if is_whole(path := Path(ckpt_path)) or path.is_file():
-            return str(path)
-        return str(find_checkpoint(path))  # the last one of a run folder, or the sentence
+        return str(find_checkpoint(ckpt_path))  # itself, the last one of a run folder, or the sentence
 
     def _is_own(self, path: str) -> bool:
         places = (resolved(self.folder), resolved(self.checkpoints))
