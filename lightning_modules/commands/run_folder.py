@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from emmdit.files import resolved
 from emmdit.weights import find_checkpoint, last_checkpoint
 from lightning_modules.commands.config_files import default_run_dir, is_run_config
-from lightning_modules.mlflow_logger import RUN_FILE
+from lightning_modules.mlflow_store import RUN_FILE
 from lightning_modules.runs import numbered_configs
 
 LOCK = ".lock"
