@@ -23,6 +23,7 @@ from emmdit.encoders.loading import MissingModelError, loading, locate, one_sent
 from emmdit.flow import Path
 from emmdit.generate import Sampling, check_finite, generate
 from emmdit.legacy import modernize
+from emmdit.weights import check_finite as check_finite_weights
 
 CODEC = {"class_path": "emmdit.encoders.DCAE"}
 TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
@@ -89,7 +90,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
         Raises:
             OSError: there is no such folder or repository.
-            ValueError: the folder names a class that this version does not have.
+            ValueError: the folder names a class that this version does not have, or its weights are not finite.
         """
         source, _ = locate(str(pretrained_model_name_or_path))
         if not FilePath(source).is_dir():
@@ -102,9 +103,10 @@ class TextToImagePipeline(DiffusionPipeline):
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
         with loading(source):
             pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                _own_memory(component)
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        for name, module in modules.items():
+            check_finite_weights({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}, source)
+            _own_memory(module)
         return pipeline
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from emmdit.bounded import Unfit, bounded_folder
+from emmdit.files import read_json
 
 STANDIN_SCHEME = "standin:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -65,7 +66,10 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
                 raise MissingModelError(f"There is no '{file}': name a folder made by save_pretrained.")
         else:
             file = huggingface_hub.hf_hub_download(source, "config.json", subfolder=subfolder, revision=revision)
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        config = read_json(file, "download it again")
+        if not isinstance(config, dict):
+            raise MissingModelError(f"'{file}' is not the configuration of a model: download it again.")
+        return config
 
 
 def load_model(

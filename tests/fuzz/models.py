@@ -151,9 +151,12 @@ def reference(folder: Path) -> None:
 
 @target(lambda folder: (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG)), cost=30)
 def run_folder(folder: Path) -> None:
+    from emmdit.bounded import BoundedMemory
     from lightning_modules.runs import build_module, latest_config, read_config
 
-    build_module(read_config(folder), latest_config(folder))
+    config = read_config(folder)
+    with BoundedMemory(1 << 20):  # of a checkpoint beside it, see `load_pipeline`
+        build_module(config, latest_config(folder))
 
 
 def make_configs(folder: Path) -> None:
