@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 SLACK = 2**24  # elements of tables and the like, which no file holds
-STEP = 2**11  # elements that an operation counts for at least: so many tiny layers take time, not memory
+STEP = 2**12  # elements that an operation counts for at least: so many tiny layers take time, not memory
 COPIES = 4  # made of each byte of the weights: at construction, read, cast, moved
 
 

@@ -207,6 +207,19 @@ def test_an_export_whose_weights_are_not_finite_is_refused(folder: Path, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part, name", [("transformer", "patch_embed.bias"), ("vae", "analysis")])
+def test_an_export_that_lacks_weights_is_refused(folder: Path, tmp_path: Path, part: str, name: str):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(MissingModelError, match=rf"copy.*\b1 weights.*{part}\.{name}"):
+        TextToImagePipeline.from_pretrained(copy)
+    given = {part: pipeline_with().components[part]}
+    assert TextToImagePipeline.from_pretrained(copy, **given).components[part] is given[part]
+
+
 # -------------------------------------------------------------------------------- what a folder may name
 
 

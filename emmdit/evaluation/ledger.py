@@ -53,11 +53,11 @@ def append(path: str | Path, row: Mapping[str, Any]) -> Row:
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = _ordered([other for other in read(path) if key(other) != key(row)] + [row])
         try:
-            lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows]
+            lines = [json.dumps(r, ensure_ascii=False, allow_nan=False).encode() for r in rows]
         except (ValueError, TypeError) as error:
             raise ValueError(f"A row for the ledger {path} is not JSON ({error}).") from error
         with atomic_path(path) as part:
-            part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+            part.write_bytes(b"[\n" + b",\n".join(lines) + b"\n]\n")
     return row
 
 
