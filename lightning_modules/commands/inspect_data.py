@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from torch.utils.data import DataLoader
 
 from datamodules import CaptionedImagesDataModule, LatentsDataModule, TextImageDataModule
+from emmdit.config_text import read_yaml
 from emmdit.data import inspect
 from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
@@ -93,8 +93,8 @@ def from_files(files: list[str], more: list[str]) -> tuple[TextImageDataModule, 
 
 def _has_model(file: str) -> bool:
     try:
-        return not {"model", "base"}.isdisjoint(yaml.safe_load(Path(file).read_text()) or {})
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return not {"model", "base"}.isdisjoint(read_yaml(file))
+    except (OSError, ValueError):
         return False  # the parser says what is wrong with it
 
 
