@@ -138,12 +138,20 @@ def loading(source: str) -> Iterator[None]:
     with one_sentence(source), ExitStack() as stack:
         if Path(source).is_dir():
             stack.enter_context(bounded_folder(source))
+            _check_configs(Path(source))
         try:
             yield
         except Unfit as error:
             raise Unfit(f"'{source}': {error}") from error
         except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"a configuration in it does not fit ({str(error).splitlines()[0]})") from error
+
+
+def _check_configs(folder: Path) -> None:
+    """A configuration that is a text would be one for diffusers, too: the id of a hub's, to be downloaded."""
+    for file in (*folder.glob("*config.json"), *folder.glob("*/*config.json")):
+        if not isinstance(read_json(file, "download it again"), dict):
+            raise MissingModelError(f"'{file}' is not the configuration of a model: download it again.")
 
 
 @contextmanager

@@ -185,7 +185,12 @@ def config_parser() -> Any:
 
 @target(make_configs, cost=8, reads="anything", named=False)  # files of one's own
 def config_files(folder: Path) -> None:
-    config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
+    except OmegaConfBaseException as error:  # as `fit` does
+        raise ValueError(str(error)) from error
 
 
 CONFIG = yaml.safe_load("""
