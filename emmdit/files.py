@@ -35,7 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    part.unlink(missing_ok=True)  # a link would be written through
+    part.unlink(missing_ok=True)  # a link that waits there would be followed
     try:
         yield part
         with part.open("rb") as file:

@@ -60,7 +60,8 @@ def check_finite(state: dict[str, Tensor], source: str | Path) -> None:
     for key, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(x) for x in tensor.aminmax()):
             raise ValueError(
-                f"The weights in {source} are not finite ({key} holds NaN or infinity): use an earlier checkpoint."
+                f"The weights in {source} are not finite ({key} holds NaN or infinity): use an earlier checkpoint, or "
+                "export again."
             )
 
 
