@@ -50,8 +50,13 @@ class TextImageDataModule(LightningDataModule):
         bucket_batch: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("validation_samples", validation_samples, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
         self.shuffle_block, self.bucket_batch = shuffle_block, bucket_batch

@@ -77,10 +77,8 @@ class CaptionedImagesDataModule(TextImageDataModule):
         self.buckets, self.size_columns = buckets, size_columns
         if len(self.columns) < 2 or "caption" not in self.columns:
             raise ValueError(f"{type(self).__name__} needs image_column, latents_column or both, and caption_column.")
-        if min(resolution, self.validation_samples) < 1:
-            raise ValueError(
-                f"resolution {resolution} and validation_samples {self.validation_samples} must be at least 1."
-            )
+        if resolution < 1:
+            raise ValueError(f"resolution {resolution} must be at least 1.")
         self.source, self.license, self.card = source, license, card
         self.split, self.data_files, self.revision = split, data_files, revision
         self.latents_shape, self.latents_scale, self.resolution = latents_shape, latents_scale, resolution

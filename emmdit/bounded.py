@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 SLACK = 2**24  # elements of tables and the like, which no file holds
+STEP = 2**12  # elements that an operation counts for at least: so many tiny layers take time, not memory
 COPIES = 4  # made of each byte of the weights: at construction, read, cast, moved
 
 
@@ -37,7 +38,7 @@ class BoundedMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if all(value.alias_info is None for value in func._schema.returns):  # neither a view nor in place
-            self.left -= _elements(func, args, kwargs)
+            self.left -= max(STEP, _elements(func, args, kwargs))
             if self.left < 0:
                 raise Unfit(
                     "its configuration describes a model far larger than its weights: they do not belong together, "

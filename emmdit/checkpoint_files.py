@@ -8,7 +8,6 @@ its files. What has neither (older versions, other programs) is checked by the C
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from emmdit.archive import Damaged, check_archive
+from emmdit.files import read_json
 
 MANIFEST = "manifest.json"
 END = b"PK\x05\x06"  # of a zip's last record: 22 bytes, the last 2 of them the length of the comment that follows
@@ -113,7 +113,7 @@ def verify_folder(folder: Path) -> str:
     """As `verify`, of a sharded folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     status = [(path.name, path.stat()) for path in files]
-    key = (str(folder.resolve()), *((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in status))
+    key = (os.path.realpath(folder), *((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in status))
     if key not in _verified:
         _verified[key] = _hash_folder(folder, files)
     return _verified[key]
@@ -137,8 +137,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     """{name: {"size": bytes, "sha256": hex}}; None: the folder has none."""
     file = folder / MANIFEST
     try:
-        with file.open("rb") as stream:
-            listed = json.loads(stream.read(16 * BLOCK))["files"]
+        listed = read_json(file, limit=16 * BLOCK)["files"]
         ok = all(isinstance(v["size"], int) and re.fullmatch("[0-9a-f]{64}", v["sha256"]) for v in listed.values())
     except FileNotFoundError:
         return None

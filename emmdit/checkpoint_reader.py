@@ -28,12 +28,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import _get_layout
 
 from emmdit.archive import Damaged, check_archive, first_line, unreadable
+from emmdit.files import read_bytes
 from emmdit.legacy import modern_key
 
 RECORDS = (
     *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties),
     *(TensorStorageMetadata, _StorageInfo),
 )
+MAX_METADATA = 1 << 30  # bytes
 OTHERS = (torch.Size, _get_layout, _MEM_FORMAT_ENCODING, OrderedDict, dict, list, set, tuple)
 # All that `.metadata` may name: what torch's own writer puts there.
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -52,16 +54,19 @@ def read_metadata(file: Path) -> Metadata:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is not a whole sharded checkpoint: it has no {file.name}.")
     try:
-        with file.open("rb") as stream:
-            metadata = _Unpickler(stream, file).load()
+        content = io.BytesIO(read_bytes(file, MAX_METADATA))  # its reads give no more than there is
+        metadata = _Unpickler(content, file).load()
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # bytes that are no pickle end in almost any kind
         raise Damaged(file.parent, f"its .metadata cannot be read ({first_line(error)})") from error
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise ValueError(f"{file} is not the metadata of a sharded checkpoint.")
-    check_bounds(metadata, file)
-    return modernized(metadata)
+    try:
+        check_bounds(metadata, file)
+        return modernized(metadata)
+    except (AttributeError, TypeError) as error:  # a record without its fields, or with others
+        raise ValueError(f"{file} is not the metadata of a sharded checkpoint.") from error
 
 
 def check_bounds(metadata: Metadata, file: Path) -> None:
@@ -221,3 +226,4 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, since no step of the 
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
+    del dispatch[pickle.BYTEARRAY8[0]]  # it makes an array of any size that is declared

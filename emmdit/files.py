@@ -21,6 +21,11 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("EMMDIT_CACHE", "~/.cache/emmdit"), name).expanduser()
 
 
+def resolved(path: str | Path) -> Path:
+    """The absolute path, links followed; a link that leads to itself stays, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`, with its suffix: synced and renamed over `path` when the block ends.
@@ -30,6 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    part.unlink(missing_ok=True)  # a link that waits there would be followed
     try:
         yield part
         with part.open("rb") as file:
@@ -48,6 +54,8 @@ def check_folder(path: str | Path, option: str = "--out") -> None:
     """Before the work: ValueError where nothing could be written into this folder."""
     folder = Path(path).expanduser()
     while not folder.exists() and folder != folder.parent:
+        if folder.is_symlink():
+            raise ValueError(f"{option} {path} cannot be made: {folder} is a link to nothing, so name another place.")
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{option} {path} is not a folder: {folder} is a file, so name another place.")
@@ -56,11 +64,15 @@ def check_folder(path: str | Path, option: str = "--out") -> None:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """ValueError for whatever is not JSON; deep nesting is a RecursionError of Python's."""
+    """What JSON holds; all JSON of files is read by it. ValueError (a sentence without its period) for all else."""
     try:
         return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -69,8 +81,9 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
         raise ValueError(f"{path} is not a file.")
     with open(path, "rb") as file:
-        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
-    if data is None or len(data) > limit:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1) if size <= limit else b""  # a buffer of that size is made at once
+    if max(size, len(data)) > limit:
         raise ValueError(f"{path} has more than {limit:,} bytes, which are not read.")
     return data
 
@@ -81,7 +94,7 @@ def read_json(path: str | Path, way: str = "restore or remove it", limit: int = 
     try:
         return parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): {way}.") from error
+        raise ValueError(f"{path} is damaged ({error}): {way}.") from error
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -120,4 +133,4 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any] | No
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that `save_png` stored with the image; {} if none."""
     with Image.open(path) as image:
-        return json.loads(image.text.get("emmdit", "{}"))
+        return parse_json(image.text.get("emmdit", "{}"))

@@ -139,8 +139,10 @@ class WarmupDecay(torch.optim.lr_scheduler.LambdaLR):
     def __init__(
         self, optimizer: torch.optim.Optimizer, warmup: int = 500, total: int | None = None, decay: float = 0.0
     ) -> None:
-        if not 0 <= decay <= 1 or (decay and not total):
+        if not 0 <= decay <= 1 or (decay and total is None):
             raise ValueError(f"WarmupDecay needs 0 <= decay <= 1, and total where it decays; got {decay}, {total}.")
+        if warmup < 0 or (total is not None and total < 1):
+            raise ValueError(f"WarmupDecay needs warmup >= 0 and total >= 1, got warmup {warmup}, total {total}.")
 
         def factor(step: int) -> float:
             rise = min(1.0, (step + 1) / max(warmup, 1))

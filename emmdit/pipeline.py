@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
+from safetensors import safe_open
 
 from emmdit.bounded import Unfit
 from emmdit.encoders import ImageCodec, TextConditioner
@@ -23,6 +24,7 @@ from emmdit.encoders.loading import MissingModelError, loading, locate, one_sent
 from emmdit.flow import Path
 from emmdit.generate import Sampling, check_finite, generate
 from emmdit.legacy import modernize
+from emmdit.weights import check_finite as check_finite_weights
 
 CODEC = {"class_path": "emmdit.encoders.DCAE"}
 TEXT = {"class_path": "emmdit.encoders.TextEncoder"}
@@ -89,7 +91,8 @@ class TextToImagePipeline(DiffusionPipeline):
 
         Raises:
             OSError: there is no such folder or repository.
-            ValueError: the folder names a class that this version does not have.
+            ValueError: the folder names a class that this version does not have, or its weights are not finite.
+            MissingModelError: it lacks weights.
         """
         source, _ = locate(str(pretrained_model_name_or_path))
         if not FilePath(source).is_dir():
@@ -102,9 +105,16 @@ class TextToImagePipeline(DiffusionPipeline):
             raise MissingModelError(f"'{source}' has no model_index.json: name a folder that holds a pipeline.")
         with loading(source):
             pipeline = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                _own_memory(component)
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        for name, module in modules.items():
+            if not kwargs.keys() & {name, "quantization_config"} and (
+                missing := _missing(module, FilePath(source, name))
+            ):
+                raise MissingModelError(
+                    f"'{source}' lacks {len(missing)} weights ({name}.{missing[0]}, ...): download or export it again."
+                )
+            check_finite_weights({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}, source)
+            _own_memory(module)
         return pipeline
 
     @classmethod
@@ -210,6 +220,21 @@ def _find(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError) as error:
         raise Unfit(f"This version of emmdit cannot provide {module}.{name} ({error}).") from error
+
+
+def _missing(module: torch.nn.Module, folder: FilePath) -> list[str]:
+    """Tensors that the files do not hold, neither by name nor tied to one: diffusers only warns of random ones."""
+    held: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            held.update(content.keys())
+    state = module.state_dict()
+    if not isinstance(module, ModelMixin) and held - state.keys():
+        return []  # transformers has renamed some
+    tied = {state[key].data_ptr() for key in held & state.keys()}
+    return [
+        key for key, tensor in state.items() if key not in held and (tensor.is_meta or tensor.data_ptr() not in tied)
+    ]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from emmdit.archive import Damaged, first_line, unreadable
 from emmdit.checkpoint_files import is_checkpoint, verify, verify_file, whole
+from emmdit.files import resolved
 from emmdit.legacy import modernize_state
 
 ATTEMPTS = 10  # to read from a run that is training, and deletes what was found
@@ -59,7 +60,8 @@ def check_finite(state: dict[str, Tensor], source: str | Path) -> None:
     for key, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(x) for x in tensor.aminmax()):
             raise ValueError(
-                f"The weights in {source} are not finite ({key} holds NaN or infinity): use an earlier checkpoint."
+                f"The weights in {source} are not finite ({key} holds NaN or infinity): use an earlier checkpoint, or "
+                "export again."
             )
 
 
@@ -195,7 +197,7 @@ def _last(folder: Path) -> tuple[Path | None, ValueError | None]:
     if not entries:
         return None, None
     errors: list[Exception] = []
-    if found := next(whole([last.resolve()], errors), None):
+    if found := next(whole([resolved(last)], errors), None):
         return found, None
     if found := next(whole((path for path in entries if not path.is_symlink()), errors), None):
         warnings.warn(f"{last} does not name a whole checkpoint: {found.name}, the newest, is used.", stacklevel=4)
@@ -207,8 +209,8 @@ def _last(folder: Path) -> tuple[Path | None, ValueError | None]:
 
 
 def _with_way_out(error: Damaged) -> ValueError:
-    path = error.path
-    beside = (other for other in path.parent.glob("*.ckpt") if not other.is_symlink() and other != path.resolve())
+    path, own = error.path, resolved(error.path)
+    beside = (other for other in path.parent.glob("*.ckpt") if not other.is_symlink() and other != own)
     other = next(whole(beside, []), None)
     way_out = f"{other} is whole, use that" if other else "no other checkpoint beside it is whole, restore it"
     return ValueError(f"{str(error).rstrip('.')}: {way_out}.")
@@ -229,7 +231,7 @@ def run_folder(path: str | Path) -> Path:
 
     Links are not followed at first: a run whose `last.ckpt` links into another run has a config of its own.
     """
-    for start in (Path(os.path.abspath(path)), Path(path).resolve()):
+    for start in (Path(os.path.abspath(path)), resolved(path)):
         for folder in [start, *start.parents][:4]:
             if (folder / "config.yaml").is_file():
                 return folder
@@ -270,7 +272,7 @@ def open_checkpoint(source: str | Path) -> OpenedCheckpoint:
             if path == before:  # else a training has saved the next one meanwhile, and deleted this one
                 raise
     counts = progress(checkpoint, path)
-    return OpenedCheckpoint(path.resolve(), modernize_state(checkpoint["state_dict"]), sha256, **counts)
+    return OpenedCheckpoint(resolved(path), modernize_state(checkpoint["state_dict"]), sha256, **counts)
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:

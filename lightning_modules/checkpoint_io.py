@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from emmdit.archive import unreadable
 from emmdit.checkpoint_files import MANIFEST, stamp
 from emmdit.weights import find_checkpoint, read_file, read_folder
 
@@ -57,7 +59,14 @@ class LocalCheckpointIO(TorchCheckpointIO):
         """
         if is_remote(path) or weights_only is False:  # the latter: a user asked for it
             tensors_only = weights_only is not False  # Lightning unpickles what comes from an address
-            return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
+            try:
+                return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
+            except (
+                pickle.UnpicklingError,
+                RuntimeError,
+                EOFError,
+            ) as error:  # not one, cut short, or more than tensors
+                raise unreadable(path, error) from error
         found = find_checkpoint(path)
         if found.is_dir():
             if self.trainer.state.fn == "fit":

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from emmdit.files import parse_json
+
 JOURNAL = "mlflow_journal"
 CHUNK = 1 << 20
 STRUCTURE = 200_000  # brackets and commas of a line: a long line of them would need fifty times its size in memory
@@ -317,6 +319,6 @@ def _parsed(line: bytes | None) -> Any:
     if line is None or sum(line.count(mark) for mark in (b"[", b"{", b",")) > STRUCTURE:
         return None
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None

@@ -28,7 +28,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 
 from emmdit.config_text import flatten_config, mask_secrets
-from emmdit.files import grid
+from emmdit.files import grid, resolved
 from lightning_modules.mlflow_runs import curves
 from lightning_modules.mlflow_sender import Sender
 from lightning_modules.mlflow_store import connect, describe, git_tags, read_record, store_address, write_record
@@ -273,7 +273,7 @@ class MLflowLogger(MLFlowLogger):
             "run_id": found.get("run_id"),
             "tracking_uri": found.get("tracking_uri"),
             "experiment": self._experiment_name,
-            "name": self._run_name or self._folder.resolve().name,
+            "name": self._run_name or resolved(self._folder).name,
             "tags": {**tags, **git_tags(), "command": command, **self.tags},
             "start_time": int(time.time() * 1000),
         }

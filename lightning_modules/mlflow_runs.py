@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mlflow.tracking import MlflowClient
 
 from emmdit.config_text import mask_secrets
+from emmdit.files import read_json, resolved
 from lightning_modules.mlflow_sender import Sender
 from lightning_modules.mlflow_store import RUN_FILE, connect, describe, git_tags, read_record, store_address
 
@@ -72,7 +72,7 @@ def read_training_record(run: Path, steps: int) -> dict[str, Any]:
     """
     file = run / "train.json"
     try:
-        if file.is_file() and (record := json.loads(file.read_text()))["steps"] == steps:
+        if file.is_file() and (record := read_json(file))["steps"] == steps:
             return record
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(f"{file} is damaged: remove it.") from error
@@ -110,7 +110,7 @@ def log_evaluation(
         "uid": uuid.uuid4().hex,
         "of": {key: known.get(key) for key in ("uid", "run_id", "tracking_uri")},
         "experiment": name if isinstance(name, str) else "emmdit",
-        "name": report.parent.resolve().name,
+        "name": resolved(report.parent).name,
         "tags": git_tags(),
         "params": {key: mask_secrets(str(value)) for key, value in about.items()},
         "start_time": int(time.time() * 1000),

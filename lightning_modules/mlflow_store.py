@@ -23,7 +23,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from emmdit.config_text import mask_secrets
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, parse_json
 from emmdit.provenance import git_state
 
 RUN_FILE = "mlflow_run.json"
@@ -121,8 +121,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"{path} cannot be read ({error.strerror}): remove it, then a new MLflow run is made."
         ) from None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     ids = [found.get(key) for key in ("run_id", "uid")] if isinstance(found, dict) else [None]
     if not any(ids) or not all(one is None or _plain_id(one) for one in ids):

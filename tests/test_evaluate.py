@@ -237,6 +237,22 @@ def test_ranks_of_a_sharded_network_generate_equally_often(tmp_path: Path) -> No
     assert calls == [2, 2, 2, 2]
 
 
+def test_a_set_with_foreign_images_or_links_is_refused(tmp_path: Path) -> None:
+    images = ImageSet(tmp_path / "set", ShapesPrompts(per_task=1, images=2), 0, {})
+    images.open()
+    images.make(lambda asked, seeds: torch.zeros(len(asked), 3, 4, 4), batch_size=4)
+    assert images.read(images.samples).shape == (12, 3, 4, 4)
+    odd = tmp_path / "set" / images.samples[3].path
+    Image.new("RGB", (4, 5)).save(odd)
+    with pytest.raises(ValueError, match=str(odd)):
+        images.read(images.samples)
+    outside = odd.parent.rename(tmp_path / "outside")
+    odd.parent.symlink_to(outside)
+    with pytest.raises(ValueError, match=f"{odd.parent} is a link"):
+        images.open()
+    assert len(list(outside.iterdir())) == 2
+
+
 def test_prompt_sets(tmp_path: Path) -> None:
     assert len(GenEvalPrompts().lines) == 553 and len(GenEvalPrompts(first=2).lines) == 12
     assert GenEvalPrompts().sha256 != GenEvalPrompts(first=2).sha256

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from emmdit import TextToImagePipeline
 from emmdit.encoders import DCAE, DCTCodec, MissingModelError, TextEncoder
@@ -192,6 +193,31 @@ def test_folders_that_are_no_pipeline_are_refused_in_a_sentence(tmp_path: Path):
         with pytest.raises(MissingModelError, match=match) as error:
             TextToImagePipeline.from_pretrained(source)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_export_whose_weights_are_not_finite_is_refused(folder: Path, tmp_path: Path, value: float):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["blocks.1.attn.to_q.weight"][3, 4] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"copy.*transformer\.blocks\.1\.attn\.to_q\.weight") as error:
+        TextToImagePipeline.from_pretrained(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part, name", [("transformer", "patch_embed.bias"), ("vae", "analysis")])
+def test_an_export_that_lacks_weights_is_refused(folder: Path, tmp_path: Path, part: str, name: str):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(MissingModelError, match=rf"copy.*\b1 weights.*{part}\.{name}"):
+        TextToImagePipeline.from_pretrained(copy)
+    given = {part: pipeline_with().components[part]}
+    assert TextToImagePipeline.from_pretrained(copy, **given).components[part] is given[part]
 
 
 # -------------------------------------------------------------------------------- what a folder may name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 import warnings
@@ -46,6 +47,23 @@ def first_line(error: BaseException) -> str:
     return printable(re.sub(r" <_io\.BytesIO object at 0x\w+>", "", text))  # Pillow's name for bytes
 
 
+class _File(io.BufferedReader):
+    """A file that is asked for no more than it has; Pillow asks for what a header declares, and that is allocated."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is None else min(size, self.size))
+
+    def __repr__(self) -> str:
+        return repr(os.fspath(self.name))
+
+    def __del__(self) -> None:
+        self.close()  # with the image; Pillow closes only what it has opened itself
+
+
 def opened(value: Any) -> Image.Image:
     """What `open_image` takes, as a PIL image of which only the header was read. InvalidSample and Pillow's errors."""
     if isinstance(value, dict):
@@ -59,6 +77,7 @@ def opened(value: Any) -> Image.Image:
     if isinstance(value, Path):
         if not stat.S_ISREG(value.stat().st_mode):
             raise InvalidSample(f"{value.name} is not a file", "unsafe path")  # opening a pipe would wait for ever
+        value = _File(value)
     elif isinstance(value, bytes):
         value = io.BytesIO(value)
     else:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from emmdit.bounded import Unfit, bounded_folder
+from emmdit.files import read_json
 
 STANDIN_SCHEME = "standin:"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -65,7 +66,10 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
                 raise MissingModelError(f"There is no '{file}': name a folder made by save_pretrained.")
         else:
             file = huggingface_hub.hf_hub_download(source, "config.json", subfolder=subfolder, revision=revision)
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        config = read_json(file, "download it again")
+        if not isinstance(config, dict):
+            raise MissingModelError(f"'{file}' is not the configuration of a model: download it again.")
+        return config
 
 
 def load_model(
@@ -134,12 +138,20 @@ def loading(source: str) -> Iterator[None]:
     with one_sentence(source), ExitStack() as stack:
         if Path(source).is_dir():
             stack.enter_context(bounded_folder(source))
+            _check_configs(Path(source))
         try:
             yield
         except Unfit as error:
             raise Unfit(f"'{source}': {error}") from error
         except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"a configuration in it does not fit ({str(error).splitlines()[0]})") from error
+
+
+def _check_configs(folder: Path) -> None:
+    """A configuration that is a text would be one for diffusers, too: the id of a hub's, to be downloaded."""
+    for file in (*folder.glob("*config.json"), *folder.glob("*/*config.json")):
+        if not isinstance(read_json(file, "download it again"), dict):
+            raise MissingModelError(f"'{file}' is not the configuration of a model: download it again.")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from emmdit.data.images import open_image
 from emmdit.evaluation.metrics.base import Sample
 from emmdit.evaluation.prompts import PromptSet
 from emmdit.files import atomic_path, read_json, to_uint8
@@ -88,10 +89,14 @@ class ImageSet:
                 raise ValueError(f"{self.folder} is not empty and holds no set.json: choose another folder.")
             self._describe()  # before the folders of the prompts: killed among them, a set goes on
         for index, line in enumerate(self.prompts.lines):
-            metadata, text = self.folder / f"{index:05d}" / "metadata.jsonl", json.dumps(line) + "\n"
-            if not metadata.is_file() or metadata.read_text() != text:
+            metadata, text = self.folder / f"{index:05d}" / "metadata.jsonl", (json.dumps(line) + "\n").encode()
+            for folder in (metadata.parent, metadata.parent / "samples"):
+                if folder.is_symlink():
+                    raise ValueError(f"{folder} is a link, through which nothing is written: choose another folder.")
+            if not metadata.is_file() or metadata.stat().st_size != len(text) or metadata.read_bytes() != text:
                 (metadata.parent / "samples").mkdir(parents=True, exist_ok=True)
-                metadata.write_text(text)
+                metadata.unlink(missing_ok=True)  # it may be a link
+                metadata.write_bytes(text)
 
     def _describe(self) -> None:
         with atomic_path(self.folder / "set.json") as part:
@@ -110,9 +115,14 @@ class ImageSet:
         """uint8 (N, 3, H, W).
 
         Raises:
-            FileNotFoundError, ValueError: an image is missing or broken, by its name.
+            FileNotFoundError, ValueError: an image is missing, broken or of another size, by its name.
         """
-        return torch.stack([read_image(self.folder / sample.path) for sample in samples])
+        paths = [self.folder / sample.path for sample in samples]
+        images = [read_image(path) for path in paths]
+        for path, image in zip(paths, images, strict=True):
+            if image.shape != images[0].shape:
+                raise ValueError(f"{path} and {paths[0]} differ in size: remove the wrong one and run again.")
+        return torch.stack(images)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[Sample]]]:
         """This process' images and what they are of."""
@@ -146,12 +156,11 @@ class ImageSet:
 
 def read_image(path: Path) -> Tensor:
     """uint8 (3, H, W), RGB."""
+    if not path.exists():
+        raise FileNotFoundError(f"The image {path} is missing: run the same evaluation again to make it.")
     try:
-        with Image.open(path) as image:
-            array = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"The image {path} is missing: run the same evaluation again to make it.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        array = np.array(open_image(path))
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The image {path} cannot be read ({error}): remove it and run the evaluation again."
         ) from error

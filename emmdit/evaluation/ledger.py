@@ -7,7 +7,6 @@ rendered from it.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ TYPES = {
     "hardware": str,
     "train_seconds": int | float | None,
 }
+LARGEST = 1e300  # of a metric; JSON may hold whole numbers beyond any float
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # like its YAML below experiments/: no part is empty, or `..`
 KEYS = ("experiment", "seed", "eval_seed", "metrics", "train_seconds", "train", "settings", "command", "commit")
 
@@ -53,11 +53,11 @@ def append(path: str | Path, row: Mapping[str, Any]) -> Row:
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = _ordered([other for other in read(path) if key(other) != key(row)] + [row])
         try:
-            lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows]
+            lines = [json.dumps(r, ensure_ascii=False, allow_nan=False).encode() for r in rows]
         except (ValueError, TypeError) as error:
             raise ValueError(f"A row for the ledger {path} is not JSON ({error}).") from error
         with atomic_path(path) as part:
-            part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+            part.write_bytes(b"[\n" + b",\n".join(lines) + b"\n]\n")
     return row
 
 
@@ -111,7 +111,7 @@ def _check(row: Any, where: str) -> None:
     if not wrong:
         numbers = row["metrics"] | {"seed": row["seed"], "eval_seed": row.get("eval_seed", 0)}
         numbers |= {"train_seconds": row["train_seconds"] or 0}
-        wrong = {k: v for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+        wrong = {k: v for k, v in numbers.items() if not isinstance(v, int | float) or not abs(v) < LARGEST}
     if not wrong and not NAME.fullmatch(row["experiment"]):
         wrong = {"experiment": row["experiment"]}
     if wrong:

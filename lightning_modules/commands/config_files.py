@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from emmdit.config_text import REFERENCE, key_lines, read_yaml
+from emmdit.files import resolved
 
 OPTIONS = ("-c", "--config")
 BASE = re.compile(r"^base:[^\n]*\n?(?:(?:[ \t]+|-)[^\n]*\n?)*", re.MULTILINE)  # with the items of a block list
@@ -57,7 +58,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     given = [part for argument in arguments for part in _split(argument)]
     for option, argument in zip(["", *given], given, strict=False):
         if option in OPTIONS:
-            path = Path(argument).resolve()
+            path = resolved(argument)
             bases = [part for base in _bases(path, (path,), seen) for part in (option, str(base))]
             expanded[-1:] = [*bases, option]
             seen.add(path)
@@ -69,7 +70,7 @@ def _bases(file: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[Path]:
     """The bases of `file`, the lowest first, without those in `seen`, to which they are added."""
     found = []
     for name in named_bases(file):
-        base = (file.parent / name).resolve()
+        base = resolved(file.parent / name)
         if base in chain:
             raise ValueError(f"{file} and its base {name} are each laid over the other: remove one `base`.")
         if not base.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from emmdit.data.precompute.generate import WRITERS, Prompts, generate
 from emmdit.files import check_folder
 from lightning_modules.commands.distributed import add_trainer_arguments, on_all_ranks
 from lightning_modules.commands.load_model import DTYPES, SETTINGS, open_model
-from lightning_modules.commands.options import add_trust_argument
+from lightning_modules.commands.options import add_trust_argument, check_options
 from lightning_modules.commands.precompute import report
 from lightning_modules.commands.progress import counter
 from lightning_modules.runs import instantiate
@@ -45,11 +44,7 @@ def generate_dataset(argv: list[str]) -> None:
     parser = generate_parser()
     args = parser.parse_args(argv)
     check_folder(args.out)
-    for name in ("steps", "height", "width", "batch_size", "rows_per_shard", "quality"):
-        if (found := getattr(args, name)) is not None and found < 1:
-            raise ValueError(f"--{name} must be at least 1, got {found}.")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance must be a finite number, got {args.guidance}.")
+    check_options(args)
     prompts = instantiate(parser, args).prompts
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in ("seed", "batch_size", "quality", "rows_per_shard")}

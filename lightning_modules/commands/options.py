@@ -22,10 +22,9 @@ RELEASED = ("resolution", "text_encoder", "autoencoder")
 LARGEST_SEED = 2**32 - 1
 # The least and greatest value of each whole number on the command line; `Sampling` knows those of its own fields.
 BOUNDS = {
-    **dict(resolution=(1, 16384), columns=(1, 10_000), scale=(1, 64), seed=(0, LARGEST_SEED)),
-    **dict(
-        num_images=(1, 1_000_000), batch_size=(1, 100_000), per_task=(1, 100_000), num=(1, 10**9), shapes=(1, 10**9)
-    ),
+    **dict(resolution=(1, 16384), columns=(1, 10_000), scale=(1, 64), seed=(0, LARGEST_SEED), quality=(1, 100)),
+    **dict(num_images=(1, 1_000_000), batch_size=(1, 100_000), per_task=(1, 100_000)),
+    **dict.fromkeys(("num", "shapes", "rows_per_shard"), (1, 10**9)),
 }
 
 
@@ -107,7 +106,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: `folder` holds something, or cannot be made.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # where it is a link to nothing, that is made
     refuse_used(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}-{os.getpid()}")

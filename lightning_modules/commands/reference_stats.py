@@ -26,7 +26,7 @@ from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
 from emmdit.evaluation.metrics.fid import FeatureStatistics
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.files import check_folder, to_uint8
+from emmdit.files import check_folder, resolved, to_uint8
 from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
 from lightning_modules.commands.config_errors import sentence
 from lightning_modules.commands.options import check_options, command_parser
@@ -158,7 +158,7 @@ def open_images(args: Namespace) -> Source:
         raise ValueError("--per_task goes with --shapes.")
     if args.images is not None:
         files = image_files(Path(args.images))
-        count, label = len(files), Path(args.images).resolve().name
+        count, label = len(files), resolved(args.images).name
 
         def image(i: int) -> Tensor:
             return read_real(files[i], args.resolution)

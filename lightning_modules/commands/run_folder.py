@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from emmdit.checkpoint_files import is_checkpoint
+from emmdit.files import resolved
 from emmdit.weights import find_checkpoint, last_checkpoint
 from lightning_modules.commands.config_files import default_run_dir, is_run_config
 from lightning_modules.mlflow_store import RUN_FILE
@@ -113,13 +113,11 @@ class RunFolder:
             return ckpt_path
         if ckpt_path == "best":
             raise ValueError("--ckpt_path best is for a training that has just ended: give last, or a path.")
-        if is_checkpoint(path := Path(ckpt_path)):
-            return str(path)
-        return str(find_checkpoint(path))  # the last one of a run folder, or the sentence
+        return str(find_checkpoint(ckpt_path))  # itself, the last one of a run folder, or the sentence
 
     def _is_own(self, path: str) -> bool:
-        places = (self.folder.resolve(), self.checkpoints.resolve())
-        return path == "hpc" or any(Path(path).resolve().is_relative_to(place) for place in places)
+        places = (resolved(self.folder), resolved(self.checkpoints))
+        return path == "hpc" or any(resolved(path).is_relative_to(place) for place in places)
 
     def _is_requeued(self) -> bool:
         """Lightning resumes by itself what it has requeued."""
@@ -138,7 +136,7 @@ def run_dir_of(files: Sequence[str], command: str | None, ckpt_path: str | None)
     if not clones:
         return default_run_dir(files)
     own = clones[-1].parent
-    resumed = ckpt_path == "last" or (ckpt_path and Path(ckpt_path).resolve().is_relative_to(own.resolve()))
+    resumed = ckpt_path == "last" or (ckpt_path and resolved(ckpt_path).is_relative_to(resolved(own)))
     if command == "validate" or resumed:
         return str(own)
     others = [file for file in files if not is_run_config(file) and Path(file).parent.name != "trainer"]

@@ -151,9 +151,12 @@ def reference(folder: Path) -> None:
 
 @target(lambda folder: (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG)), cost=30)
 def run_folder(folder: Path) -> None:
+    from emmdit.bounded import BoundedMemory
     from lightning_modules.runs import build_module, latest_config, read_config
 
-    build_module(read_config(folder), latest_config(folder))
+    config = read_config(folder)
+    with BoundedMemory(1 << 20):  # of a checkpoint beside it, see `load_pipeline`
+        build_module(config, latest_config(folder))
 
 
 def make_configs(folder: Path) -> None:
@@ -182,7 +185,12 @@ def config_parser() -> Any:
 
 @target(make_configs, cost=8, reads="anything", named=False)  # files of one's own
 def config_files(folder: Path) -> None:
-    config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config_parser().parse_args(["-c", str(folder / "sub/change.yaml")])
+    except OmegaConfBaseException as error:  # as `fit` does
+        raise ValueError(str(error)) from error
 
 
 CONFIG = yaml.safe_load("""

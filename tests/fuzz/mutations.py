@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import tarfile
 import warnings
 import zipfile
 import zlib
@@ -18,10 +17,8 @@ from random import Random
 from typing import Any
 
 import yaml
-from hypothesis import strategies as st
 
 Tree = dict[str, bytes | str]
-Mutation = tuple[int, int, int]  # which file, which way (see `WAYS`), and the seed of all else
 
 OUTSIDE = "../secret.txt"  # beside the folder of the case, see `guard.py`
 NUMBERS = (0, 1, 2, 3, 127, 128, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62)
@@ -54,23 +51,13 @@ YAMLS += (
 )
 
 
-def inputs(valid: list[Tree]) -> st.SearchStrategy[Tree]:
+def mutated(valid: list[Tree], random: Random) -> Tree:
     """One of the valid inputs, mutated up to five times."""
-    mutation = st.tuples(st.integers(0, 15), st.integers(0, sum(share for share, _ in WAYS) - 1), st.integers(0, 2**40))
-    return st.builds(mutated, st.sampled_from(valid), st.lists(mutation, max_size=5))
-
-
-def mutated(tree: Tree, mutations: list[Mutation]) -> Tree:
-    tree = dict(tree)
-    for which, way, seed in mutations:
-        if not tree:
-            break
-        name = sorted(tree)[which % len(tree)]
-        for share, change in WAYS:
-            if way < share:
-                change(tree, name, Random(seed))
-                break
-            way -= share
+    tree = dict(random.choice(valid))
+    shares, changes = zip(*WAYS, strict=True)
+    for change in random.choices(changes, shares, k=random.choice((1, 1, 1, 2, 2, 3, 4, 5))):
+        if tree:
+            change(tree, random.choice(sorted(tree)), random)
     return tree
 
 
@@ -190,6 +177,8 @@ def change_lines(data: bytes, random: Random) -> bytes:
 def change_yaml(data: bytes, random: Random) -> bytes:
     if random.random() < 0.2:
         return b"".join(random.sample([data, random.choice(YAMLS).encode()], 2))
+    if b"*a" in data:  # aliases of aliases would be written out
+        return change_bytes(data, random)
     return dumped(change_value(yaml.safe_load(data), random))  # JSON is YAML
 
 
@@ -276,9 +265,7 @@ def by_format(tree: Tree, name: str, random: Random) -> None:
     change = FORMATS.get(suffix, change_bytes)
     try:
         tree[name] = change(content, random) if isinstance(content, bytes) else random.choice(TEXTS[6:10])
-    except (ValueError, KeyError, IndexError, struct.error, zipfile.BadZipFile, tarfile.TarError, yaml.YAMLError):
-        tree[name] = change_bytes(content, random)  # it was changed beyond its format before
-    except (RecursionError, RuntimeError, NotImplementedError, EOFError, zlib.error):
+    except Exception:  # it was changed beyond its format before
         tree[name] = change_bytes(content, random)
 
 

@@ -92,6 +92,8 @@ def _check(manifest: dict[str, Any]) -> None:
     numbers += [number for column in columns.values() for number in column["shape"]]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("one of its sizes is not a number above 0")
+    if manifest["shards"] and "latents" not in columns:
+        raise KeyError("columns.latents")
     samples = sum(shard["samples"] for shard in manifest["shards"])
     if samples != manifest["counts"]["samples"] or not isinstance(manifest["counts"]["rejected"], dict):
         raise ValueError(f"its shards have {samples:,} samples, its counts {manifest['counts']['samples']!r:.20}")

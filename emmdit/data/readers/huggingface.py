@@ -10,7 +10,7 @@ from typing import Any
 
 from emmdit.data.images import first_line
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import read_json
+from emmdit.files import read_json, resolved
 
 # What one row group of parquet may take in memory, since it is read at once; a hostile one can claim any size.
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 26
@@ -78,8 +78,8 @@ class HuggingFaceRows(Rows):
         return checked(self.table[places]).to_pylist()
 
     def _file(self, name: str | None) -> Path | str | None:
-        path = Path(name or "").resolve()
-        return path if any(path.is_relative_to(folder.resolve()) for folder in self.files) else name
+        path = resolved(name or "")
+        return path if any(path.is_relative_to(resolved(folder)) for folder in self.files) else name
 
 
 def checked(rows: Any) -> Any:

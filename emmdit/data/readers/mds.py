@@ -22,7 +22,7 @@ from PIL import Image, ImageMode
 
 from emmdit.data.images import MAX_BYTES, MAX_PIXELS, MAX_TEXT, InvalidSample, first_line, opened, printable
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path, parse_json, read_json
+from emmdit.files import atomic_path, parse_json, read_json, resolved
 
 _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 _SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}
@@ -228,7 +228,7 @@ def _unpack(packed: Path, path: Path, size: int) -> None:
     kind = _PACKED.get(packed.suffix.lstrip("."))
     if kind is None or not pa.Codec.is_available(kind):
         raise ValueError(f"{packed} is packed in a way that cannot be read here: unpack it to {path.name}.")
-    if path.is_symlink() or path.parent.resolve() != packed.parent.resolve():  # a link could lead anywhere
+    if path.is_symlink() or resolved(path.parent) != resolved(packed.parent):  # a link could lead anywhere
         raise InvalidSample(f"the shard {path} would be unpacked elsewhere than beside {packed}", "unsafe path")
     try:
         with (

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from emmdit.data.images import MAX_BYTES, MAX_TEXT, InvalidSample, first_line, printable
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path, cache_folder, parse_json
+from emmdit.files import atomic_path, cache_folder, parse_json, resolved
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")
@@ -171,7 +171,7 @@ def _index(file: Path) -> dict[str, Any]:
         open(file, "rb").close()
     except OSError as error:
         raise FileNotFoundError(f"The tar '{file}' cannot be read: {error.strerror}.") from error
-    identity = f"1 {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    identity = f"1 {resolved(file)} {stat.st_size} {stat.st_mtime_ns}"
     folder = cache_folder("tars")
     kept = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     with ExitStack() as held:
@@ -196,7 +196,7 @@ def _index(file: Path) -> dict[str, Any]:
 def _kept(file: Path) -> dict[str, Any] | None:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ARRAYS} | json.loads(str(arrays["about"]))
+            found = {name: arrays[name] for name in ARRAYS} | parse_json(str(arrays["about"]))
         found["faults"] = {int(row): tuple(fault) for row, fault in found["faults"].items()}
     except Exception:  # damaged: it is made again
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from emmdit.evaluation.geneval.prompts import RELATIONS, Line
+from emmdit.files import parse_json, read_bytes
+
+MAX_FILE = 1 << 30  # bytes
 
 
 def read_prompts(path: str | Path) -> list[Line]:
@@ -21,16 +23,16 @@ def read_prompts(path: str | Path) -> list[Line]:
         raise ValueError(f"The prompt file {path} must end in .jsonl or .txt.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {path}.")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte order mark
+    content = read_bytes(path, MAX_FILE).removeprefix(b"\xef\xbb\xbf")  # byte order mark
     lines = []
     for number, raw in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
             text = raw.decode("utf-8").strip()
             _require(text, "it is empty")
-            lines.append(_checked(json.loads(text)) if path.suffix == ".jsonl" else {"prompt": text})
+            lines.append(_checked(parse_json(text)) if path.suffix == ".jsonl" else {"prompt": text})
         except ValueError as error:
-            kinds = {UnicodeDecodeError: "it is not UTF-8", json.JSONDecodeError: f"it is not JSON ({error})"}
-            raise ValueError(f"{path}, line {number}: {kinds.get(type(error), error)}.") from None
+            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{path}, line {number}: {why}.") from None
     return lines
 
 

@@ -271,8 +271,15 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().compile_repeated_blocks(*args, **kwargs)
 
 
+COUNTS = ("sample_size", "patch_size", "in_channels", "out_channels", "num_attention_heads", "attention_head_dim")
+COUNTS += ("caption_channels", "subregion_groups", "subregion_run", "pos_embed_max_size")
+
+
 def check_config(config) -> None:
     """Raise a ValueError with one sentence when an E-MMDiT configuration contradicts itself."""
+    for name in COUNTS:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]!r:.80}.")
     dim = config.num_attention_heads * config.attention_head_dim
     groups, ratios = tuple(config.block_groups), tuple(config.compression_ratios)
     if len(groups) != 3 or min(groups) < 0 or sum(groups) < 1:
