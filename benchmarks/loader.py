@@ -56,7 +56,7 @@ def latents(number: int) -> bytes:
 
 def write_latents(folder: Path, samples: int) -> None:
     """As `emmdit precompute` does, without the encoder."""
-    codec = {"downsample": 32, "latent_channels": SHAPE[0]}
+    codec = {"class_path": "noise", "weights_sha256": "none", "downsample": 32, "latent_channels": SHAPE[0]}
     about = {"kind": KIND, "version": VERSION, "source": {"source": "noise"}, "codec": codec, "resolution": 512}
     shape = {"latents": {"dtype": "float16", "shape": list(SHAPE)}}
     same = {"caption": CAPTION, "captions": []}

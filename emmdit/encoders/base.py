@@ -55,6 +55,9 @@ class TextConditioner(Movable):
     @abstractmethod
     def __call__(self, captions: list[str]) -> Condition: ...
 
+    def check(self, captions: list[str]) -> None:
+        """Raise a ValueError for captions that cannot be encoded, as far as that is known without any weights."""
+
     @abstractmethod
     def null(self, batch_size: int) -> Condition:
         """The condition of the empty caption, encoded once; the tensors are views, so do not write into them."""

@@ -142,6 +142,10 @@ class ShapesText(TextConditioner):
             condition["pooled_projections"] = torch.stack([hidden[mask.sum() - 1] for hidden, mask in rows])
         return condition
 
+    def check(self, captions: list[str]) -> None:
+        """Raise a ValueError for words and lengths that `__call__` refuses."""
+        self(captions)
+
     def null(self, batch_size: int) -> Condition:
         """The condition of the empty prompt; the tensors are views, so do not write into them."""
         return {name: value.expand(batch_size, *value.shape[1:]) for name, value in self([""]).items()}

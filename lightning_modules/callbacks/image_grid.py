@@ -11,7 +11,6 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from emmdit.encoders.base import FrozenModel
 from emmdit.files import grid, save_png
 from lightning_modules.callbacks.stop import check_signals
 from lightning_modules.callbacks.survive import Failed, survives, together
@@ -151,6 +150,4 @@ def check_sampling(
         if kind not in (None, "raw", "ema") or (kind == "ema" and not pl_module.ema):
             raise ValueError(f"This run has no {kind!r} weights: ask for raw, or for ema if the run keeps an EMA.")
     pl_module.sampling.replace(**settings)
-    if not isinstance(pl_module.text, FrozenModel):  # else it is loaded later, and takes any words
-        for prompt in prompts:
-            pl_module.text([prompt])
+    pl_module.text.check(prompts)

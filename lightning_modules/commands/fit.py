@@ -195,10 +195,11 @@ class SuiteCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)
-        if getattr(self.model, "init_from", None) is not None:
+        trains = self.subcommand == "fit"
+        if trains and getattr(self.model, "init_from", None) is not None:
             check_source(self.model.init_from)
         for callback in trainer.callbacks:
-            if _after_checkpoint(callback) and self.subcommand != "validate":
+            if trains and _after_checkpoint(callback):
                 callback.check(self.model)
             if isinstance(callback, SaveConfig):
                 callback.config = self._saved_config
