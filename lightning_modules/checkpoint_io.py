@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ class LocalCheckpointIO(TorchCheckpointIO):
         """
         if is_remote(path) or weights_only is False:  # the latter: a user asked for it
             tensors_only = weights_only is not False  # Lightning unpickles what comes from an address
-            return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
+            try:
+                return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
+            except UnpicklingError as error:
+                raise ValueError(f"{path} holds more than tensors, which could run code: it is not opened.") from error
         found = find_checkpoint(path)
         if found.is_dir():
             if self.trainer.state.fn == "fit":

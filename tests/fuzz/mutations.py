@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import tarfile
 import warnings
 import zipfile
 import zlib
