@@ -78,7 +78,7 @@ class CaptionedImagesDataModule(TextImageDataModule):
         if len(self.columns) < 2 or "caption" not in self.columns:
             raise ValueError(f"{type(self).__name__} needs image_column, latents_column or both, and caption_column.")
         if resolution < 1:
-            raise ValueError(f"resolution must be at least 1, got {resolution}.")
+            raise ValueError(f"resolution {resolution} must be at least 1.")
         self.source, self.license, self.card = source, license, card
         self.split, self.data_files, self.revision = split, data_files, revision
         self.latents_shape, self.latents_scale, self.resolution = latents_shape, latents_scale, resolution

@@ -33,7 +33,7 @@ def check_archive(file: BinaryIO, size: int, crcs: bool = False) -> None:
         raise ValueError(f"the bytes of {damaged} do not match their checksum")
 
 
-def unreadable(path: Path, error: BaseException) -> ValueError:
+def unreadable(path: str | Path, error: BaseException) -> ValueError:
     return ValueError(f"{path} is not a readable checkpoint ({first_line(error)}).")
 
 

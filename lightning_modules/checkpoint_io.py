@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from emmdit.archive import unreadable
 from emmdit.checkpoint_files import MANIFEST, stamp
 from emmdit.weights import find_checkpoint, read_file, read_folder
 
@@ -60,8 +61,8 @@ class LocalCheckpointIO(TorchCheckpointIO):
             tensors_only = weights_only is not False  # Lightning unpickles what comes from an address
             try:
                 return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
-            except UnpicklingError as error:
-                raise ValueError(f"{path} holds more than tensors, which could run code: it is not opened.") from error
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # cut short, or more than tensors
+                raise unreadable(path, error) from error
         found = find_checkpoint(path)
         if found.is_dir():
             if self.trainer.state.fn == "fit":

@@ -89,6 +89,7 @@ class DenoiserModule(LightningModule):
         self.training_steps = 0
         with torch.device("meta"):  # contradictions show here, before a weight is allocated or a model loaded
             self.check(self.denoiser_factory())
+        self._optimizer_of([{"params": [nn.Parameter(torch.zeros(1, 1))], "matrix": True}])
 
     # -- building ------------------------------------------------------------------------------------
 
@@ -173,13 +174,20 @@ class DenoiserModule(LightningModule):
             component.check(denoiser)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.denoiser, self.components))
-        if self.scheduler is None:
+        optimizer, scheduler = self._optimizer_of(parameter_groups(self.denoiser, self.components))
+        if scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_of(self, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer, Any]:
+        """Optimizer and scheduler (None: there is none). ValueError that says which of them refuses its settings."""
+        name = "optimizer"
+        try:
+            optimizer = self.optimizer(groups)
+            name = "scheduler"
+            return optimizer, self.scheduler(optimizer) if self.scheduler is not None else None
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"model.{name}: {error}") from error
 
     def on_fit_start(self) -> None:
         self.move_frozen()

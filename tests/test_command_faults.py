@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Path:
         *("--seed 99999999999", "--num_images 0", "--batch_size 0", "--guidance nan", "--guidance inf"),
         *("--guidance .nan", "--device tpuu", "--device meta", "--device cuda:99", "--prompts /dev/null"),
         *("--prompts latin.txt", "--prompts empty.txt", "--out latin.txt", "--out latin.txt/below", "--out="),
+        *("--out loop", "--out loop/below"),
     ],
 )
 def test_options_are_refused_before_a_model_is_opened(
@@ -58,10 +59,11 @@ def test_options_are_refused_before_a_model_is_opened(
     monkeypatch.setattr(load_model, "open_model", lambda *args, **kwargs: pytest.fail("opened"))
     Path("latin.txt").write_bytes(b"caf\xe9\n")
     Path("empty.txt").write_text("\n \n")
+    Path("loop").symlink_to("loop")
     said = told(capsys, "sample", "--ckpt", MODEL, "--prompt", "x", "--device", "cpu", "--out", "out", *option.split())
     name, _, value = option.lstrip("-").replace("=", " ").partition(" ")
     assert name.split("_")[0] in said or value in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "latin.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "latin.txt", "loop"]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,16 @@ def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices:
         ("--seed_everything=4294967296", "seed_everything 4294967296"),
         ("--throughput.window=0", "throughput.window"),
         ("--model.init_args.init_from=nowhere", "nowhere"),
+        ("--model.init_args.optimizer.init_args.lr=-1", "optimizer.lr -1"),
+        ("--model.init_args.optimizer.init_args.lr=.nan", "optimizer.lr nan"),
+        ("--model.init_args.optimizer.init_args.momentum=2", "model.optimizer momentum 2"),
+        ("--model.init_args.scheduler.init_args.total=0", "model.scheduler total 0"),
+        ("--model.init_args.scheduler.init_args.warmup=-1", "model.scheduler warmup -1"),
+        (f"{NETWORK}num_attention_heads=0", "num_attention_heads 1 0"),
+        (f"{NETWORK}patch_size=0", "patch_size 1 0"),
+        ("--data.init_args.num_workers=-1", "num_workers 0 -1"),
+        ("--data.init_args.validation_samples=-1", "validation_samples 1 -1"),
+        ("--data.init_args.validation_samples=0", "validation_samples 1 0"),
     ],
 )
 def test_values_that_lightning_would_not_name(
@@ -171,3 +181,10 @@ def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
     assert "EMMDIT_TRACEBACK=1" in lines[-1] and len(lines) == 2, lines
     assert lines[0].startswith("emmdit fit: ")
     return lines[0].removeprefix("emmdit fit: ")
+
+
+def test_settings_that_an_optimizer_of_torch_refuses(capsys: pytest.CaptureFixture, devices: set[str]) -> None:
+    adamw = "model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1, betas: [2, 0.9]}}}}"
+    error = fails(capsys, *files(SHAPES), *ON_CPU, *change(adamw))
+    assert all(word in error for word in ("model.optimizer", "beta", "2"))
+    assert "optimizer.lr" in fails(capsys, *files(SHAPES), *ON_CPU, *change(adamw.replace("lr: 1,", "lr: -1,")))

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,8 +25,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from emmdit.checkpoint_reader import load_sharded, read_metadata
 from emmdit.weights import checkpoint_state, load_weights
+from lightning_modules.callbacks import Checkpoint
 from lightning_modules.commands.main import main
 from lightning_modules.runs import build_module
+from tests.toy import Toy, trainer
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("sample", "export", "evaluate", "generate-dataset")
@@ -218,6 +223,30 @@ try:
 except ValueError as error:
     print("REFUSED", error, flush=True)
 """
+
+
+def test_a_checkpoint_from_an_address_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "site").mkdir()
+    state = {"state_dict": {}, "x": Bomb(os.system, f"touch {tmp_path / 'ran'}")}
+    torch.save(state, tmp_path / "site/evil.ckpt")
+    asked = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            asked.append(args)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "site")) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/evil.ckpt"
+        with pytest.raises(ValueError, match=r"evil\.ckpt is not a readable checkpoint"):
+            trainer(tmp_path, [Checkpoint(dirpath=tmp_path / "own")], max_steps=1, enable_checkpointing=True).fit(
+                Toy(), ckpt_path=address
+            )
+        server.shutdown()
+    assert asked and not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "site/evil.ckpt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
 
 
 def test_a_resume_reads_a_sharded_folder_the_same_way(tmp_path: Path) -> None:

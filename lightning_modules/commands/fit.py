@@ -148,6 +148,7 @@ class SuiteCLI(LightningCLI):
         """Everything that can be known to be wrong before a class is built, and the paths of the run folder."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         check_trainer(config.trainer)
+        check_optimizer(config.model.get("init_args", {}).get("optimizer"))
         if config.throughput.window < 1 or config.non_finite.limit < 1:
             raise ValueError("throughput.window and non_finite.limit must be at least 1.")
         files = config_files(self._arguments)
@@ -252,3 +253,12 @@ def check_trainer(trainer: Any) -> None:
         value = trainer.get(name)
         if not isinstance(value, bool | str) and value is not None and (value == 0 or value < 0 and "max" not in name):
             raise ValueError(f"trainer.{name} must be above 0, not {value}: nothing would be trained or validated.")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise a ValueError that names the setting; torch's own names it in its own words, and lets NaN pass."""
+    settings = optimizer.get("init_args", {}) if hasattr(optimizer, "get") else {}
+    for name in ("lr", "eps", "weight_decay"):
+        value = settings.get(name)
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise ValueError(f"model.optimizer.{name} must be a finite number of at least 0, not {value}.")

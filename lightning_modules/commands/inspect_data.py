@@ -20,6 +20,7 @@ from emmdit.config_text import read_yaml
 from emmdit.data import inspect
 from emmdit.data.buckets import Buckets
 from emmdit.data.images import MAX_PIXELS
+from emmdit.data.precompute.job import TEXT
 from emmdit.data.precompute.manifest import KIND
 from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source
@@ -162,7 +163,7 @@ def inspect_part(
     out.mkdir(parents=True, exist_ok=True)
     text = inspect.as_text(report)
     print(text, flush=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", **TEXT)
     if any(item.pixels is not None for item in kept):
         save_png(inspect.contact_sheet(kept, SIDE), out / "sheet.png", {"shown": [item.row for item in kept], **about})
     elif args.images:

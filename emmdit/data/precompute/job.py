@@ -30,6 +30,8 @@ from filelock import FileLock, Timeout
 
 from emmdit.files import atomic_path, check_folder, parse_json, read_json
 
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a surrogate pair: as JSON escapes it
+
 
 class ResumableJob:
     """`with ResumableJob(...) as job: for unit in job.pending(): ... job.commit(unit, ...)`, then `job.manifest(...)`.
@@ -67,6 +69,9 @@ class ResumableJob:
 
     def __enter__(self) -> ResumableJob:
         check_folder(self.folder)
+        for path in (self.journals, *self.journals.glob("*")):
+            if path.is_symlink():  # what is written there would land elsewhere
+                raise ValueError(f"{path} is a link, which no job makes: remove it, or choose another folder.")
         self._made = not self.folder.exists()
         self._check_plan()  # a refusal leaves nothing behind
         self.journals.mkdir(parents=True, exist_ok=True)
@@ -228,9 +233,9 @@ class ResumableJob:
         if before is not None and shards:
             before(manifest)
         with atomic_path(self.folder / "rejects.jsonl") as part:
-            part.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects), "utf-8")
+            part.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects), **TEXT)
         with atomic_path(self.folder / "manifest.json") as part:
-            part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", **TEXT)
         return json.loads(json.dumps(manifest))  # as it is read back: no tuples
 
 
