@@ -61,11 +61,7 @@ class LocalCheckpointIO(TorchCheckpointIO):
             tensors_only = weights_only is not False  # Lightning unpickles what comes from an address
             try:
                 return super().load_checkpoint(path, map_location or torch.device("cpu"), tensors_only)
-            except (
-                pickle.UnpicklingError,
-                RuntimeError,
-                EOFError,
-            ) as error:  # not one, cut short, or more than tensors
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # cut short, or more than tensors
                 raise unreadable(path, error) from error
         found = find_checkpoint(path)
         if found.is_dir():

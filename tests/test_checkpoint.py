@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -264,6 +266,22 @@ def test_a_run_is_read_while_it_saves_every_step(tmp_path: Path) -> None:
 def test_a_run_folder_is_a_checkpoint_too(tmp_path: Path) -> None:
     fit(tmp_path / "run/checkpoints", 2)
     assert fit(tmp_path / "other", 3, str(tmp_path / "run")).training_steps == 3
+
+
+def test_a_checkpoint_from_an_address_is_read_as_tensors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "downloads"))
+    torch.save({"state_dict": {}, "x": Bomb(os.mkdir, str(tmp_path / "marker"))}, tmp_path / "evil.ckpt")
+    torch.save({"state_dict": {}, "x": torch.ones(2)}, tmp_path / "good.ckpt")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        files = LocalCheckpointIO(SimpleNamespace())
+        with pytest.raises(ValueError, match=r"evil\.ckpt"):
+            files.load_checkpoint(f"{address}/evil.ckpt")
+        assert files.load_checkpoint(f"{address}/good.ckpt")["x"].tolist() == [1, 1]
+        server.shutdown()
+    assert not (tmp_path / "marker").exists()
 
 
 def test_what_cannot_write_or_read_safely_is_refused(tmp_path: Path) -> None:

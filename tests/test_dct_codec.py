@@ -111,6 +111,7 @@ def test_type_and_autocast():
         (lambda: DCTCodec().decode(torch.zeros(1, 31, 8, 8)), r"\b32\b.*\(1, 31, 8, 8\)"),
         (lambda: BlockDCT(channels=49), r"\b48\b.*\b49\b"),
         (lambda: BlockDCT(block_size=8), r"BlockDCT\.fitted"),
+        (lambda: BlockDCT(block_size=65536, channels=2), "65536"),
         (lambda: BlockDCT(latents_mean=[0.0] * 32), r"BlockDCT(?!.*\d).*latents_mean.*latents_std"),
         (lambda: BlockDCT(latents_mean=[0.0] * 31, latents_std=[1.0] * 31), r"\b32\b.*latents_mean.*latents_std"),
     ],

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 
 from emmdit.encoders.base import ImageCodec, as_dtype, clamped, frozen
 
+LARGEST_BLOCK = 32  # a block is one vector, and its transform a matrix of 3072 x 3072
 # BT.601, as in JPEG; images are in [-1, 1], so there is no offset for chroma.
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
@@ -66,6 +67,8 @@ class BlockDCT(ModelMixin, ConfigMixin):
         whitening: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 1 <= block_size <= LARGEST_BLOCK:
+            raise ValueError(f"BlockDCT takes a block_size from 1 to {LARGEST_BLOCK}, got {block_size}.")
         if not 1 <= channels <= 3 * block_size**2:
             raise ValueError(
                 f"BlockDCT with block_size={block_size} has {3 * block_size**2} coefficients, so channels cannot be "
