@@ -7,7 +7,7 @@ import torch
 
 from emmdit.networks import EMMDiTTransformer2DModel
 from lightning_modules import TextToImage
-from lightning_modules.commands.config_errors import sentence
+from lightning_modules.commands.config_errors import LONGEST, sentence
 from lightning_modules.commands.main import main
 from tests.command_line import ON_CPU, SHAPES, STAGES, change, cli, files
 from tests.command_line import elsewhere as elsewhere
@@ -94,6 +94,13 @@ def test_wrong_yaml_ends_in_one_sentence(text: str, capsys: pytest.CaptureFixtur
     assert "change.yaml, line 1: " in error
     assert all(word in error for word in WRONG[text].split()) and error.endswith(".")
     assert not devices
+
+
+@pytest.mark.parametrize("text", ["first\n" + "x" * 10**5 + "\nthe way out.", "first\nthe way out."])
+def test_any_message_is_one_bounded_line_with_its_way_out(text: str) -> None:
+    told = sentence(ValueError(text))
+    assert told.startswith("first ") and told.endswith(" the way out.")
+    assert len(told.splitlines()) == 1 and len(told) <= LONGEST
 
 
 def test_other_slips_of_the_command_line(capsys: pytest.CaptureFixture, devices: set[str]) -> None:

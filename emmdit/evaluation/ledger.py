@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, read_json
 from emmdit.legacy import modernize
 
 Row = dict[str, Any]
@@ -77,9 +77,9 @@ def read(path: str | Path) -> list[Row]:
         return []
     way_out = "restore the version in git, and let `emmdit evaluate` alone write it"
     try:
-        rows = modernize(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:  # neither JSON nor text
-        raise ValueError(f"The ledger {path} is not JSON ({error}); {way_out}.") from error
+        rows = modernize(read_json(path, way_out))
+    except RecursionError as error:
+        raise ValueError(f"The ledger {path} is nested too deeply; {way_out}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"The ledger {path} is a {type(rows).__name__}, not a list of rows; {way_out}.")
     seen: dict[tuple[str, int, int], int] = {}

@@ -18,7 +18,7 @@ def sentence(error: BaseException) -> str:
     """The message for the user, one line of at most `LONGEST` characters: the key path in the config, and what is wrong
     with it. Errors that jsonargparse did not wrap keep their words, those of a loader process lose its traceback."""
     line = " ".join(_sentence(error).split())
-    half = LONGEST // 2 - 3
+    half = (LONGEST - len(" [...] ")) // 2
     return line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}"  # the way out stands at the end
 
 

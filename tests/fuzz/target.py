@@ -23,7 +23,7 @@ class Target:
     Args:
         make: writes a valid input into an empty folder.
         read: reads it, as the commands do.
-        cost: milliseconds of an input, for the shares of a run.
+        cost: milliseconds of an input; the short run reads as many as fit its time.
         reads: what may be opened: "inside" of the folder, what is "linked" there (a cache of the hub is made of links
             that lead out), or "anything" that the input names.
         named: a message names the file.

@@ -16,7 +16,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from emmdit.evaluation.metrics.base import ImageMetric, Sample
 from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, parse_json
 from emmdit.weights import sha256_of
 
 MOST_COMPRESSED = 100  # bytes of an array from one in the file
@@ -44,7 +44,7 @@ def read_reference(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, 
         with zipfile.ZipFile(path) as archive:
             members = {name: f"{name}.npy" for name in (*names, MADE_WITH) if f"{name}.npy" in archive.namelist()}
             found = {name: _read_array(archive, member, path.stat().st_size) for name, member in members.items()}
-        made_with = json.loads(str(found.pop(MADE_WITH, "{}")))
+        made_with = parse_json(str(found.pop(MADE_WITH, "{}")))
     except Exception as error:  # damaged zips and headers end in almost any kind
         raise ValueError(
             f"'{path}' is no npz file of reference statistics: compute one with `emmdit reference-stats`."
