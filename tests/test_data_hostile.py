@@ -179,6 +179,7 @@ def mds(image: bytes) -> None:
     ("size", "mode", "count", "why"),
     [
         ((60_000, 60_000), b"RGB", 100, "decompression bomb"),
+        ((9, 8_388_615), b"RGB", 100, "decompression bomb"),
         ((9_000, 9_000), b"RGB", 100, "corrupt"),
         ((32, 32), b"RGB", 32 * 32 * 3, ""),
         ((20, 20), b"1", 60, ""),

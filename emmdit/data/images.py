@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB; a small file can claim any size
+MAX_SIDE = 65_535  # what a JPEG can have; Pillow keeps a pointer for each row, whatever its length
 MAX_BYTES = 1 << 28  # of one encoded image or array in a row
 MAX_TEXT = 1 << 20  # bytes of one caption or JSON value
 # Pillow's others are not images of datasets, and its EPS reader starts Ghostscript.
@@ -102,10 +103,10 @@ def open_image(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     try:
         with opened(value) as image:
-            if image.width * image.height > max_pixels:
+            if image.width * image.height > max_pixels or max(image.size) > MAX_SIDE:
+                size, sides = f"{image.width} x {image.height}", f"{MAX_SIDE:,} on a side"
                 raise InvalidSample(
-                    f"{image.width} x {image.height} pixels are more than max_pixels {max_pixels:,}",
-                    "decompression bomb",
+                    f"{size} pixels are more than max_pixels {max_pixels:,}, or than {sides}", "decompression bomb"
                 )
             image = ImageOps.exif_transpose(eight_bits(image))
             if image.has_transparency_data:  # what lies under transparent pixels is arbitrary
