@@ -36,8 +36,10 @@ def reasons(source: str, image: str = "image", caption: str = "caption", **setti
 
 def test_a_long_thin_image_is_not_enlarged_to_gigabytes() -> None:
     folder(Path("source"), 1)
-    Image.new("L", (1, 400_000)).save("source/000.jpg", "PNG")
+    Image.new("L", (1, 60_000)).save("source/000.jpg", "PNG")
     assert reasons("source", min_side=1) == ["too long"]
+    Image.new("L", (1, 400_000)).save("source/000.jpg", "PNG")
+    assert reasons("source", min_side=1) == ["decompression bomb"]
 
 
 # -- links, pipes and paths --------------------------------------------------------------------------
@@ -179,7 +181,6 @@ def mds(image: bytes) -> None:
     ("size", "mode", "count", "why"),
     [
         ((60_000, 60_000), b"RGB", 100, "decompression bomb"),
-        ((9, 8_388_615), b"RGB", 100, "decompression bomb"),
         ((9_000, 9_000), b"RGB", 100, "corrupt"),
         ((32, 32), b"RGB", 32 * 32 * 3, ""),
         ((20, 20), b"1", 60, ""),

@@ -100,8 +100,9 @@ def test_fit_then_resume_is_one_run(tmp_path):
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
+            run_id = trainer.logger.run_id
             trainer.logger._sender.flush()  # the status is sent in the background
-            seen.append(trainer.logger.experiment.get_run(trainer.logger.run_id).info.status)
+            seen.append(trainer.logger.experiment.get_run(run_id).info.status)
 
     fit(folder, 7, ckpt_path="last", callbacks=[Look()])
     (run,) = runs()
