@@ -36,8 +36,9 @@ def reasons(source: str, image: str = "image", caption: str = "caption", **setti
 
 def test_a_long_thin_image_is_not_enlarged_to_gigabytes() -> None:
     folder(Path("source"), 1)
-    Image.new("L", (1, 60_000)).save("source/000.jpg", "PNG")
-    assert reasons("source", min_side=1) == ["too long"]
+    Image.new("L", (1, 65_000)).save("source/000.jpg", "PNG")
+    items = Items(open_source("source"), Settings(64, min_side=1, image_column="image", caption_columns=("caption",)))
+    assert items[0].reason == "too long"
     Image.new("L", (1, 400_000)).save("source/000.jpg", "PNG")
     assert reasons("source", min_side=1) == ["decompression bomb"]
 
@@ -69,12 +70,26 @@ def test_links_to_folders_neither_loop_nor_multiply(kind: str) -> None:
         assert len(open_source("source/**/*.tar")) == 1
 
 
-def test_a_linked_folder_of_shards_is_read() -> None:
+@pytest.mark.parametrize("where", ["../shards", "/"])
+def test_a_link_to_a_folder_elsewhere_is_named_and_read_if_asked_for(where: str) -> None:
     Path("shards").mkdir()
     tar(Path("shards/a.tar"), sample(0))
     Path("source").mkdir()
-    os.symlink("../shards", "source/part")
-    assert reasons("source") == [""]
+    os.symlink(where, "source/part")
+    with pytest.raises(ValueError, match="source/part"):
+        open_source("source")
+    if where != "/":
+        assert len(open_source("source/part/*.tar")) == 1
+
+
+def test_patterns_of_many_stars_are_matched_at_once() -> None:
+    folder = Path("source", *"abcdefghijklmnopqrstuvwxyz")
+    folder.mkdir(parents=True)
+    tar(folder / "a.tar", sample(0))
+    stars = "**/*/" * 12
+    assert len(open_source(f"source/{stars}*.tar")) == 1
+    with pytest.raises((ValueError, OSError)):
+        open_source(f"source/{stars}b.tar")
 
 
 def test_a_folder_reads_nothing_outside_itself() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from emmdit.files import resolved
+
 
 @dataclass(frozen=True)
 class Source:
@@ -78,8 +80,13 @@ def walk(root: str | Path, links: bool = True) -> Iterator[Path]:
                     yield path
                 elif not entry.is_symlink():
                     folders.append(path)
-                elif links:
+                elif links and resolved(path).is_relative_to(resolved(root)):
                     linked.append(path)
+                elif links:
+                    raise ValueError(
+                        f"'{path}' is a link to a folder elsewhere, whose files may be anything: name it with data_files, "
+                        "or remove it."
+                    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -103,11 +110,21 @@ def _globbed(pattern: str) -> Iterator[str]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    reached = {0}  # how much of the pattern the parts so far may stand for
+    for part in parts:
+        reached = _behind_stars(reached, pattern)
+        stay = {at for at in reached if at < len(pattern) and pattern[at] == "**"}
+        reached = stay | {at + 1 for at in reached - stay if at < len(pattern) and fnmatchcase(part, pattern[at])}
+    return len(pattern) in _behind_stars(reached, pattern)
+
+
+def _behind_stars(reached: set[int], pattern: Sequence[str]) -> set[int]:
+    """With the positions behind each `**`, which may stand for nothing."""
+    found = set(reached)
+    for at in range(len(pattern)):
+        if at in found and pattern[at] == "**":
+            found.add(at + 1)
+    return found
 
 
 class Rows(Dataset, ABC):
