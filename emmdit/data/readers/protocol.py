@@ -84,8 +84,8 @@ def walk(root: str | Path, links: bool = True) -> Iterator[Path]:
                     linked.append(path)
                 elif links:
                     raise ValueError(
-                        f"'{path}' is a link to a folder elsewhere, whose files may be anything: name it with data_files, "
-                        "or remove it."
+                        f"'{path}' is a link to a folder elsewhere, whose files may be anything: name it with "
+                        "data_files, or remove it."
                     )
 
 
