@@ -100,6 +100,8 @@ class ShapesText(TextConditioner):
     ) -> None:
         if (model is None) != (tokenizer is None):
             raise ValueError("ShapesText needs both a model and its tokenizer, or neither.")
+        if type(max_length) is not int or max_length < 1:
+            raise ValueError(f"ShapesText max_length must be a number of tokens, not {max_length!r}.")
         if model is None:
             tokenizer = shapes_tokenizer(max_length)
             model = pretrained_text_model(tokenizer)

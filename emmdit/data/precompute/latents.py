@@ -102,6 +102,9 @@ class LatentsDataset(Dataset):
         except ValueError as error:
             raise ValueError(self._unreadable(numbers[0], first_line(error))) from error
         codec, columns = self.manifest["codec"], self.manifest["columns"]
+        tensors = {name for name in stored if name == "features" or name.startswith("text.")}
+        if odd := ({"caption", "latents"} - stored.keys()) | (tensors - columns.keys()):
+            raise ValueError(self._unreadable(numbers[0], f"{min(odd)} is not in its shard and in the manifest"))
         sizes = [(self.manifest["resolution"],) * 2] * len(numbers)
         if "height" in stored:
             sizes = list(zip(stored["height"], stored["width"], strict=True))
