@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -102,6 +103,31 @@ def test_a_refused_job_leaves_nothing_behind() -> None:
     Path("file").write_text("x")
     with pytest.raises(ValueError, match="file is a file"):
         run(source, Path("file/below"))
+
+
+def test_a_second_process_is_kept_out_and_harms_nothing() -> None:
+    with ResumableJob("out", {}, 9, 3):
+        with pytest.raises(ValueError, match="rank 0's part of out"), ResumableJob("out", {}, 9, 3):
+            pass
+        assert Path("out/plan.json").is_file()
+    with ResumableJob("out", {}, 9, 3):
+        pass
+
+
+def test_a_full_disk_is_an_error_and_the_same_command_completes(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, replace = folder(Path("source"), 10), os.replace
+    run(source, Path("whole"))
+
+    def full(part: Path, path: Path) -> None:
+        if Path(path).name == "data-000001.arrow":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        replace(part, path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="data-000001.arrow"):
+        patch.setattr(os, "replace", full)
+        run(source, Path("out"))
+    run(source, Path("out"))
+    assert list(contents("out").values()) == list(contents("whole").values())
 
 
 def test_a_job_killed_while_it_made_its_folder_starts() -> None:
