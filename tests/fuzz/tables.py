@@ -31,6 +31,8 @@ def encoded(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (9, 7)
 
 def samples(source: Path) -> None:
     """All that training reads of a source; then the first of the rows' errors."""
+    if source.is_symlink() and source.is_dir():  # what the user names is read, even if that is the whole disk
+        return
     from emmdit.data.buckets import image_sizes
     from emmdit.data.dataset import CaptionedDataset
     from emmdit.data.readers.open import open_source, select_columns
