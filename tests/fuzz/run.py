@@ -139,10 +139,11 @@ class Worker:
 
     def died(self) -> str:
         """Why it ended, "" while it works or where its life was over."""
-        if self.process.poll() is None and time.monotonic() - self.heard > SILENCE:
+        silence = SILENCE if self.case else 10 * SILENCE  # its imports take long on a busy machine
+        if self.process.poll() is None and time.monotonic() - self.heard > silence:
             self.process.kill()
             self.process.wait()
-            return f"hangs for {SILENCE} s"
+            return f"hangs for {silence} s"
         code = self.process.poll()
         return f"ended with status {code}" if code else ""
 
@@ -176,7 +177,7 @@ def lead(names: list[str], args: argparse.Namespace) -> int:
                     faults.setdefault(key, found)
             for place, worker in enumerate(workers):
                 why = worker.died()
-                if worker.process.poll() == 1:  # an error of Python beside the readers
+                if worker.process.poll() == 1 or (why and not worker.case):  # an error beside the readers
                     raise RuntimeError(f"The fuzz run itself failed:\n{worker.log.read_text()[-3000:]}")
                 if why:
                     kept = args.out / f"died-{next(numbers)}"
