@@ -95,8 +95,8 @@ def tars() -> Faulty:
                 add(f"{name}.txt", caption)
             found.add(f"a.tar, sample '{name}'", why, int(name[:2]))
         for name, more in (
-            ("../../../evil", {}),
-            ("/etc/evil", {}),
+            ("../../../escaped_member", {}),
+            ("/etc/escaped_member", {}),
             ("link", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
         ):
             add(f"{name}.jpg", b"" if more else jpeg(noise(1)), **more)
@@ -208,7 +208,7 @@ def test_each_bad_row_is_named_and_nothing_else_is_lost(make, capsys: pytest.Cap
     lines = capsys.readouterr().out.replace("''", "'").splitlines()  # YAML doubles quotes
     for row, key, why in faulty.rejects:
         assert any(f"row: {row}," in line and key in line and why in line for line in lines)
-    assert not list(Path.cwd().parent.rglob("evil*"))
+    assert not list(Path.cwd().parent.rglob("escaped_member*"))
 
 
 def test_non_finite_latents_are_rejected_and_a_source_of_rejects_alone_says_so() -> None:
