@@ -199,7 +199,7 @@ def _check_parquet(file: str) -> None:
                     f"{file} has a row group of {group.num_rows:,} rows and {declared:,} bytes ({packed:,} packed), "
                     f"which is read at once: write it anew in groups of at most {PLAIN_GROUP_BYTES:,} bytes."
                 )
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise ValueError(f"{file} is truncated or damaged ({first_line(error)}).") from error
 
 
