@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
+from emmdit.files import first_line
+
 
 class Damaged(ValueError):
     """A checkpoint that is not what was written; `why` goes on after "since"."""
@@ -35,7 +37,3 @@ def check_archive(file: BinaryIO, size: int, crcs: bool = False) -> None:
 
 def unreadable(path: str | Path, error: BaseException) -> ValueError:
     return ValueError(f"{path} is not a readable checkpoint ({first_line(error)}).")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from emmdit.archive import Damaged, check_archive
-from emmdit.files import read_json
+from emmdit.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 END = b"PK\x05\x06"  # of a zip's last record: 22 bytes, the last 2 of them the length of the comment that follows
@@ -40,14 +40,9 @@ def stamp(file: BinaryIO) -> None:
     file.write(MARK + digest.encode())
 
 
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def entry(path: Path) -> dict[str, Any]:
     """What a manifest says of one file."""
-    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_of([path])}
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -126,7 +121,7 @@ def _hash_folder(folder: Path, files: list[Path]) -> str:
         from emmdit.checkpoint_reader import read_metadata  # takes a second
 
         read_metadata(folder / ".metadata")  # it compares shards with what is declared
-    found = {path.name: sha256_of_file(path) for path in files if path.name != MANIFEST}
+    found = {path.name: sha256_of([path]) for path in files if path.name != MANIFEST}
     for name, file in (listed or {}).items():
         if found[name] != file["sha256"]:
             raise Damaged(folder, f"the bytes of {name} do not match the checksum that was written with them")

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import _get_layout
 
-from emmdit.archive import Damaged, check_archive, first_line, unreadable
-from emmdit.files import read_bytes
+from emmdit.archive import Damaged, check_archive, unreadable
+from emmdit.files import first_line, read_bytes
 from emmdit.legacy import modern_key
 
 RECORDS = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,27 @@ def check_folder(path: str | Path, option: str = "--out") -> None:
         raise ValueError(f"{option} {path} is not a folder: {folder} is a file, so name another place.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{option} {path} cannot be written: you may not write in {folder}, so name another place.")
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name that is not valid Unicode as one that files and terminals take."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, to be put into a sentence."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return printable(re.sub(r" <_io\.BytesIO object at 0x\w+>", "", text))  # Pillow's name for bytes
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -3,10 +3,8 @@ folder, Nitro-E file. Tensors only: safetensors, `torch.load(weights_only=True)`
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from emmdit.archive import Damaged, first_line, unreadable
+from emmdit.archive import Damaged, unreadable
 from emmdit.checkpoint_files import is_checkpoint, verify, verify_file, whole
-from emmdit.files import resolved
+from emmdit.files import first_line, resolved
 from emmdit.legacy import modernize_state
 
 ATTEMPTS = 10  # to read from a run that is training, and deletes what was found
@@ -73,27 +71,34 @@ def base_weights(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tens
     return adapters | {names.get(key, key): tensor for key, tensor in state.items()}
 
 
-def component_weights(source: str | Path, name: str) -> dict[str, Tensor]:
+def open_source(source: str | Path) -> str | Path | OpenedCheckpoint:
+    """A checkpoint is opened, so that all that is loaded from it is of one step and read once; others stay as is."""
+    path = Path(source)
+    other = path.suffix == ".safetensors" or is_diffusers_folder(path) or is_hub_id(source)
+    return source if other else open_checkpoint(source)
+
+
+def component_weights(source: str | Path | OpenedCheckpoint, name: str) -> dict[str, Tensor]:
     """State dict of the loss component `name` in `source`; {} where there is none.
 
     A Lightning checkpoint holds components as `components.<name>.*`, a Nitro-E training file REPA's projector.
     """
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        prefix = "projectors.0."
-        found = {key: tensor for key, tensor in _tensors(path).items() if name == "repa" and key.startswith(prefix)}
-        return {f"projector.{key.removeprefix(prefix)}": tensor for key, tensor in found.items()}
-    if is_diffusers_folder(path) or is_hub_id(source):
+    source = source if isinstance(source, OpenedCheckpoint) else open_source(source)
+    if isinstance(source, OpenedCheckpoint):
+        prefix = f"components.{name}."
+        return {key.removeprefix(prefix): v for key, v in source.state.items() if key.startswith(prefix)}
+    if name != "repa" or Path(source).suffix != ".safetensors":
         return {}
-    prefix, state = f"components.{name}.", checkpoint_state(find_checkpoint(path))
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    prefix, state = "projectors.0.", _tensors(Path(source))
+    return {f"projector.{key.removeprefix(prefix)}": v for key, v in state.items() if key.startswith(prefix)}
 
 
-def load_component_weights(component: nn.Module, source: str | Path) -> None:
+def load_component_weights(component: nn.Module, source: str | Path | OpenedCheckpoint) -> None:
     """Copy the weights of a loss component from `source`, where it holds some; ValueError if they do not fit."""
     saved, own = component_weights(source, component.name), component.state_dict()
     if not saved:
         return
+    source = source.path if isinstance(source, OpenedCheckpoint) else source
     check_finite(saved, source)
     odd = [
         key
@@ -112,13 +117,12 @@ def read_weights(
     source: str | Path | OpenedCheckpoint, weights: str | None = None, network_class: type | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """The denoiser's state dict in `source`, and whether it is the "ema" or the "raw" one."""
-    if not isinstance(source, OpenedCheckpoint):
-        path = Path(source)
-        if path.suffix == ".safetensors":
-            return _from_safetensors(path), "raw"
-        if is_diffusers_folder(path) or is_hub_id(source):
-            return _from_diffusers(source, network_class), "raw"
-    opened = source if isinstance(source, OpenedCheckpoint) else open_checkpoint(source)
+    opened = source if isinstance(source, OpenedCheckpoint) else open_source(source)
+    if not isinstance(opened, OpenedCheckpoint):
+        path = Path(opened)
+        return (
+            _from_safetensors(path) if path.suffix == ".safetensors" else _from_diffusers(opened, network_class)
+        ), "raw"
     source, state = opened.path, opened.state
     kind = weights or ("ema" if any(key.startswith(PREFIXES["ema"]) for key in state) else "raw")
     if kind not in PREFIXES:
@@ -214,16 +218,6 @@ def _with_way_out(error: Damaged) -> ValueError:
     other = next(whole(beside, []), None)
     way_out = f"{other} is whole, use that" if other else "no other checkpoint beside it is whole, restore it"
     return ValueError(f"{str(error).rstrip('.')}: {way_out}.")
-
-
-def sha256_of(files: Iterable[Path]) -> str:
-    """Of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def run_folder(path: str | Path) -> Path:

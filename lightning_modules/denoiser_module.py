@@ -22,7 +22,7 @@ from emmdit.losses import LossComponent
 from emmdit.optim import parameter_groups
 from emmdit.seeding import generator
 from emmdit.types import Condition
-from emmdit.weights import check_source, load_component_weights, load_weights
+from emmdit.weights import check_source, load_component_weights, load_weights, open_source
 from lightning_modules.parallel import parallelize
 
 DenoiserFactory = Callable[[], ModelMixin]
@@ -101,15 +101,16 @@ class DenoiserModule(LightningModule):
         self.denoiser = self.initial_denoiser()
         if self.adapter is not None:
             self.seeded(self.adapter.add_to, self.denoiser)
-        if self.init_from is not None:
-            load_weights(self.denoiser, self.init_from)
+        source = None if self.init_from is None else open_source(self.init_from)
+        if source is not None:
+            load_weights(self.denoiser, source)
         self.freeze(self.denoiser)
         if self.ema:
             self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
         for component in self.components.values():
             self.seeded(component.attach, self.denoiser)
-            if self.init_from is not None:
-                load_component_weights(component, self.init_from)
+            if source is not None:
+                load_component_weights(component, source)
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         frozen = [network for component in self.components.values() for network in component.frozen_networks()]

@@ -326,12 +326,13 @@ class _LazyClient:
 
     def __init__(self, logger: MLflowLogger) -> None:
         self._logger = logger
+        self._client: MlflowClient | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         try:
-            client = connect(self._logger.tracking_uri)
+            client = self._client = self._client or connect(self._logger.tracking_uri)
         except Exception as error:  # of any library below MLflow
             rank_zero_warn(f"MLflow's {name} was left out: {describe(error)}")
             return lambda *args, **kwargs: None

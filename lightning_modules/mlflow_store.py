@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import os
@@ -20,9 +19,9 @@ from filelock import FileLock  # a requirement of torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from PIL import Image
 
 from emmdit.config_text import mask_secrets
+from emmdit.data.images import open_image
 from emmdit.files import atomic_path, parse_json
 from emmdit.provenance import git_state
 
@@ -31,7 +30,6 @@ DEFAULT_STORE = "sqlite:///mlflow.db"  # also the default of `mlflow ui`
 UID_TAG = "emmdit.uid"  # how a run is found whose creation was not acknowledged
 REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # unless the user sets them
 LOCKED_SECONDS = 10.0  # how long a locked sqlite file may take until it counts as unreachable
-MAX_PIXELS = 128 << 20
 LOG_LEVELS = {
     "alembic": logging.WARNING,  # a line for each table of a fresh store
     "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for each error that is raised as well
@@ -342,12 +340,10 @@ def _send_image(client: MlflowClient, run_id: str, entry: Mapping[str, Any]) -> 
     data = _bytes(entry)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            preview = Image.open(io.BytesIO(data), formats=["PNG"])
-            if preview.width * preview.height > MAX_PIXELS:
-                raise ValueError("too many pixels")
+            preview = open_image(data)
             preview.thumbnail((256, 256))
             preview.save(Path(folder, f"{name}+compressed.webp"))
-        except Exception as error:  # Pillow's decoders raise what they like
+        except ValueError as error:
             raise MlflowException.invalid_parameter_value(f"image {key} cannot be read: {error}") from error
         Path(folder, f"{name}.png").write_bytes(data)
         client.log_artifacts(run_id, folder, "images")

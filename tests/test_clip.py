@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from emmdit.encoders import CLIPVision, MissingModelError, standin
 from emmdit.encoders.loading import locate
 from emmdit.evaluation.metrics.clip import CLIP, PUBLISHED, check_published, short_name
-from emmdit.weights import sha256_of
+from emmdit.files import sha256_of
 
 STANDIN = "standin:clip_model"
 

@@ -30,8 +30,7 @@ from lightning_modules.commands.main import main
 from lightning_modules.commands.model_card import plain_text
 from lightning_modules.denoiser_module import DenoiserModule
 from lightning_modules.runs import build_module
-from tests.test_trust import CONFIG, ROOT
-from tests.tiny_run import MODEL, SMALL, configure, make_run, save, told
+from tests.tiny_run import CONFIG, MODEL, ROOT, SMALL, configure, make_run, save, told
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from emmdit.evaluation.metrics.features import INCEPTION, CleanInception, CLIPFe
 from emmdit.evaluation.metrics.fid import FID, FeatureStatistics, frechet_distance
 from emmdit.evaluation.metrics.kid import KID, kernel_distance
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.weights import sha256_of
+from emmdit.files import sha256_of
 from tests.tiny_features import TinyFeatures, random_images, samples, write_folder
 
 METRICS = {"fid": FID, "kid": KID, "cmmd": CMMD}

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_trust import CONFIG
-from tests.tiny_run import MODEL, SMALL, arguments, configure, make_run, told
+from tests.tiny_run import CONFIG, MODEL, SMALL, arguments, configure, make_run, told
 
 
 @pytest.fixture

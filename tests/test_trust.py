@@ -28,24 +28,10 @@ from emmdit.weights import checkpoint_state, load_weights
 from lightning_modules.callbacks import Checkpoint
 from lightning_modules.commands.main import main
 from lightning_modules.runs import build_module
+from tests.tiny_run import CONFIG, ROOT
 from tests.toy import Toy, trainer
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = ("sample", "export", "evaluate", "generate-dataset")
-CONFIG = yaml.safe_load("""
-model:
-  class_path: lightning_modules.TextToImage
-  init_args:
-    denoiser:
-      class_path: emmdit.networks.EMMDiTTransformer2DModel
-      init_args: {sample_size: 8, in_channels: 32, out_channels: 32, num_attention_heads: 2, attention_head_dim: 16,
-        block_groups: [1, 1, 1], caption_channels: 64, compression_ratios: [2, 4],
-        subregion_pattern: [full], pos_embed_max_size: 16}
-    codec: {class_path: emmdit.encoders.DCTCodec, init_args: {whitening: 0.25}}
-    text: {class_path: emmdit.shapes.ShapesText, init_args: {max_length: 12}}
-    path: {class_path: emmdit.flow.RectifiedFlow}
-    sampling: {steps: 1, guidance: 1.0}
-""")
 
 
 class Bomb:

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 
 from emmdit.data.buckets import Bucketing, Buckets, one_bucket
 from emmdit.data.captions import candidates, texts
-from emmdit.data.images import first_line, load_image
+from emmdit.data.images import load_image
 from emmdit.data.readers.open import value
 from emmdit.data.readers.protocol import Rows
+from emmdit.files import first_line
 
 
 class CaptionedDataset(Dataset):

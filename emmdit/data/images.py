@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 import warnings
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from emmdit.files import first_line
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB; a small file can claim any size
 MAX_SIDE = 65_535  # what a JPEG can have; Pillow keeps a pointer for each row, whatever its length
@@ -36,16 +37,6 @@ class InvalidSample(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it comes from loader processes
         return type(self), (str(self), self.reason)
-
-
-def printable(name: str) -> str:
-    """A name that is not valid Unicode as one that files and terminals take."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def first_line(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return printable(re.sub(r" <_io\.BytesIO object at 0x\w+>", "", text))  # Pillow's name for bytes
 
 
 class _File(io.BufferedReader):

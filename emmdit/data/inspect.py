@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from emmdit.data.buckets import Buckets, cropped
-from emmdit.data.images import first_line
 from emmdit.data.precompute.latents import LatentsDataset
 from emmdit.data.precompute.precompute import Item
-from emmdit.files import parse_json, read_bytes, to_uint8
+from emmdit.files import first_line, parse_json, read_bytes, to_uint8
 
 STEPS = (128, 64, 32, 16, 8)  # of buckets, where the data name none: the first with at least four to a side
 Tokenizer = tuple[str, Callable[[list[str]], list[int]], int | None]  # unit, captions -> lengths, where they are cut

@@ -128,7 +128,7 @@ class FrozenModel:
     @cached_property
     def weights_identity(self) -> dict[str, Any]:
         """The sha256 of each file of a local folder, or the commit of a hub repository (loads the model)."""
-        from emmdit.weights import sha256_of  # which needs this package
+        from emmdit.files import sha256_of  # which needs this package
 
         place, _ = locate(self.source)
         files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []

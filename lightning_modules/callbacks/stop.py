@@ -24,7 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals(Callback):
     """Ends a training on SIGTERM (exit status 143) or Ctrl-C (130) with a checkpoint; a second signal ends it at once.
 
-    All ranks stop at the same step, whichever of them got the signal. Validation and evaluation are left where they
+    All ranks stop at the same step, whichever of them got the signal: after each step they compare a number on their
+    hosts (gloo), so that no GPU is waited for. Validation and evaluation are left where they
     are. Before training and after it, signals do what they always do. SIGUSR1 stays Lightning's, which requeues a SLURM
     job.
     """
@@ -37,6 +38,7 @@ class StopSignals(Callback):
         self._last_step = -1
         self._loops: dict[str, Any] | None = None  # of the training, at the step that a validation belongs to
         self._pid = os.getpid()
+        self._hosts: Any = None  # process group of the ranks' hosts
 
     # -- signals -----------------------------------------------------------------------------------------------
 
@@ -49,6 +51,8 @@ class StopSignals(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = pl_module.training_steps
         self._install()  # again: Lightning has put its own before ours
+        if trainer.world_size > 1:
+            self._hosts = torch.distributed.new_group(backend="gloo")
         self._armed = True
 
     def _install(self) -> None:
@@ -122,8 +126,9 @@ class StopSignals(Callback):
         """Save and end, on every rank, if one of them got a signal. A collective, between steps of the network."""
         signum = self.signum
         if trainer.world_size > 1:
-            flag = torch.tensor(float(signum), device=trainer.strategy.root_device)
-            signum = int(trainer.strategy.reduce(flag, reduce_op="max"))
+            flag = torch.tensor(signum)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._hosts)
+            signum = int(flag)
         if not signum:
             return
         self.signum, self._saving = signum, True

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from emmdit.bounded import BoundedMemory, Unfit
 from emmdit.encoders.base import FrozenModel
 from emmdit.encoders.loading import loading, one_sentence
-from emmdit.files import read_json
+from emmdit.files import read_json, sha256_of
 from emmdit.generate import image_size
 from emmdit.legacy import modernize
 from emmdit.pipeline import TextToImagePipeline
-from emmdit.weights import is_diffusers_folder, is_hub_id, open_checkpoint, run_folder, sha256_of
+from emmdit.weights import is_diffusers_folder, is_hub_id, open_checkpoint, run_folder
 from lightning_modules.commands import options
 from lightning_modules.runs import build_module, latest_config, read_config
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from emmdit.config_text import read_yaml
 from emmdit.data.dataset import CaptionedDataset
-from emmdit.data.images import eight_bits, first_line, load_image, opened
+from emmdit.data.images import eight_bits, load_image, opened
 from emmdit.data.readers.open import open_source, select_columns
 from emmdit.evaluation.metrics.clip import CLIP
 from emmdit.evaluation.metrics.features import CleanInception, CLIPFeatures, FeatureExtractor
 from emmdit.evaluation.metrics.fid import FeatureStatistics
 from emmdit.evaluation.metrics.reference import write_reference
-from emmdit.files import check_folder, resolved, to_uint8
+from emmdit.files import check_folder, first_line, resolved, to_uint8
 from emmdit.shapes import ShapesDataset, ShapesPrompts, ShapesWorld, render_scene
 from lightning_modules.commands.config_errors import sentence
 from lightning_modules.commands.options import check_options, command_parser

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from emmdit.networks import EMMDiTTransformer2DModel, load_nitro_e, save_nitro_e
 from tests.fuzz.target import target, write_json
+from tests.tiny_run import CONFIG as SMALL_RUN
 
 # -- weights -------------------------------------------------------------------------------------------
 
@@ -193,18 +194,4 @@ def config_files(folder: Path) -> None:
         raise ValueError(str(error)) from error
 
 
-CONFIG = yaml.safe_load("""
-model:
-  class_path: lightning_modules.TextToImage
-  init_args:
-    denoiser:
-      class_path: emmdit.networks.EMMDiTTransformer2DModel
-      init_args: {sample_size: 8, in_channels: 32, out_channels: 32, num_attention_heads: 2, attention_head_dim: 16,
-        block_groups: [1, 1, 1], caption_channels: 64, compression_ratios: [2, 4],
-        subregion_pattern: [full], pos_embed_max_size: 16}
-    codec: {class_path: emmdit.encoders.DCTCodec, init_args: {whitening: 0.25}}
-    text: {class_path: emmdit.shapes.ShapesText, init_args: {max_length: 12}}
-    path: {class_path: emmdit.flow.RectifiedFlow}
-    sampling: {steps: 1, guidance: 1.0}
-trainer: {max_steps: 3}
-""")
+CONFIG = SMALL_RUN | {"trainer": {"max_steps": 3}}

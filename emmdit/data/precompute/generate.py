@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from emmdit.data.captions import texts
-from emmdit.data.images import InvalidSample, first_line
+from emmdit.data.images import InvalidSample
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.precompute import Item
 from emmdit.data.readers.open import open_source, select_columns, value
-from emmdit.files import to_uint8
+from emmdit.files import first_line, to_uint8
 
 KIND = "emmdit generated"
 

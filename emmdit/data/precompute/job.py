@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from emmdit.files import atomic_path, check_folder, parse_json, read_json
+from emmdit.files import atomic_path, check_folder, parse_json, read_json, sha256_of
 
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a surrogate pair: as JSON escapes it
 
@@ -148,7 +148,7 @@ class ResumableJob:
         mine = [unit for unit in range(self.rank, self.units, self.world) if unit in done and done[unit]["file"]]
         for unit in mine if hashed else ():
             file = self.folder / done[unit]["file"]
-            if sha256(file) != done[unit]["sha256"]:
+            if sha256_of([file]) != done[unit]["sha256"]:
                 print(f"{file} is not as it was written, and is made again.", file=sys.stderr)
                 del done[unit]
         return done
@@ -193,7 +193,7 @@ class ResumableJob:
             name = f"data-{unit:06d}{self.suffix}"
             with atomic_path(self.folder / name) as part:
                 write(part)
-                record |= {"file": name, "bytes": part.stat().st_size, "sha256": sha256(part)}
+                record |= {"file": name, "bytes": part.stat().st_size, "sha256": sha256_of([part])}
         record |= {**more, "rejects": rejects}
         with open(self.journal, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(record) + "\n")
@@ -237,11 +237,6 @@ class ResumableJob:
         with atomic_path(self.folder / "manifest.json") as part:
             part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", **TEXT)
         return json.loads(json.dumps(manifest))  # as it is read back: no tuples
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _bounds(rows: range) -> tuple[int, int]:

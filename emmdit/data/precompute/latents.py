@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 
 from emmdit.data.buckets import Bucketing, one_bucket
 from emmdit.data.captions import candidates
-from emmdit.data.images import first_line, load_image
+from emmdit.data.images import load_image
 from emmdit.data.precompute.manifest import read_manifest
 from emmdit.data.readers.huggingface import checked, open_arrow
+from emmdit.files import first_line
 
 
 class LatentsDataset(Dataset):

@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from emmdit.data.buckets import Buckets
 from emmdit.data.captions import texts
-from emmdit.data.images import MAX_PIXELS, InvalidSample, first_line, fit, open_image, to_tensor
+from emmdit.data.images import MAX_PIXELS, InvalidSample, fit, open_image, to_tensor
 from emmdit.data.precompute.job import ResumableJob
 from emmdit.data.precompute.manifest import KIND, VERSION, describe
 from emmdit.data.readers.open import select_columns, value
 from emmdit.data.readers.protocol import Rows
 from emmdit.encoders.base import ImageCodec, TextConditioner, VisionFeatures, as_dtype
-from emmdit.files import atomic_path
+from emmdit.files import atomic_path, first_line
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emmdit.data.images import MAX_TEXT, InvalidSample, first_line, printable
+from emmdit.data.images import MAX_TEXT, InvalidSample
 from emmdit.data.readers.protocol import Rows, Source, walk
-from emmdit.files import parse_json, read_bytes
+from emmdit.files import first_line, parse_json, printable, read_bytes, resolved
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -28,7 +28,7 @@ class FolderRows(Rows):
     """
 
     def __init__(self, root: str | Path, names: list[str] | None = None) -> None:
-        self.root = Path(root).expanduser()
+        self.root = resolved(Path(root).expanduser())
         self.names = _images(self.root) if names is None else names
         if not self.names:
             raise ValueError(f"There are no images in '{root}'.")
@@ -98,7 +98,7 @@ class MetadataRows(Rows):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = resolved(Path(root).expanduser())
         self.rows: list[tuple[Path, dict[str, Any]]] = []
         columns: dict[str, None] = {}
         for file in sorted(file for file in walk(self.root, links=False) if file.name in METADATA):
@@ -140,7 +140,7 @@ class MetadataRows(Rows):
 
 
 def inside(root: Path, path: Path) -> Path:
-    """The path, once links are followed. InvalidSample where it leaves the folder, or there is no file."""
+    """The path, once links are followed. InvalidSample where it leaves `root`, itself no link, or there is no file."""
     try:
         found = path.resolve(strict=True)
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def inside(root: Path, path: Path) -> Path:
         found = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name with a zero byte
         raise InvalidSample(first_line(error), "unsafe path") from error
-    if not found.is_relative_to(root.resolve()):
+    if not found.is_relative_to(root):
         raise InvalidSample(f"{path.name} leads out of the folder", "unsafe path")
     if not found.is_file():
         raise InvalidSample(f"{path.name} is not a file", "unsafe path")

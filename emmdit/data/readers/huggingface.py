@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emmdit.data.images import first_line
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import read_json, resolved
+from emmdit.files import first_line, read_json, resolved
 
 # What one row group of parquet may take in memory, since it is read at once; a hostile one can claim any size.
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 26

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from emmdit.data.images import MAX_TEXT, first_line
+from emmdit.data.images import MAX_TEXT
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import read_bytes
+from emmdit.files import first_line, read_bytes
 
 MAX_FILE = 1 << 31  # bytes: some ten million prompts
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageMode
 
-from emmdit.data.images import MAX_BYTES, MAX_PIXELS, MAX_TEXT, InvalidSample, first_line, opened, printable
+from emmdit.data.images import MAX_BYTES, MAX_PIXELS, MAX_TEXT, InvalidSample, opened
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path, parse_json, read_json, resolved
+from emmdit.files import atomic_path, first_line, parse_json, printable, read_json, resolved
 
 _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 _SCALARS = {name: np.dtype(name) for name in (*_INTEGERS, "float16", "float32", "float64")}

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from emmdit.data.images import MAX_BYTES, MAX_TEXT, InvalidSample, first_line, printable
+from emmdit.data.images import MAX_BYTES, MAX_TEXT, InvalidSample
 from emmdit.data.readers.protocol import Rows, Source
-from emmdit.files import atomic_path, cache_folder, parse_json, resolved
+from emmdit.files import atomic_path, cache_folder, first_line, parse_json, printable, resolved
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption", "text", "cls")

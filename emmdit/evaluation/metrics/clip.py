@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from emmdit.encoders.base import FrozenModel, frozen
 from emmdit.encoders.loading import MissingModelError, load_processor, load_tokenizer, one_sentence
 from emmdit.evaluation.metrics.base import check_images
-from emmdit.weights import sha256_of
+from emmdit.files import sha256_of
 
 # sha256 of `model.safetensors` of hub repositories, as their page at huggingface.co shows it: metrics of a CLIP that
 # somebody exchanged there, or in the local cache, would be of another one.

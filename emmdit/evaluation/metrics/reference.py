@@ -16,8 +16,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from emmdit.evaluation.metrics.base import ImageMetric, Sample
 from emmdit.evaluation.metrics.features import CLIPFeatures, FeatureExtractor
-from emmdit.files import atomic_path, parse_json
-from emmdit.weights import sha256_of
+from emmdit.files import atomic_path, parse_json, sha256_of
 
 MOST_COMPRESSED = 100  # bytes of an array from one in the file
 MADE_WITH = "made_with"  # a JSON array beside clean-fid's, which clean-fid ignores
