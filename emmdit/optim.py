@@ -42,9 +42,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(steps):
+    for _ in range(steps):  # x <- a x + b (x x^T) x + c (x x^T)^2 x
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if transposed else x).to(matrices.dtype)
 
 

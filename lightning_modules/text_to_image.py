@@ -23,7 +23,7 @@ class TextToImage(DenoiserModule):
     Args:
         denoiser, codec, text: see `DenoiserModule`, which also takes all further arguments.
         timesteps: how timesteps are drawn, by default as in the released recipe.
-        timestep_weight: of the loss at each timestep, such as `emmdit.flow.MinSNR`; all alike by default.
+        timestep_weight: of the loss at each timestep, such as `emmdit.flow.RelativeLoss`; all alike by default.
         caption_dropout: probability of training on the empty prompt.
         task_weight: of the loss against the path's own target.
     """
@@ -80,7 +80,9 @@ class TextToImage(DenoiserModule):
             output = self.denoiser(x_t, timestep=t, **condition).sample
         prediction = output[:, : x0.shape[1]].float()  # PixArt also predicts a variance, behind the prediction
         target = self.path.target(x0, noise, t)
-        weight = None if self.timestep_weight is None else self.timestep_weight(self.path, t)
+        weight = None
+        if self.timestep_weight is not None:
+            weight = self.timestep_weight(self.path, t, flow_loss(prediction.detach(), target))
         return LossInputs(batch, x0, noise, t, x_t, condition, target, prediction, weight)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emmdit.flow import EpsilonDDPM, MinSNR, RectifiedFlow, flow_loss
+from emmdit.flow import EpsilonDDPM, MinSNR, RectifiedFlow, RelativeLoss, flow_loss, sample, schedule
 
 PATHS = [RectifiedFlow(), EpsilonDDPM(), EpsilonDDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")]
 
@@ -52,6 +52,30 @@ def test_bfloat16_is_computed_in_float32(path):
         assert path.to_noise(x_t.bfloat16(), noise, time).dtype == torch.float32
 
 
+@settings(max_examples=40, deadline=None)
+@given(t=st.lists(st.floats(1, 1000), min_size=1, max_size=5), seed=st.integers(0, 2**31))
+def test_conversions_of_x0_prediction_invert_each_other_above_zero(t, seed):
+    path = RectifiedFlow("x0")
+    x0, noise, t = triple(seed, t)
+    x_t, target = path.interpolate(x0, noise, t), path.target(x0, noise, t)
+    torch.testing.assert_close(path.to_x0(x_t, target, t), x0)
+    torch.testing.assert_close(path.to_noise(x_t, target, t), noise, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_solver"])
+def test_x0_and_velocity_prediction_of_one_network_sample_alike(sampler):
+    """The best x0 for standard normal data is (1 - s) x_t / (s^2 + (1 - s)^2)."""
+    noise = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def x0_of(x, t):
+        s = t / 1000
+        return (1 - s) * x / (s**2 + (1 - s) ** 2)
+
+    velocity = sample(lambda x, t: (x - x0_of(x, t)) / (t / 1000), noise, RectifiedFlow(), schedule(8), sampler)
+    data = sample(x0_of, noise, RectifiedFlow("x0"), schedule(8), sampler)
+    torch.testing.assert_close(data, velocity, rtol=1e-5, atol=1e-5)
+
+
 def test_rectified_flow_by_hand():
     path = RectifiedFlow()
     x0, noise, t = torch.tensor([[2.0], [2.0]]), torch.tensor([[-1.0], [-1.0]]), torch.tensor([250.0, 1000.0])
@@ -95,6 +119,7 @@ NONSENSE = [(EpsilonDDPM, "beta_start", value) for value in (0.0, 0.1)]
 NONSENSE += [
     (EpsilonDDPM, *case) for case in (("beta_end", 1.0), ("beta_schedule", "cosine"), ("num_train_timesteps", 1))
 ]
+NONSENSE += [(RectifiedFlow, "prediction", "noise"), (RelativeLoss, "bins", 0), (RelativeLoss, "decay", 1.0)]
 NONSENSE += [(MinSNR, "gamma", value) for value in (0.0, -1.0, float("inf"), float("nan"))]
 
 
@@ -123,7 +148,7 @@ def test_min_snr_of_noise_prediction():
     alpha, sigma = path.coefficients(t.double())
     snr = alpha**2 / sigma**2
     assert snr[1] > 5 > snr[2]
-    torch.testing.assert_close(MinSNR()(path, t), torch.where(snr < 5, 1.0, 5 / snr).float())
+    torch.testing.assert_close(MinSNR()(path, t, torch.ones(len(t))), torch.where(snr < 5, 1.0, 5 / snr).float())
 
 
 def test_min_snr_weighs_the_same_error_of_x0_alike_whatever_is_predicted():
@@ -136,6 +161,31 @@ def test_min_snr_weighs_the_same_error_of_x0_alike_whatever_is_predicted():
         wrong_noise = (x_t - alpha * (x0 + error)) / sigma
         prediction = path.target(x0 + error, wrong_noise, t)
         torch.testing.assert_close(path.to_x0(x_t, prediction, t), x0 + error, rtol=1e-4, atol=1e-4)
-        loss = flow_loss(prediction, path.target(x0, noise, t), MinSNR(0.5)(path, t))
+        loss = flow_loss(prediction, path.target(x0, noise, t), MinSNR(0.5)(path, t, torch.ones(len(t))))
         wanted = (alpha**2 / sigma**2).clamp(max=0.5)[:, 0] * error.square().mean(1)
         torch.testing.assert_close(loss, wanted.float(), rtol=1e-3, atol=0)
+
+
+def test_relative_loss_makes_all_timesteps_count_alike():
+    """Whatever the scale of the loss is at a timestep, also one that changes, its weighted mean tends to 1."""
+    weight, g = RelativeLoss(bins=4, decay=0.9), torch.Generator().manual_seed(0)
+    weighted = []
+    for step in range(400):
+        t = 1000 * torch.rand(32, generator=g)
+        scale = torch.tensor([0.01, 0.1, 1.0, 10.0])[(t / 250).long()] * (3.0 if step > 200 else 1.0)
+        loss = scale * (0.5 + torch.rand(32, generator=g))
+        weighted.append((weight(RectifiedFlow(), t, loss) * loss, (t / 250).long()))
+    each = torch.cat([values for values, _ in weighted[-100:]])
+    bins = torch.cat([index for _, index in weighted[-100:]])
+    for index in range(4):
+        assert each[bins == index].mean().item() == pytest.approx(1, abs=0.05)
+    assert weight.state_dict()["mean"].tolist() == pytest.approx([0.03, 0.3, 3.0, 30.0], rel=0.2)
+
+
+def test_relative_loss_is_not_poisoned_and_takes_the_ends():
+    weight = RelativeLoss(bins=2)
+    t, loss = torch.tensor([0.0, 1000.0]), torch.tensor([2.0, 4.0])
+    assert weight(RectifiedFlow(), t, loss).tolist() == [0.5, 0.25]
+    assert not weight(RectifiedFlow(), t, torch.tensor([float("nan"), 4.0])).isnan().any()
+    assert weight(RectifiedFlow(), t, loss).tolist() == [0.5, 0.25]
+    assert weight(RectifiedFlow(), t[:1], torch.zeros(1)).isfinite().all()

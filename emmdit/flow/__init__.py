@@ -6,7 +6,7 @@ timestep on the 0..1000 scale (1000 = noise, 0 = data), the number every diffuse
 """
 
 from emmdit.flow.guidance import classifier_free_guidance
-from emmdit.flow.loss import MinSNR, TimestepWeight, flow_loss
+from emmdit.flow.loss import MinSNR, RelativeLoss, TimestepWeight, flow_loss
 from emmdit.flow.paths import EpsilonDDPM, Path, RectifiedFlow
 from emmdit.flow.samplers import SAMPLERS, Predict, State, dpm_solver, euler, heun, sample, trajectory
 from emmdit.flow.schedules import schedule
@@ -29,6 +29,7 @@ __all__ = [
     "Path",
     "Predict",
     "RectifiedFlow",
+    "RelativeLoss",
     "State",
     "TimestepSampler",
     "TimestepWeight",

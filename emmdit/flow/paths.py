@@ -7,6 +7,7 @@ batch first. All results are float32 at least, also when the network answers in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,32 +58,47 @@ class Path(ABC):
 
 
 class RectifiedFlow(Path):
-    """Straight path: x_t = (1 - s) x0 + s noise, s = t / 1000. The network predicts the velocity noise - x0.
+    """Straight path: x_t = (1 - s) x0 + s noise, s = t / 1000.
 
     >>> path = RectifiedFlow()
     >>> x_t = path.interpolate(x0, noise, t)
     >>> loss = flow_loss(network(x_t, t, **condition).sample, path.target(x0, noise, t))
 
-    No conversion divides, so all hold at both ends.
+    Args:
+        prediction: "velocity", noise - x0, as released; no conversion divides, so all hold at both ends. "x0": the data
+            themselves, which have fewer degrees of freedom than noise (Li and He 2025, arXiv 2511.13720); the noise that
+            they imply is known above s = 0 only.
     """
+
+    def __init__(self, prediction: Literal["velocity", "x0"] = "velocity") -> None:
+        if prediction not in ("velocity", "x0"):
+            raise ValueError(f"prediction must be 'velocity' or 'x0', but is {prediction!r}.")
+        self.prediction = prediction
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = t / 1000
         return 1 - sigma, sigma
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return at_least_float32(noise) - at_least_float32(x0)
+        x0 = at_least_float32(x0)
+        return x0 if self.prediction == "x0" else at_least_float32(noise) - x0
 
     def to_x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        prediction = at_least_float32(prediction)
+        if self.prediction == "x0":
+            return prediction
         _, sigma = self.alpha_sigma(t, like=x_t)
-        return at_least_float32(x_t) - sigma * at_least_float32(prediction)
+        return at_least_float32(x_t) - sigma * prediction
 
     def to_noise(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        alpha, _ = self.alpha_sigma(t, like=x_t)
+        alpha, sigma = self.alpha_sigma(t, like=x_t)
+        if self.prediction == "x0":
+            return (at_least_float32(x_t) - alpha * at_least_float32(prediction)) / sigma
         return at_least_float32(x_t) + alpha * at_least_float32(prediction)
 
     def diffusers_config(self) -> dict:
-        return {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        kind = {"velocity": "flow_prediction", "x0": "sample"}[self.prediction]
+        return {"use_flow_sigmas": True, "prediction_type": kind}
 
 
 class EpsilonDDPM(Path):
