@@ -201,7 +201,7 @@ def work(task: Task, args: argparse.Namespace) -> str:
     folder = ROOT / task.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".sweep.lock", timeout=0):  # `.lock` is that of the training
             if task.scored(args):
                 return "in the ledger"
             at, steps = position(folder), task.steps()

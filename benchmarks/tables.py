@@ -243,7 +243,8 @@ def changes(found: Found) -> Table:
     """One change a row, at the sweep's budget, or at the end of each run; differences and ratios seed by seed."""
 
     def scored(name: str) -> list[Row]:
-        points = [(row, within(row["curve"], CHANGES.budget or {})) for row in found.get(name, ())]
+        whole = [row for row in found.get(name, ()) if not row["budget"]]
+        points = [(row, within(row["curve"], CHANGES.budget or {})) for row in whole]
         return [row | {"metrics": point} for row, point in points if point is not None]
 
     base, lines, used = scored(CHANGES.compare), [], []
