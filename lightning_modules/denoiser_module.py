@@ -286,10 +286,10 @@ class DenoiserModule(LightningModule):
             other = {key: value.roll(1, 0) for key, value in condition.items()}
             wrong = torch.stack([loss_of(self.network(), timestep, other) for timestep in VALIDATION_TIMESTEPS])
             captions = batch["caption"]
-            differ = torch.tensor([captions[i] != captions[i - 1] for i in range(len(captions))], device=x0.device)
+            differ = [i for i in range(len(captions)) if captions[i] != captions[i - 1]]
             gain = ((wrong - own) / own)[:, differ]
             # Every rank makes the forward pass and logs, if only with the weight of no pair.
-            self._log_validation("val/caption_gain", gain.mean() if gain.numel() else x0.new_zeros(()), differ.sum())
+            self._log_validation("val/caption_gain", gain.mean() if gain.numel() else x0.new_zeros(()), len(differ))
 
     def _log_validation(self, name: str, value: Tensor, batch_size: int) -> None:
         self.log(name, value, batch_size=batch_size, sync_dist=True, on_epoch=True, on_step=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_caption_gain_is_what_a_wrong_caption_costs(tmp_path: Path) -> None:
                 errors.append(flow_loss(output, model.path.target(x, e, t)).item())
             expected.append((errors[1] - errors[0]) / errors[0])
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-3) and abs(found) > 1e-6
+    assert math.isnan(gain(model, rows[2:]))  # no pair differs
     off = module(ema=True, caption_gain=False)
     off.configure_model()
     with pytest.raises(KeyError):
