@@ -61,7 +61,7 @@ class Run(Task):
         row = super().row
         if self.budget is None:
             return row
-        steps = [f"--trainer.max_steps={self.budget}"]
+        steps = [f"--trainer.max_steps={self.budget}", f"--trainer.val_check_interval={self.budget}"]
         scheduler = dataclasses.replace(self, budget=None).config().get("model", {}).get("init_args", {})
         if "total" in (scheduler.get("scheduler") or {}).get("init_args", {}):  # it decays by then
             steps.append(f"--model.init_args.scheduler.init_args.total={self.budget}")
