@@ -197,7 +197,8 @@ def sweep_of(args: argparse.Namespace) -> Sweep:
     """
     content = read_yaml(args.experiment)
     if "rows" not in content:
-        names = {name_of(file): str(Path(file).resolve()) for file in (args.experiment, args.compare) if file}
+        paths = [Path(file).resolve() for file in (args.experiment, args.compare) if file]
+        names = {name_of(path): str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in paths}
         rows = {name: {"label": name, "experiment": file} for name, file in names.items()}
         content = {"runs": RUNS, "seeds": [0, 1, 2], "rows": rows}
         content |= {"compare": name_of(args.compare)} if args.compare else {}
@@ -206,7 +207,7 @@ def sweep_of(args: argparse.Namespace) -> Sweep:
     return Sweep(args.experiment, content | ({"runs": args.runs} if args.runs else {}))
 
 
-def name_of(file: str) -> str:
+def name_of(file: str | Path) -> str:
     """`shapes/speedrun` of experiments/shapes/speedrun.yaml; of a file elsewhere its stem."""
     path, root = Path(file).resolve().with_suffix(""), (ROOT / "experiments").resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
