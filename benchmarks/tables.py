@@ -1,10 +1,11 @@
-"""Renderer of the tables in the docs, from the ledger: what stands between `<!-- table:NAME -->` and `<!-- end -->`.
+"""Renderer of the tables in the docs, from the ledgers: what stands between `<!-- table:NAME -->` and `<!-- end -->`.
 
-    python -m benchmarks.tables            # after new rows in benchmarks/results/shapes.json
+    python -m benchmarks.tables            # after new rows in benchmarks/results/shapes.json or speedrun.json
     python -m benchmarks.tables --check    # exit status 1 if a page is out of date (a test does this)
 
 `<!-- table:NAME bare -->` leaves out the lines below the table (settings, commits, hardware). Rows and labels are those
-of `experiments/sweeps/`, and of `SUMMARY`.
+of `experiments/sweeps/`, and of `SUMMARY`. Seeds of a row that were trained at different commits, or with uncommitted
+changes, are an error.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.common import ROOT, markdown_table, progress, write_json
+from benchmarks.levels import COSTS, LEVEL_COLUMNS, LEVELS, curves, level_line, within
+from benchmarks.speedrun import LEDGER as SPEEDRUN_LEDGER
 from benchmarks.sweep import LEDGER, Sweep, experiment_file
 from emmdit.evaluation import ledger
 from emmdit.evaluation.geneval import TASKS
 from emmdit.evaluation.report import flatten
 from emmdit.provenance import machine, machine_line
 
-ABLATION, STUDENTS = (Sweep(ROOT / f"experiments/sweeps/{name}.yaml") for name in ("ablation", "students"))
+SWEEPS = ("ablation", "students", "speedrun")
+ABLATION, STUDENTS, CHANGES = (Sweep(ROOT / f"experiments/sweeps/{name}.yaml") for name in SWEEPS)
+RECORD = {"shapes/speedrun": "record", "shapes/emmdit": "base"}  # the base last
 SUMMARY = {
     "shapes/emmdit": "E-MMDiT, from scratch",
     "shapes/emmdit_hybrid": "hybrid attention, distilled from E-MMDiT",
@@ -45,7 +50,10 @@ STUDENT_COLUMNS |= {"steps": "steps", "minutes": "minutes of training", "seeds":
 ABLATION_COLUMNS = {"row": "row", "yaml": "diff", "geneval_overall": "GenEval", "difference": "to full"}
 ABLATION_COLUMNS |= SCORES | {"asked_color": "asked color"} | LOSS
 ABLATION_COLUMNS |= {"time": "time per step, full = 1", "parameters": "parameters", "trainings": "seeds"}
-MAY_DIFFER = ("sha256", "source", "device", "batch_size")  # settings of a row alone: its weights, say
+CHANGE_COLUMNS = {"row": "change", "yaml": "options", "geneval_overall": "GenEval", "difference": "to the base"}
+CHANGE_COLUMNS |= {"clip_score": "CLIP score", **LOSS, "caption_gain": "caption gain", "samples": "samples"}
+CHANGE_COLUMNS |= {"core_seconds": "core-seconds", "ratio": "core-seconds, base = 1", "trainings": "seeds"}
+MAY_DIFFER = ("sha256", "source", "device", "batch_size", "config")  # settings of a row alone: its weights, say
 WORDS = {
     "train.steps": "optimizer steps",
     "prompts.name": "prompt set",
@@ -68,6 +76,7 @@ def values(rows: Iterable[Row], metric: str) -> dict[int, list[float]]:
     for row in rows:
         train = row.get("train") or {}
         own = row["metrics"] | {"val_loss": train.get("val_loss_ema", train.get("val_loss"))}
+        own |= {"caption_gain": train.get("val_caption_gain")}
         if own.get(metric) is not None:
             found.setdefault(row["seed"], []).append(own[metric])
     return found
@@ -118,7 +127,7 @@ def cells(name: str, label: str, rows: list[Row], others: list[Row] | None = Non
     steps = sorted({row["train"]["steps"] for row in rows if (row.get("train") or {}).get("steps")})
     timed = all(row.get("train_seconds") for row in rows)
     return {
-        **{metric: shown(spread(values(rows, metric))) for metric in PER_TASK | ABLATION_COLUMNS},
+        **{metric: shown(spread(values(rows, metric))) for metric in PER_TASK | ABLATION_COLUMNS | CHANGE_COLUMNS},
         "row": label,
         "yaml": f"`{name}`",
         "difference": shown(against(rows, others, "geneval_overall"), "+") if others else "",
@@ -216,13 +225,62 @@ def student_ablation(found: Found) -> Table:
     return table(lines, STUDENT_COLUMNS | {"difference": "to the student"}, 2, used)
 
 
-def tables(rows: Iterable[Row], step_time: Mapping[str, Any] | None = None) -> dict[str, Table]:
-    """All of them by name."""
+def speedrun(found: Found) -> Table:
+    """What it cost the record and the base to reach each level: one run with its curve, or runs of several budgets."""
+    lines, used = [], []
+    for budgets in (False, True):
+        runs = {name: [row for row in found.get(name, ()) if bool(row["budget"]) == budgets] for name in RECORD}
+        *_, base = runs.values()
+        for name, rows in runs.items():
+            others = curves(base) if base and rows is not base else None
+            row = {"row": RECORD[name] + ", a run for each budget" * budgets, "yaml": f"`{name}`"}
+            lines += [row | level_line(curves(rows), others, level) for level in LEVELS if rows]
+            used += rows
+    return table(lines, {"row": "run", "yaml": "experiment"} | LEVEL_COLUMNS, 2, used)
+
+
+def changes(found: Found) -> Table:
+    """One change a row, at the sweep's budget, or at the end of each run; differences and ratios seed by seed."""
+
+    def scored(name: str) -> list[Row]:
+        whole = [row for row in found.get(name, ()) if not row["budget"]]
+        points = [(row, within(row["curve"], CHANGES.budget or {})) for row in whole]
+        return [row | {"metrics": point} for row, point in points if point is not None]
+
+    base, lines, used = scored(CHANGES.compare), [], []
+    for name, row in CHANGES.rows.items():
+        own = scored(name)
+        others = base if name != CHANGES.compare else None
+        costs = {cost: f"{mean(line['metrics'][cost] for line in own):,.0f}" for cost in COSTS if own}
+        ratio = shown(against(own, others, "core_seconds", lambda a, b: a / b)) if own and others else ""
+        options = f"`{' '.join(row.options)}`" if row.options else f"`{row.experiment}`"
+        lines += [cells(name, row.label, own, others) | costs | {"yaml": options, "ratio": ratio}] if own else []
+        used += own
+    return table(lines, CHANGE_COLUMNS, 2, used)
+
+
+def tables(
+    rows: Iterable[Row], step_time: Mapping[str, Any] | None = None, runs: Iterable[Row] = ()
+) -> dict[str, Table]:
+    """All of them by name; `runs` are those of speedruns.
+
+    Raises:
+        ValueError: of `ledger.check_commits`.
+    """
+    rows, runs = list(rows), list(runs)
+    found, raced = by_experiment(rows), by_experiment(runs, "of")
+    ledger.check_commits(rows)
+    ledger.check_commits(runs)
+    made = {make.__name__: make(found) for make in (summary, ablation_tasks, reference, students, student_ablation)}
+    made |= {make.__name__: make(raced) for make in (speedrun, changes)}
+    return made | {"ablation": ablation(found, step_time)}
+
+
+def by_experiment(rows: Iterable[Row], key: str = "experiment") -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["experiment"], []).append(row)
-    made = {make.__name__: make(found) for make in (summary, ablation_tasks, reference, students, student_ablation)}
-    return made | {"ablation": ablation(found, step_time)}
+        found.setdefault(row[key], []).append(row)
+    return found
 
 
 def notes(rows: list[Row]) -> str:
@@ -238,9 +296,11 @@ def notes(rows: list[Row]) -> str:
             same.append(f"{name} {_short(kinds[0])}")
     for key, word in (("seed", "training seeds"), ("eval_seed", "evaluation seeds")):
         same.append(f"{word} {', '.join(str(s) for s in sorted({row.get(key, 0) for row in rows}))}")
-    commits = {str(row["commit"] or "unknown") for row in rows}
-    commits = {c[:10] + " with uncommitted changes" * c.endswith("-dirty") for c in commits}
-    same += [f"commits {', '.join(sorted(commits))}", "; ".join(sorted({str(row["hardware"]) for row in rows}))]
+    trained = {(row.get("train") or {}).get("commit") for row in rows} - {None}
+    for word, commits in (("trained at", trained), ("evaluated at", {str(row["commit"] or "unknown") for row in rows})):
+        told = sorted({c[:10] + " with uncommitted changes" * c.endswith("-dirty") for c in commits})
+        same += [f"{word} {', '.join(told)}"] if told else []
+    same.append("; ".join(sorted({str(row["hardware"]) for row in rows})))
     over = "over training seeds, over evaluation seeds where a model was trained once"
     text = f"{'; '.join(same)}. ± is the standard deviation {over}."
     return text if not odd else f"{text}\n\n**Rows differ in {'; '.join(odd)}: compare only what is alike.**"
@@ -286,12 +346,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.tables", description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path, help="default: every page of the docs with a marker")
     parser.add_argument("--ledger", type=Path, default=ROOT / LEDGER, help=f"default: {LEDGER}")
+    words = f"default: {SPEEDRUN_LEDGER}"
+    parser.add_argument("--speedrun", type=Path, default=ROOT / SPEEDRUN_LEDGER, help=words)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables and the machine")
     args = parser.parse_args(argv)
     stale = []
     try:
-        made = tables(ledger.read(args.ledger), json.loads((ROOT / STEP_TIME).read_text()))
+        made = tables(ledger.read(args.ledger), json.loads((ROOT / STEP_TIME).read_text()), ledger.read(args.speedrun))
         for page in args.pages or pages():
             old = page.read_text(encoding="utf-8")
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 import torch
 
 ROOT = Path(__file__).parents[1]
+COUNT = ("--", ".", ":!benchmarks/results", ":!docs")  # files that a measurement may depend on
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -65,17 +67,25 @@ def git_state() -> tuple[str, bool] | None:
 
     Results and the documents that show them do not count: writing one must not make the next one look dirty.
     """
-
-    def git(*arguments: str) -> str:
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        options = {"capture_output": True, "text": True, "check": True, "timeout": 20, "env": environment}
-        return subprocess.run(["git", *arguments], cwd=ROOT, **options).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!docs")
-        return git("rev-parse", "HEAD"), bool(changed)
+        return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "-uno", *COUNT))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def source_id() -> str:
+    """Name of the tracked files as they are: the commit's first letters, and a hash of what differs from it."""
+    state = git_state()
+    if state is None:
+        return "unknown"
+    commit = state[0][:8]
+    return f"{commit}-{hashlib.sha256(_git('diff', 'HEAD', *COUNT).encode()).hexdigest()[:8]}" if state[1] else commit
+
+
+def _git(*arguments: str) -> str:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    options = {"capture_output": True, "text": True, "check": True, "timeout": 20, "env": environment}
+    return subprocess.run(["git", *arguments], cwd=ROOT, **options).stdout.strip()
 
 
 def git_commit() -> str | None:

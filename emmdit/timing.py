@@ -8,9 +8,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 Run = Callable[[], object]
@@ -29,6 +31,17 @@ class Timing:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def core_seconds() -> float:
+    """CPU seconds so far of this process with all its threads, and of all that it started (loader workers, ranks on
+    this machine), running or ended."""
+    process = psutil.Process()
+    total = sum(process.cpu_times()[:4])
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):  # it ended just now, and counts among the ended ones from here on
+            total += sum(child.cpu_times()[:4])
+    return total
 
 
 def seconds_of(run: Run, device: torch.device, calls: int = 1) -> float:

@@ -51,6 +51,8 @@ class DenoiserModule(LightningModule):
         init_from: weights to start from: a run folder, Lightning checkpoint, diffusers folder or Nitro-E file.
         compile: compile each block in place.
         gradient_checkpointing: recompute each block in the backward pass.
+        caption_gain: also validate with the caption of another image: by how much that raises the loss says how far the
+            network follows captions, long before its images do.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class DenoiserModule(LightningModule):
         init_from: str | None = None,
         compile: bool = False,
         gradient_checkpointing: bool = False,
+        caption_gain: bool = True,
     ) -> None:
         super().__init__()
         self.denoiser_factory = denoiser
@@ -79,7 +82,7 @@ class DenoiserModule(LightningModule):
         self.adapter, self.ema, self.seed = adapter, ema, seed
         self.sampling = sampling or Sampling()
         self.init_from, self.compile_blocks = init_from, compile
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.caption_gain = gradient_checkpointing, caption_gain
         self.components = nn.ModuleDict({component.name: component for component in components or []})
         if len(self.components) < len(components or []):
             raise ValueError("Two components have one name: each kind of auxiliary loss may be given once.")
@@ -253,7 +256,11 @@ class DenoiserModule(LightningModule):
     # -- validation ----------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss at eight fixed timesteps, with noise that belongs to the sample, of all `networks`."""
+        """Loss at eight fixed timesteps, with noise that belongs to the sample, of all `networks`.
+
+        `caption_gain`, of the EMA if there is one: mean of (loss with another caption - loss) / loss, where the other
+        caption, that of the image before, is not the same.
+        """
         x0 = self.latents(batch)
         condition = self.condition(batch["caption"], stored=batch.get("condition"))
         noise = torch.stack(
@@ -262,15 +269,27 @@ class DenoiserModule(LightningModule):
                 for sample_id in batch["sample_id"]
             ]
         ).to(x0.device)
+
+        def loss_of(network: Callable, timestep: float, condition: Condition) -> Tensor:
+            t = torch.full((len(x0),), timestep, device=x0.device)
+            output = network(self.path.interpolate(x0, noise, t), timestep=t, **condition)
+            return flow_loss(output.sample[:, : x0.shape[1]].float(), self.path.target(x0, noise, t))
+
+        losses: dict[str, Tensor] = {}
         for name, network in self.networks().items():
-            losses = []
-            for timestep in VALIDATION_TIMESTEPS:
-                t = torch.full((len(x0),), timestep, device=x0.device)
-                output = network(self.path.interpolate(x0, noise, t), timestep=t, **condition)
-                loss = flow_loss(output.sample[:, : x0.shape[1]].float(), self.path.target(x0, noise, t)).mean()
-                losses.append(loss)
+            losses[name] = torch.stack([loss_of(network, timestep, condition) for timestep in VALIDATION_TIMESTEPS])
+            for timestep, loss in zip(VALIDATION_TIMESTEPS, losses[name].mean(1), strict=True):
                 self._log_validation(f"val/{name}_t{timestep:03.0f}", loss, len(x0))
-            self._log_validation(f"val/loss_{name}", torch.stack(losses).mean(), len(x0))
+            self._log_validation(f"val/loss_{name}", losses[name].mean(), len(x0))
+        if self.caption_gain:
+            own = losses["raw" if self.ema_denoiser is None else "ema"]
+            other = {key: value.roll(1, 0) for key, value in condition.items()}
+            wrong = torch.stack([loss_of(self.network(), timestep, other) for timestep in VALIDATION_TIMESTEPS])
+            captions = batch["caption"]
+            differ = [i for i in range(len(captions)) if captions[i] != captions[i - 1]]
+            gain = ((wrong - own) / own)[:, differ]
+            # Every rank makes the forward pass and logs, if only with the weight of no pair.
+            self._log_validation("val/caption_gain", gain.mean() if gain.numel() else x0.new_zeros(()), len(differ))
 
     def _log_validation(self, name: str, value: Tensor, batch_size: int) -> None:
         self.log(name, value, batch_size=batch_size, sync_dist=True, on_epoch=True, on_step=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,8 @@ from emmdit.files import read_json, resolved
 from lightning_modules.mlflow_sender import Sender
 from lightning_modules.mlflow_store import RUN_FILE, connect, describe, git_tags, read_record, store_address
 
-RECORDED = ("throughput/seconds_per_step", "val/loss_ema", "val/loss_raw")  # of these is a training's record made
+LAST = ("loss_ema", "loss_raw", "caption_gain")  # of val/, in a training's record
+RECORDED = ("throughput/seconds_per_step", *(f"val/{name}" for name in LAST))
 Points = list[tuple[int, int, float]]  # (time in ms, step, value)
 
 
@@ -55,8 +57,11 @@ def training_record(history: Callable[[str], Mapping[int, float]], steps: int) -
     """
     times = history("throughput/seconds_per_step").values()
     per_step = mean(times) if times else None
-    losses = {name: history(f"val/{name}") for name in ("loss_ema", "loss_raw")}
-    last = {name: [value for step, value in curve.items() if step <= steps][-1:] for name, curve in losses.items()}
+    losses = {name: history(f"val/{name}") for name in LAST}
+    last = {
+        name: [value for step, value in curve.items() if step <= steps and math.isfinite(value)][-1:]
+        for name, curve in losses.items()
+    }
     return {
         "seconds": None if per_step is None else per_step * steps,
         "seconds_per_step": per_step,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, loader, speed, sweep, tables
+from benchmarks import common, loader, speed, speedrun, sweep, tables
 from emmdit import provenance as machine
 from emmdit import timing
 
@@ -68,7 +68,7 @@ def test_table():
     ]
 
 
-@pytest.mark.parametrize("script", [loader, speed, sweep, tables], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("script", [loader, speed, speedrun, sweep, tables], ids=lambda module: module.__name__)
 def test_every_script_writes_json_and_explains_its_options(script, monkeypatch: pytest.MonkeyPatch):
     parsers = []
 

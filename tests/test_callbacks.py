@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,11 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from emmdit.timing import core_seconds
 from lightning_modules.callbacks import NonFinite, ProgressBar, SaveConfig, Throughput
 from lightning_modules.callbacks.save_config import write_config
 from lightning_modules.callbacks.throughput import peak_tflops
 from lightning_modules.runs import latest_config
 from tests.toy import Metrics, Points, Toy, trainer
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 # -- NonFinite -----------------------------------------------------------------------------------------------
 
@@ -144,6 +149,51 @@ def test_throughput_maths(tmp_path, monkeypatch):
     assert all(0 < share < 1 for share in logger.values("throughput/data_wait"))
     assert len(meter._steps) == 3
     assert [step for step, row in logger.rows if "throughput/mfu" in row] == [1, 2, 3]
+
+
+def test_training_time_goes_on_in_a_resume_and_rests_in_pauses(tmp_path, monkeypatch):
+    from lightning_modules.callbacks import throughput
+
+    clock, spent = Clock(), iter(range(0, 10_000, 3))
+    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(throughput, "core_seconds", lambda: next(spent))
+
+    class Work(pl.Callback):
+        """Something else after steps 1 and 3, for 1,000 seconds; 10 seconds in each step."""
+
+        def on_train_batch_start(self, *_):
+            clock.now += 10
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if pl_module.training_steps in (1, 3):
+                with Throughput.paused(trainer), Throughput.paused(trainer):
+                    clock.now += 1000
+
+    def fit(steps, **options):
+        meter, checkpoint = Throughput(window=3), ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
+        trainer(tmp_path, [meter, Work(), checkpoint], max_steps=steps, enable_checkpointing=True).fit(Toy(), **options)
+        return meter
+
+    first = fit(2)
+    again = fit(4, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert 20 < first.totals["seconds"] < 40 < again.totals["seconds"] < 80  # 10 a step, and a second each look
+    assert first.totals == first.state_dict() and 0 < first.totals["core_seconds"] < again.totals["core_seconds"]
+    with Throughput.paused(trainer(tmp_path, [again])):
+        pass
+    assert again._since is None  # training has ended: a pause does not start it
+
+
+def test_core_seconds_count_threads_and_children():
+    before = core_seconds()
+    code = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    spent = core_seconds() - before
+    assert 0.45 < spent < 3
+    child = subprocess.Popen([sys.executable, "-c", code + "\nprint('done', flush=True)\ninput()"], **PIPES)
+    assert child.stdout.readline() == b"done\n"  # and is still running
+    assert core_seconds() - before > spent + 0.45
+    child.communicate(b"\n")
+    assert core_seconds() - before > spent + 0.45
 
 
 def test_throughput_leaves_checkpoints_out(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from emmdit.encoders import DCTCodec
 from emmdit.flow import flow_loss
 from emmdit.losses import REPA, LossComponent, LossInputs
 from emmdit.networks import EMMDiTTransformer2DModel
+from emmdit.seeding import generator
 from emmdit.shapes import ShapesDataset, ShapesText
 from emmdit.weights import component_weights
 from lightning_modules import DenoiserModule, TextToImage
 from lightning_modules.callbacks import EMA, Checkpoint, ImageGrid, Throughput
+from lightning_modules.denoiser_module import VALIDATION_TIMESTEPS
 from tests.toy import Metrics, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +140,45 @@ def test_validation_and_samples_do_not_disturb_what_is_recorded(tmp_path: Path) 
     run.fit(model, loader(), loader())
     assert model.training_steps == 2 and model.samples_seen == 8
     assert "recorded_output" not in model.denoiser.blocks[0].__dict__
+
+
+def test_caption_gain_is_what_a_wrong_caption_costs(tmp_path: Path) -> None:
+    """Of the EMA, over the pairs whose captions differ, by hand."""
+    captions = ["a photo of a circle", "a photo of a star", "a photo of two crosses", "a photo of two crosses"]
+    rows = [Rows()[i] | {"sample_id": i, "caption": caption} for i, caption in enumerate(captions)]
+
+    def gain(model: TextToImage, samples: list[dict]) -> float:
+        run = trainer(tmp_path)
+        (found,) = run.validate(model, torch.utils.data.DataLoader(samples, batch_size=4), verbose=False)
+        return found["val/caption_gain"]
+
+    model = module(ema=True)
+    model.configure_model()
+    for network in (model.denoiser, model.ema_denoiser):
+        nn.init.normal_(network.proj_out.weight, std=0.1)
+        for name, parameter in network.named_parameters():
+            if "norm" in name or "scale_shift" in name:
+                nn.init.normal_(parameter, std=0.5)
+    found = gain(model, rows)
+    x0 = model.latents({"image": torch.stack([row["image"] for row in rows])})
+    noise = [torch.randn(x0.shape[1:], generator=generator(0, "validation", i)) for i in range(4)]
+    expected = []
+    for i in (0, 1, 2):  # not 3, whose neighbor has its caption
+        for timestep in VALIDATION_TIMESTEPS:
+            t, x, e = torch.tensor([timestep]), x0[i : i + 1], noise[i][None]
+            errors = []
+            for caption in (captions[i], captions[i - 1]):
+                with torch.no_grad():
+                    condition = model.condition([caption])
+                    output = model.ema_denoiser(model.path.interpolate(x, e, t), timestep=t, **condition).sample
+                errors.append(flow_loss(output, model.path.target(x, e, t)).item())
+            expected.append((errors[1] - errors[0]) / errors[0])
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-3) and abs(found) > 1e-6
+    assert math.isnan(gain(model, rows[2:]))  # no pair differs
+    off = module(ema=True, caption_gain=False)
+    off.configure_model()
+    with pytest.raises(KeyError):
+        gain(off, rows)
 
 
 class TwoOptimizers(DenoiserModule):

@@ -97,9 +97,11 @@ class Suite:
         self.calls: list[tuple[str, str]] = []
         self.steps: dict[Path, int] = {}
         self.fails: set[tuple[str, str]] = set()
+        self.commit = "0" * 40
         shutil.copytree(ROOT / "experiments", root / "experiments")
         monkeypatch.setattr(sweep, "ROOT", root)
         monkeypatch.setattr(sweep, "call", self.call)
+        monkeypatch.setattr(sweep, "git_commit", lambda: self.commit)
         monkeypatch.setattr(sweep, "position", lambda folder: self.steps.get(folder, 0))
         self.root = root
         self.sweep = str(root / "experiments/sweeps/ablation.yaml")
@@ -147,7 +149,7 @@ def test_a_killed_sweep_resumes(suite: Suite, capsys):
 def test_two_processes_do_not_make_the_same_run(suite: Suite, capsys):
     folder = suite.root / "runs/ablation/short/seed0"
     folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".sweep.lock"):
         suite.main("short", "one_path")
     assert suite.calls == [("fit", "one_path"), ("evaluate", "one_path")]
     assert "locked" in capsys.readouterr().err
@@ -161,6 +163,22 @@ def test_runs_of_another_budget_are_not_mixed_in(suite: Suite, capsys):
     assert suite.main("short", ledger="other.json") == 1 and suite.calls == []
     error = capsys.readouterr().err
     assert "300 steps" in error and "600" in error
+
+
+def test_a_row_is_trained_at_one_commit_without_changes(suite: Suite, capsys):
+    suite.commit += "-dirty"
+    assert suite.main("short") == 2 and suite.calls == []
+    error = capsys.readouterr().err
+    assert "0000000000" in error and "--allow-dirty" in error
+    suite.commit = "0" * 40
+    suite.fails = {("fit", "short")}
+    assert suite.main("short") == 1
+    suite.fails, suite.calls, suite.commit = set(), [], "1" * 40
+    assert suite.main("short") == 1 and suite.calls == []  # it was begun at another
+    assert "0" * 40 in capsys.readouterr().err
+    ledger.append(suite.root / "ledger.json", entry("one_path", 1, 0.5) | {"train": {"commit": "2" * 40}})
+    assert suite.main("one_path", ledger="ledger.json") == 1 and suite.calls == []  # so was another seed
+    assert "seed 1" in capsys.readouterr().err
 
 
 def test_missing_files_and_unknown_rows_are_named_before_the_first_run(suite: Suite, capsys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,25 @@ def read(path: str | Path) -> list[Row]:
         if (first := seen.setdefault(key(row), i)) != i:
             raise ValueError(f"Rows {first} and {i} of the ledger {path} are both {key(row)}; {way_out}.")
     return _ordered(rows)
+
+
+def check_commits(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless all seeds of an experiment were trained at one commit, with nothing uncommitted.
+
+    An experiment none of whose rows says where it was trained is older than this rule and passes.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["experiment"], []).append(row)
+    for name, own in found.items():
+        trained = {(row.get("train") or {}).get("commit") or "an unknown commit" for row in own}
+        if trained == {"an unknown commit"}:
+            continue
+        every = sorted({part for commit in trained for part in commit.split(", ")})
+        if len(every) > 1:
+            raise ValueError(f"{name} was trained at {' and '.join(every)}: train all its seeds again at one commit.")
+        if dirty := sorted({c for c in (*every, *(row["commit"] for row in own)) if c and c.endswith("-dirty")}):
+            raise ValueError(f"{name} has rows of uncommitted changes ({', '.join(dirty)}): make them at a commit.")
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,8 @@ class Evaluation(Callback):
 
     Every image has its own seed, the same at each evaluation, and no random state of the training is touched. Each
     process generates its share, into `evaluation/step_0001000/NAME-.../` of the run folder. Values go to the loggers
-    as `eval/NAME`, with the variant in the name, and to `evaluation.json` beside the images.
+    as `eval/NAME`, with the variant in the name, and to `evaluation.json` beside the images; with them the samples,
+    seconds and core-seconds of training until then (see `Throughput`). What a resume finds missing is made up for.
 
     Args:
         prompts: prompt set to generate.
@@ -46,6 +48,7 @@ class Evaluation(Callback):
         batch_size: images that a process generates, and measures, at a time.
         steps, guidance: sampling settings in place of the model's own.
         keep_images: leave all images on disk (False: only those of the last evaluation).
+        stop_at: end the training once a metric, named as in the ledger, is this high: {"geneval_overall": 0.95}.
     """
 
     after_checkpoint = True  # of the same step: the command line orders callbacks by it
@@ -61,11 +64,12 @@ class Evaluation(Callback):
         steps: int | None = None,
         guidance: float | None = None,
         keep_images: bool = False,
+        stop_at: dict[str, float] | None = None,
     ) -> None:
         self.prompts, self.metrics = prompts, metrics
         self.every_n_steps, self.weights, self.seed, self.batch_size = every_n_steps, weights, seed, batch_size
         self.settings = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
-        self.keep_images = keep_images
+        self.keep_images, self.stop_at = keep_images, stop_at or {}
         self.latest: dict[str, float] = {}  # on every rank
         self._last: tuple[int, Path] | None = None  # step and folder of the last evaluation
 
@@ -73,6 +77,11 @@ class Evaluation(Callback):
         """Missing models and files show before the first step of the training."""
         if stage == "fit":
             prepare(self.metrics, self._image_set(trainer, 0), "cpu")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run was killed between a checkpoint and the end of the evaluation of its step."""
+        if self._lacks(trainer, pl_module.training_steps):
+            self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = pl_module.training_steps
@@ -82,6 +91,15 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evaluate(trainer, pl_module, pl_module.training_steps)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same as at the start, where a resume has no step left to train."""
+        if self._lacks(trainer, pl_module.training_steps):
+            self.on_train_end(trainer, pl_module)
+
+    def _lacks(self, trainer: Trainer, step: int) -> bool:
+        written = self._image_set(trainer, step).folder / "evaluation.json"
+        return step > 0 and not trainer.strategy.broadcast(written.is_file())  # rank zero looks for all
+
     def check(self, pl_module: LightningModule) -> None:
         """Raise a ValueError for prompts and settings that the module cannot sample, before anything is allocated."""
         check_sampling(pl_module, [line["prompt"] for line in self.prompts.lines], [self.weights], self.settings)
@@ -89,8 +107,7 @@ class Evaluation(Callback):
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Generate, measure and log, unless that was done at this step. A failure costs a warning."""
         if step not in (0, (self._last or (0, None))[0]) and not trainer.fast_dev_run:
-            Throughput.exclude(trainer)
-            with suppress(Failed):
+            with Throughput.paused(trainer), suppress(Failed):
                 self._evaluate(trainer, pl_module, step)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -106,9 +123,11 @@ class Evaluation(Callback):
         together(trainer, what, lambda: prepare(self.metrics, images, device))
         scores = together(trainer, what, lambda: measure(self.metrics, images, device, self.batch_size))
         self.latest = scores.metrics
+        if any(scores.families.get(name, -math.inf) >= value for name, value in self.stop_at.items()):
+            trainer.should_stop = True
         if trainer.is_global_zero:
             with survives(what):
-                self._write(trainer, images, scores, step)
+                self._write(trainer, pl_module, images, scores, step)
         if device.type != "cpu":  # the training needs the memory
             for metric in self.metrics:
                 metric.prepare("cpu")
@@ -135,11 +154,16 @@ class Evaluation(Callback):
         folder = Path(trainer.default_root_dir, "evaluation", f"step_{step:07d}", f"{self.prompts.name}-{digest}")
         return ImageSet(folder, self.prompts, self.seed, made_with, trainer.global_rank, trainer.world_size)
 
-    def _write(self, trainer: Trainer, images: ImageSet, scores: Scores, step: int) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, images: ImageSet, scores: Scores, step: int) -> None:
+        training = {key: value for meter in Throughput.of(trainer) for key, value in meter.totals.items()}
+        values = {f"eval/{name}": value for name, value in scores.metrics.items()}
+        values |= {f"throughput/training_{name}": value for name, value in training.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"eval/{name}": value for name, value in scores.metrics.items()}, step=step)
-        settings = {metric.name: metric.settings() for metric in self.metrics}
-        scores.write(images.folder, {**images.made_with, "metrics": scores.metrics, "settings": settings})
+            logger.log_metrics(values, step=step)
+        result = {"metrics": scores.metrics, "ledger_metrics": scores.families}
+        result |= {"settings": {metric.name: metric.settings() for metric in self.metrics}}
+        result |= {"prompts": self.prompts.describe(), "training": {"samples": pl_module.samples_seen, **training}}
+        scores.write(images.folder, {**images.made_with, **result})
 
 
 class FIDCallback(Evaluation):

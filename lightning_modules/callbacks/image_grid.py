@@ -103,11 +103,10 @@ class ImageGrid(Callback):
         if not self.prompts or step == self._last:
             return
         self._last = step
-        Throughput.exclude(trainer)
         for weights in self.weights:
-            check_signals(trainer, pl_module)
             what = f"The image grid of step {step}"
-            with suppress(Failed):
+            with Throughput.paused(trainer), suppress(Failed):
+                check_signals(trainer, pl_module)
                 images = self.sample(trainer, pl_module, weights, what)
                 if trainer.is_global_zero and not trainer.fast_dev_run:
                     with survives(what):

@@ -37,9 +37,20 @@ class Summary(Callback):
     def __init__(self) -> None:
         self.caption = ""  # the first one seen
         self._first_step = 0
+        self._commits: list[str] = []  # that the run was trained at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"commits": self._commits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._commits = state_dict["commits"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = pl_module.training_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:  # the code is read at the start: by the end the checkout may have moved on
+            self._commits = list(dict.fromkeys([*self._commits, git_commit() or "unknown"]))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.caption and isinstance(batch, dict):
@@ -68,7 +79,7 @@ class Summary(Callback):
                 **training_record(history.__getitem__, pl_module.training_steps),
                 "hardware": hardware(trainer.strategy.root_device),
                 "devices": trainer.world_size,
-                "commit": git_commit(),
+                "commit": ", ".join(self._commits),
                 "command": mask_secrets(shlex.join(["emmdit", *sys.argv[1:]])),
             }
             with atomic_path(run_dir / "train.json") as part:

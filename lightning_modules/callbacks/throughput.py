@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from emmdit.timing import core_seconds, synchronize
 
 # Dense bfloat16 peak in TFLOP/s (NVIDIA's data sheets state twice that, with sparsity), by the words of
 # `torch.cuda.get_device_name()`. The first match counts, so the longer names come first.
@@ -46,8 +50,12 @@ class Throughput(Callback):
     - `peak_memory_gib`: the most the allocator of rank zero's device has held since the start.
 
     Nothing is synchronized: the device's queue is short against a window. Steps that a validation or a
-    checkpoint fell into are left out; a callback that does other work between steps should say so, by
-    `Throughput.exclude(trainer)`.
+    checkpoint fell into are left out; a callback that does other work between steps does it within
+    `Throughput.paused(trainer)`.
+
+    `totals` counts the training since its beginning, through every resume: data, steps and checkpoints, without
+    validation and the work of other callbacks. Core-seconds are CPU time of all threads and of the processes that rank
+    zero started; the clocks are read at pauses alone.
 
     Args:
         window: training steps to average over.
@@ -65,19 +73,51 @@ class Throughput(Callback):
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
         self._mark: tuple[float, int, float] | None = None
         self._last_step = 0
+        self._total = (0.0, 0.0)  # seconds and core-seconds until `_since`
+        self._since: tuple[float, float] | None = None  # both clocks when training began to run; None: it does not
+        self._validates = False  # within training, and not as `emmdit validate`
 
-    def exclude_step(self) -> None:
-        """Leave the step that is going on out of the window."""
-        self._mark = None
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds and core-seconds of training."""
+        now = (time.perf_counter(), core_seconds()) if self._since else (0.0, 0.0)
+        spent = (t + n - s for t, n, s in zip(self._total, now, self._since or (0.0, 0.0), strict=True))
+        return dict(zip(("seconds", "core_seconds"), spent, strict=True))
+
+    def _run(self, runs: bool, device: torch.device) -> bool:
+        """Start or stop the clocks, and leave the step that is going on out of the window; whether they ran before."""
+        ran, self._mark = self._since is not None, None
+        if ran and not runs:
+            synchronize(device)  # what the device still has to do is training
+            self._total, self._since = tuple(self.totals.values()), None
+        elif runs and not ran:
+            self._since = time.perf_counter(), core_seconds()
+        return ran
 
     @staticmethod
-    def exclude(trainer: Trainer) -> None:
-        """The same for other callbacks to call, after work of their own that is not training."""
-        for callback in trainer.callbacks:
-            if isinstance(callback, Throughput):
-                callback.exclude_step()
+    def of(trainer: Trainer) -> list[Throughput]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
+
+    @staticmethod
+    @contextmanager
+    def paused(trainer: Trainer) -> Iterator[None]:
+        """For work of other callbacks that is not training."""
+        device = trainer.strategy.root_device
+        stopped = [meter for meter in Throughput.of(trainer) if meter._run(False, device)]
+        try:
+            yield
+        finally:
+            for meter in stopped:
+                meter._run(True, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.totals
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._total = state_dict["seconds"], state_dict["core_seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run(True, pl_module.device)
         self._steps.clear()
         self._mark, self._last_step = None, pl_module.training_steps
         if self.peak_tflops is None and pl_module.device.type == "cuda":
@@ -112,10 +152,13 @@ class Throughput(Callback):
                 logger.log_metrics({f"throughput/{k}": v for k, v in self.latest.items()}, step=step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.exclude_step()
+        self._validates = self._run(False, pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.exclude_step()
+        self._run(self._validates, pl_module.device)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.exclude_step()
+        self._mark = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run(False, pl_module.device)
