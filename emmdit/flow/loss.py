@@ -26,7 +26,7 @@ class TimestepWeight(ABC):
 
     @abstractmethod
     def __call__(self, path: Path, t: Tensor, loss: Tensor) -> Tensor:
-        """Weights (B,), float32, of samples at timesteps ``t`` (B,), 0..1000, whose unweighted losses are ``loss`` (B,)."""
+        """Weights (B,), float32, of samples at timesteps ``t`` (B,), 0..1000, with unweighted losses ``loss`` (B,)."""
 
 
 class MinSNR(TimestepWeight):
@@ -54,9 +54,9 @@ class MinSNR(TimestepWeight):
 class RelativeLoss(TimestepWeight, nn.Module):
     """Each timestep's loss counts in relation to what it usually is: weight 1 / (its running mean).
 
-    The loss of a denoiser differs by orders of magnitude between timesteps, and the largest ones, near noise, can hardly
-    be reduced. EDM2 (arXiv 2312.02696, section 2.3) learns that mean by a small network; here it is a table over
-    equal intervals of t, which needs no rate. It belongs to the checkpoint; the mean of all ranks counts.
+    The loss of a denoiser differs by orders of magnitude between timesteps, and the largest ones, near noise, can
+    hardly be reduced. EDM2 (arXiv 2312.02696) learns that mean by a small network; here it is a table over equal
+    intervals of t, which needs no rate. It belongs to the checkpoint; the mean of all ranks counts.
 
     Args:
         bins: intervals of the table.

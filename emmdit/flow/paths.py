@@ -65,8 +65,8 @@ class RectifiedFlow(Path):
     >>> loss = flow_loss(network(x_t, t, **condition).sample, path.target(x0, noise, t))
 
     Args:
-        prediction: "velocity", noise - x0, as released; no conversion divides, so all hold at both ends. "x0": the data
-            themselves, which have fewer degrees of freedom than noise (Li and He 2025, arXiv 2511.13720); the noise that
+        prediction: "velocity", noise - x0, as released; no conversion divides, so all hold at both ends. "x0": the
+            data, which have fewer degrees of freedom than noise (Li and He 2025, arXiv 2511.13720); the noise that
             they imply is known above s = 0 only.
     """
 
