@@ -16,7 +16,7 @@ FORMS = {
     "single_object": ("a {shape}", "one {shape}"),
     "two_object": ("a {shape} and a {other}", "a {shape} with a {other}"),
     "counting": ("{number} {plural}", "a group of {number} {plural}"),
-    "colors": ("a {color} {shape}", "a {shape} in {color}"),
+    "colors": ("a {color} {shape}", "one {color} {shape}"),
     "position": ("a {shape} {relation} a {other}", "a {shape} {synonym} a {other}"),
     "color_attr": ("a {color} {shape} and a {other_color} {other}", "a {color} {shape} with a {other_color} {other}"),
 }
@@ -25,10 +25,10 @@ OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict
 
 # Compositions that no training caption asks for. Every shape, color, number and relation is still asked for often.
 HELD_OUT_COLORS = {("circle", "green"), ("square", "yellow"), ("star", "blue"), ("cross", "red")}
-HELD_OUT_NUMBERS = {("cross", 2), ("circle", 3), ("star", 4)}
+HELD_OUT_NUMBERS = {("cross", 2), ("square", 3), ("star", 4)}
 HELD_OUT_RELATIONS = {
-    ("circle", "left of", "star"), ("cross", "left of", "square"), ("square", "above", "circle"),
-    ("star", "above", "cross"),
+    ("circle", "left of", "star"), ("cross", "left of", "square"), ("square", "above", "star"),
+    ("cross", "above", "circle"),
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class ShapesPrompts(PromptSet):
     def load(self) -> list[dict[str, Any]]:
         seen = ShapesWorld().prompts(self.per_task, phrasings=self.phrasings)
         unseen = ShapesWorld(split="unseen").prompts(self.unseen, phrasings=self.phrasings)
-        return seen + [line | {"split": "unseen"} for line in unseen]
+        return seen + [line | {"unseen": True} for line in unseen]
 
 
 class ShapesDetector(Detector):

@@ -128,7 +128,7 @@ class ShapesWorld:
 
     def vocabulary(self) -> list[str]:
         """All words a caption of this world can contain, in any split, in a fixed order."""
-        return list(dict.fromkeys(w for caption in _specs_by_caption(self.shapes, self.colors) for w in caption.split()))
+        return list(dict.fromkeys(" ".join(_specs_by_caption(self.shapes, self.colors)).split()))
 
 
 def _pick(options: tuple, u: float) -> Any:
