@@ -13,8 +13,17 @@ from scipy import ndimage
 from datamodules.shapes import ShapesDataModule
 from emmdit.evaluation.geneval import TASKS, judge
 from emmdit.evaluation.geneval.prompts import NUMBERS, RELATIONS, prompt_line
-from emmdit.shapes import GROUND, PALETTE, SHAPES, Scene, ShapesDataset, ShapesPrompts, ShapesWorld
-from emmdit.shapes import read_scene, render_scene
+from emmdit.shapes import (
+    GROUND,
+    PALETTE,
+    SHAPES,
+    Scene,
+    ShapesDataset,
+    ShapesPrompts,
+    ShapesWorld,
+    read_scene,
+    render_scene,
+)
 from emmdit.shapes.captions import HELD_OUT_COLORS, HELD_OUT_NUMBERS, HELD_OUT_RELATIONS, OPPOSITE
 from emmdit.shapes.reader import ColoredDetection
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
