@@ -69,7 +69,9 @@ def reference_parser() -> ArgumentParser:
     source.add_argument("--images", help="folder of images, searched with all folders below it")
     source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
     source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
-    per_task_help = "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; all captions by default"
+    per_task_help = (
+        "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; by default training captions"
+    )
     parser.add_argument("--per_task", type=int, metavar="K", help=per_task_help)
     unseen_help = "with --per_task: also those of `ShapesPrompts(unseen=K)`"
     parser.add_argument("--unseen", type=int, default=0, metavar="K", help=unseen_help)
