@@ -70,7 +70,7 @@ def reference_parser() -> ArgumentParser:
     source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
     source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
     per_task_help = (
-        "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; by default training captions"
+        "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; default: training captions"
     )
     parser.add_argument("--per_task", type=int, metavar="K", help=per_task_help)
     unseen_help = "with --per_task: also those of `ShapesPrompts(unseen=K)`"
