@@ -34,7 +34,7 @@ metrics:
   - class_path: emmdit.evaluation.FID
     init_args:
       features: {{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {CLIP}}}}}
-      reference: {ROOT}/assets/shapes_clip/shapes_p200_32_clip_shapes_6000_d32b7483.npz
+      reference: {ROOT}/assets/shapes_clip/shapes_p48_u48_32_clip_shapes_6000_8819d0fc.npz
 """
 
 
