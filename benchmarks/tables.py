@@ -42,7 +42,8 @@ SUMMARY = {
 }
 STEP_TIME = "benchmarks/results/shapes_step_time.json"
 SEEDS = "seeds of training x evaluation"
-SCORES = {"geneval_overall": "GenEval", "clip_score": "CLIP score", "fid_clip": "FID-CLIP (lower is better)"}
+SCORES = {"geneval_overall": "GenEval", "geneval_unseen": "GenEval, unseen"}
+SCORES |= {"clip_score": "CLIP score", "fid_clip": "FID-CLIP (lower is better)"}
 LOSS = {"val_loss": "validation loss"}
 PER_TASK = {f"geneval_{task}": task.replace("_", " ") for task in TASKS} | {"geneval_overall": "overall"}
 STUDENT_COLUMNS = {"row": "model", "yaml": "experiment"} | SCORES | LOSS
@@ -155,7 +156,8 @@ def summary(found: Found) -> Table:
         if name in found
     ]
     columns = {"yaml": "experiment", "row": "what it is", "steps": "training steps"}
-    columns |= {"geneval_overall": "GenEval (shapes)", "fid_clip": SCORES["fid_clip"]}
+    columns |= {"geneval_overall": "GenEval (shapes)", "geneval_unseen": "unseen compositions"}
+    columns |= {"fid_clip": SCORES["fid_clip"]}
     return table(lines, columns, 2, [row for name in SUMMARY for row in found.get(name, ())])
 
 

@@ -12,7 +12,7 @@ class ShapesDataModule(TextImageDataModule):
     """Captioned images of 1-4 colored shapes; every sample is a function of (seed, index).
 
     Args:
-        world: shapes, colors, image size, weights of the six tasks.
+        world: shapes, colors, image size, weights of the six tasks, split; by default compositions are held out.
         length: samples in an epoch. The training and validation scenes come from different seeds.
         stream: `batch_size`, `seed`, `validation_samples`, ... of `TextImageDataModule`.
     """

@@ -227,7 +227,7 @@ def test_bad_input_ends_in_one_sentence(student: Path, tmp_path: Path, arguments
 
 
 def test_one_command_gives_both_side_by_side(student: Path, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(CONFIG.replace("images: 3", "images: 1"))
+    (tmp_path / "small.yaml").write_text(CONFIG.replace("unseen: 1, images: 3", "images: 1"))
     common = ["evaluate", "-c", str(tmp_path / "small.yaml"), "--mlflow", "false", "--steps", "4"]
     ledger, out, alone = tmp_path / "ledger.json", tmp_path / "out", tmp_path / "alone"
     shared = ["--teacher", MODEL, "--teacher-images", str(tmp_path / "teacher")]

@@ -23,7 +23,9 @@ from tests.test_training import ROOT, emmdit
 MODEL = str(ROOT / "assets/shapes_emmdit")
 CLIP = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {ROOT}/assets/shapes_clip}}}}"
 CONFIG = f"""
-prompts: {{class_path: emmdit.shapes.ShapesPrompts, init_args: {{per_task: 1, images: 3}}}}
+prompts:
+  class_path: emmdit.shapes.ShapesPrompts
+  init_args: {{per_task: 1, unseen: 1, images: 3, phrasings: 1}}  # the words that the model of assets knows
 metrics:
   - class_path: emmdit.evaluation.GenEval
     init_args: {{detector: {{class_path: emmdit.shapes.ShapesDetector}}}}
@@ -32,7 +34,7 @@ metrics:
   - class_path: emmdit.evaluation.FID
     init_args:
       features: {{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {CLIP}}}}}
-      reference: {ROOT}/assets/shapes_clip/shapes_p200_32_clip_shapes_6000_d32b7483.npz
+      reference: {ROOT}/assets/shapes_clip/shapes_p48_u48_32_clip_shapes_6000_8819d0fc.npz
 """
 
 
@@ -75,23 +77,25 @@ def out(finished: tuple[Path, str], tmp_path: Path) -> Path:
 def test_one_command_gives_numbers_report_and_ledger_row(finished: tuple[Path, str]) -> None:
     out, output = finished
     found = result(out)
-    assert found["images"] == 18 and found["prompts"]["prompts"] == 6
-    assert {"geneval_shapes", "geneval_shapes_position", "clip_score_shapes", "fid_clip_shapes_18"} <= set(
-        found["metrics"]
-    )
+    assert found["images"] == 30 and found["prompts"]["prompts"] == 10
+    names = {"geneval_shapes", "geneval_shapes_position", "clip_score_shapes", "fid_clip_shapes_30"}
+    names |= {"geneval_shapes_unseen", "geneval_shapes_unseen_position"}
+    assert names <= set(found["metrics"]) and "geneval_shapes_unseen_two_object" not in found["metrics"]
     assert found["sampling"]["steps"] == 4 and len(found["source"]["sha256"]) == 64 and found["libraries"]["torch"]
     upper, own, lower = found["columns"]["real renders"], found["metrics"], found["columns"]["noise"]
-    assert upper["geneval_shapes"] >= 0.9 > 0.1 >= lower["geneval_shapes"]
+    for name in ("geneval_shapes", "geneval_shapes_unseen"):
+        assert upper[name] >= 0.9 > 0.1 >= lower[name]
     assert upper["clip_score_shapes"] > own["clip_score_shapes"] > lower["clip_score_shapes"]
-    assert max(own["fid_clip_shapes_18"], upper["fid_clip_shapes_18"]) < lower["fid_clip_shapes_18"] / 2
+    assert max(own["fid_clip_shapes_30"], upper["fid_clip_shapes_30"]) < lower["fid_clip_shapes_30"] / 2
     rows = [json.loads(line) for line in (out / "geneval_results.jsonl").read_text().splitlines()]
-    assert len(rows) == 18 and (out / "images" / rows[0]["filename"]).is_file()
+    assert len(rows) == 30 and (out / "images" / rows[0]["filename"]).is_file()
     tasks = {row["tag"]: row["correct"] for row in rows}
     assert len(tasks) == 6 and "geneval_shapes" in output and "real renders" in output
     assert "<html" in (out / "report.html").read_text()
     (row,) = json.loads((out.parent / "ledger.json").read_text())
     assert row["experiment"] == "shapes/emmdit"
     assert row["metrics"]["geneval_overall"] == found["metrics"]["geneval_shapes"]
+    assert row["metrics"]["geneval_unseen"] == found["metrics"]["geneval_shapes_unseen"]
     assert {"geneval_colors", "fid_clip", "clip_score"} <= set(row["metrics"])
 
 
@@ -171,7 +175,7 @@ def test_two_processes_measure_what_one_does(
     assert done.returncode == 0, done.stderr[-3000:]
     assert images_of(two).keys() == images_of(one).keys()
     assert result(two)["metrics"] == pytest.approx(result(one)["metrics"], rel=0.02)
-    assert len((two / "geneval_results.jsonl").read_text().splitlines()) == 18
+    assert len((two / "geneval_results.jsonl").read_text().splitlines()) == 30
     one, two = (result(folder)["columns"] for folder in (one, two))
     assert two.keys() == one.keys() and all(two[name] == pytest.approx(one[name], rel=1e-3) for name in one)
 
@@ -210,7 +214,7 @@ def test_no_two_images_share_a_seed_within_or_between_evaluations() -> None:
     prompts = ShapesPrompts(per_task=3, images=4)
     seeds = [sample.seed for seed in range(3) for sample in prompts.samples(seed)]
     assert len(set(seeds)) == len(seeds) == 3 * 4 * 6 * 3
-    assert len(ShapesPrompts().lines) == 300
+    assert len(ShapesPrompts().lines) == 6 * 48
 
 
 def test_shares_of_the_ranks_make_the_whole(tmp_path: Path) -> None:

@@ -80,6 +80,25 @@ def test_scores():
     assert metric.settings()["counting_threshold"] == 0.9 and not metric.state_dict()
 
 
+def test_unseen_prompts_are_scored_apart():
+    """The last two prompts, (2 of 2, colors) and (0 of 2, single_object), are held out of training."""
+    apart = [Sample(s.index, s.number, s.line | {"unseen": True} if s.index > 1 else s.line, 0) for s in SAMPLES]
+    metric = GenEval(Pixels())
+    metric.begin(apart)
+    metric.update(images(apart), apart)
+    assert metric.compute() == {
+        **{"": 0.5, "single_object": 0.5, "two_object": 0.5},
+        **{"unseen": 0.5, "unseen_single_object": 0.0, "unseen_colors": 1.0},
+    }
+    assert metric.label(8, "unseen") == "geneval_pixels_unseen"
+    seen, unseen = summary(metric.rows).split("\n\nSummary of unseen compositions\n")
+    assert "Total images: 4" in seen and "colors" not in seen
+    assert "Total images: 4" in unseen and "two_object" not in unseen
+    metric.begin(apart[4:])
+    metric.update(images(apart[4:]), apart[4:])
+    assert metric.compute() == {"unseen": 0.5, "unseen_single_object": 0.0, "unseen_colors": 1.0}
+
+
 def test_order_and_repeats_do_not_matter():
     again = judged([*SAMPLES[::-1], SAMPLES[0], SAMPLES[1]])
     assert again.compute() == judged(SAMPLES).compute()

@@ -18,7 +18,7 @@ from emmdit.shapes import ShapesWorld, render_scene
 from emmdit.shapes.text import shapes_tokenizer
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes_clip"
-WORLD = ShapesWorld()
+WORLD = ShapesWorld(split="all")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_truth_agrees_with_the_judge() -> None:
         detections = [Detection(o.shape, 1.0, o.box) for o in scene.objects]
         color = {id(d): o.color for d, o in zip(detections, scene.objects, strict=True)}
         truth = captions.truth(scene)
-        assert truth[captions.index[scene.caption]] == 1
+        assert truth[captions.index[scene.spec.caption]] == 1
         for spec, value in zip(captions.specs, truth.tolist(), strict=True):
             if value == value:
                 verdict = judge(spec.metadata, detections, lambda found, _: [color[id(d)] for d in found])  # noqa: B023
@@ -60,7 +60,7 @@ def test_contrast_by_hand() -> None:
 
 def test_the_tokenizer_ends_every_caption() -> None:
     tokenizer = shapes_tokenizer(script.MAX_LENGTH, eos=True)
-    texts = Captions(WORLD).texts
+    texts = [caption for spec in Captions(WORLD).specs for caption in spec.captions]
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     assert ids.shape[1] <= script.MAX_LENGTH
     assert (ids == tokenizer.eos_token_id).sum(1).eq(1).all()

@@ -10,12 +10,26 @@ import pytest
 import torch
 from scipy import ndimage
 
-from emmdit.evaluation.geneval import TASKS
-from emmdit.shapes import GROUND, PALETTE, SHAPES, Scene, ShapesDataset, ShapesWorld, read_scene, render_scene
+from datamodules.shapes import ShapesDataModule
+from emmdit.evaluation.geneval import TASKS, judge
+from emmdit.evaluation.geneval.prompts import NUMBERS, RELATIONS, prompt_line
+from emmdit.shapes import (
+    GROUND,
+    PALETTE,
+    SHAPES,
+    Scene,
+    ShapesDataset,
+    ShapesPrompts,
+    ShapesWorld,
+    read_scene,
+    render_scene,
+)
+from emmdit.shapes.captions import HELD_OUT_COLORS, HELD_OUT_NUMBERS, HELD_OUT_RELATIONS, OPPOSITE
 from emmdit.shapes.reader import ColoredDetection
 from emmdit.shapes.render import UNIT_AREA, UNIT_CENTROID, coverage
 
 WORLD = ShapesWorld()
+EVERYTHING, UNSEEN = ShapesWorld(split="all"), ShapesWorld(split="unseen")
 DIGEST = "70b50c14ee9d15596a4f13a3c152c908aa55ade045aa62d320b50177ee739c0d"
 
 
@@ -28,9 +42,9 @@ def scenes(count: int, seed: int = 0, world: ShapesWorld = WORLD) -> list[Scene]
 
 def test_scenes_and_renders_keep_their_bytes():
     h = hashlib.sha256()
-    for scene in scenes(50, seed=3):
+    for scene in scenes(50, seed=3, world=EVERYTHING):
         h.update(render_scene(scene).tobytes())
-        h.update(scene.caption.encode())
+        h.update(scene.spec.caption.encode())
     assert h.hexdigest() == DIGEST
 
 
@@ -101,9 +115,7 @@ def test_prompts_are_different_and_in_geneval_order():
     lines = WORLD.prompts(20, seed=1)
     texts = [line["prompt"] for line in lines]
     assert len(set(texts)) == len(texts)
-    assert Counter(line["tag"] for line in lines) == {
-        "single_object": 4, "two_object": 12, "counting": 12, "colors": 20, "position": 20, "color_attr": 20
-    }  # fmt: skip
+    assert Counter(line["tag"] for line in lines) == dict.fromkeys(TASKS, 20)
     tags = [line["tag"] for line in lines]
     assert tags == sorted(tags, key=TASKS.index)
     assert lines == WORLD.prompts(20, seed=1) != WORLD.prompts(20, seed=2)
@@ -130,6 +142,95 @@ def test_smaller_worlds_and_task_weights():
 def test_impossible_worlds_are_refused(wrong: dict):
     with pytest.raises(ValueError, match="ShapesWorld"):
         ShapesWorld(**wrong)
+
+
+# Phrasings
+
+
+def test_phrasings_are_different_and_the_first_is_genevals():
+    captions = [caption for task in TASKS for spec in EVERYTHING.specs(task) for caption in spec.captions]
+    assert len(set(captions)) == len(captions) == 460 * 16
+    assert max(len(caption.split()) for caption in captions) + 1 == 12  # <bos>; `max_length` of the recipes
+    for task in TASKS:
+        for spec in EVERYTHING.specs(task):
+            assert spec.caption == prompt_line(task, spec.objects, spec.relation)["prompt"]
+
+
+def test_all_phrasings_are_drawn_and_ask_for_the_same():
+    found = scenes(4000)
+    counts = Counter((scene.task, scene.spec.captions.index(scene.caption)) for scene in found)
+    assert len(counts) == 6 * 16 and min(counts.values()) > 15
+    for scene in found[:500]:
+        assert scene.metadata == scene.spec.metadata | {"prompt": scene.caption}
+
+
+def test_requests_take_turns_in_prompts():
+    lines = [line for line in ShapesPrompts(per_task=48).lines if line["tag"] == "single_object"]
+    assert Counter(line["include"][0]["class"] for line in lines) == dict.fromkeys(SHAPES, 12)
+    plain = ShapesPrompts(per_task=200, unseen=200, phrasings=1).lines
+    assert len(plain) == 460 - 252 - 108 + 200 + 108
+    assert all(line["prompt"] in {s.caption for s in EVERYTHING.specs(line["tag"])} for line in plain)
+
+
+# Compositions held out of training
+
+
+def test_no_training_caption_asks_for_what_is_held_out():
+    """By the words of the captions alone."""
+    for scene in scenes(20_000, seed=9):
+        words = scene.caption.replace("to the ", "").replace("over", "above").replace("under", "below")
+        pairs = zip(words.split(), words.split()[1:], strict=False)
+        assert not {(shape, color) for color, shape in pairs} & HELD_OUT_COLORS
+        for shape, number in HELD_OUT_NUMBERS:
+            assert f"{NUMBERS[number]} {shape}" not in words
+        for a, relation, b in HELD_OUT_RELATIONS:
+            assert f"{a} {relation} a {b}" not in words and f"{b} {OPPOSITE[relation]} a {a}" not in words
+
+
+def test_every_prompt_is_on_its_side():
+    prompts = ShapesPrompts(per_task=48, unseen=48)
+    held_out = {c: s.held_out for task in TASKS for s in EVERYTHING.specs(task) for c in s.captions}
+    sides = Counter((line["tag"], line.get("unseen", False)) for line in prompts.lines)
+    assert sides == dict.fromkeys([*((task, False) for task in TASKS), *((task, True) for task in TASKS[2:])], 48)
+    for line in prompts.lines:
+        assert held_out[line["prompt"]] == line.get("unseen", False)
+
+
+def test_what_is_left_still_shows_everything_often():
+    left = Counter()
+    for scene in scenes(6000):
+        left.update([scene.spec.relation or scene.task, *(f"{c} {s}" for s, c in scene.spec.objects if c)])
+        left.update([f"{len(scene.objects)} {scene.task}"] if scene.task == "counting" else [])
+    assert min(left[relation] for relation in RELATIONS) > 150
+    assert min(left[f"{n} counting"] for n in NUMBERS) > 200
+    assert len([key for key in left if key.split()[0] in PALETTE]) == 20
+
+
+def test_only_scenes_that_are_held_out_change_with_the_split():
+    for train, every, unseen in zip(scenes(300), scenes(300, world=EVERYTHING), scenes(300, world=UNSEEN), strict=True):
+        assert (train == every) != every.spec.held_out
+        assert unseen.spec.held_out and not train.spec.held_out
+
+
+def test_the_data_module_trains_and_validates_on_the_training_side():
+    data = ShapesDataModule(batch_size=4, length=50, validation_samples=50)
+    for dataset in (data.train_dataset(), data.validation_dataset()):
+        assert dataset.world.split == "train"
+
+
+def test_every_prompt_has_a_render_that_is_judged_right():
+    right = []
+    for seed, line in enumerate(ShapesPrompts(per_task=48, unseen=48).lines):
+        found = read_scene(render_scene(WORLD.sample_for(line["prompt"], seed)))
+        right.append(judge(line, found, lambda detections, _: [d.color for d in detections]).correct)
+    assert np.mean(right) >= 0.99
+
+
+def test_sides_without_captions_are_refused():
+    with pytest.raises(ValueError, match="split"):
+        ShapesWorld(split="test")
+    with pytest.raises(ValueError, match="'unseen'"):
+        ShapesWorld(split="unseen", task_weights=(1, 1, 0, 0, 0, 0))
 
 
 # Renderer

@@ -69,7 +69,7 @@ def evaluation(folder: Path, every_n_steps: int = 0) -> str:
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asset = f"{ROOT}/assets/shapes_clip"
     clip = f"{{class_path: emmdit.evaluation.CLIP, init_args: {{source: {asset}}}}}"
-    reference = next(Path(asset).glob("shapes_p24_*.npz"))
+    reference = next(Path(asset).glob("shapes_p48_*.npz"))
     features = f"{{class_path: emmdit.evaluation.CLIPFeatures, init_args: {{clip: {clip}}}}}"
     metrics = ", ".join(
         f"{{class_path: emmdit.evaluation.{name}, init_args: {{{arguments}}}}}"

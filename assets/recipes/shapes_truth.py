@@ -6,23 +6,32 @@ import itertools
 from typing import Any
 
 import numpy as np
+import torch
 
 from emmdit.evaluation.geneval.judge import POSITION_SLACK
 from emmdit.evaluation.geneval.prompts import RELATIONS, TASKS
 from emmdit.shapes import PALETTE, SHAPES, Scene, ShapeObject, ShapesWorld, Spec
+from emmdit.shapes.captions import OPPOSITE
 from emmdit.shapes.render import coverage
 
 HOLDS, HOLDS_NOT = 0.55, 0.45  # GenEval's threshold for a relation is 0.5
-OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
 
 class Captions:
-    """All captions of the world, and which of them a scene satisfies."""
+    """All requests of the world, each with its phrasings, and which of them a scene satisfies.
+
+    `texts` are their first phrasings, by which `index` finds them.
+    """
 
     def __init__(self, world: ShapesWorld) -> None:
         self.specs = [spec for task in TASKS for spec in world.specs(task)]
         self.texts = [spec.caption for spec in self.specs]
         self.index = {text: i for i, text in enumerate(self.texts)}
+
+    def draw(self, generator: torch.Generator) -> list[str]:
+        """Each request in a phrasing drawn at random."""
+        numbers = torch.randint(len(self.specs[0].captions), (len(self.specs),), generator=generator)
+        return [spec.captions[i] for spec, i in zip(self.specs, numbers.tolist(), strict=True)]
 
     def truth(self, scene: Scene) -> np.ndarray:
         """(captions,) float32: 1 for true, 0 for false, nan for neither: true of a part only, or near the threshold."""

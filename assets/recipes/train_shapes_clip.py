@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out assets/shapes_clip
 
 The loss is contrastive with known truth: a caption is true of many images and an image has several true captions, so
-the truth of every (image, caption) pair follows from the scene, and each image is compared with all 460 captions of the
-world, hence with every near miss: another color, another number, the opposite relation, swapped colors. Captions that
-are true of only a part of the image ("a circle" where there are two) are ignored. Auxiliary linear heads help and are
+the truth of every (image, caption) pair follows from the scene, and each image is compared with all 460 requests of the
+world (those held out of other models' training, too: it is a judge), each in a phrasing drawn at every step; hence with
+every near miss: another color, another number, the opposite relation, swapped colors. Captions that are true of only a
+part of the image ("a circle" where there are two) are ignored. Auxiliary linear heads help and are
 dropped afterwards: one on the patch tokens predicts what each patch shows and on which side of the other object it is,
 which makes these tokens worth aligning with; one on the embeddings of images and captions predicts on which side of the
 other each shape is. Without the latter neither tower learns which shape is on the left before the other has: the
@@ -90,7 +91,7 @@ def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int)
     """The trained model, its tokenizer, and the rows of the loss curve."""
     # <eos> has id 3: with id 2 CLIP would pool at the highest id
     tokenizer, captions = shapes_tokenizer(MAX_LENGTH, eos=True), Captions(world)
-    tokens = tokenizer(captions.texts, padding=True, return_tensors="pt")
+    phrasings = torch.Generator().manual_seed(seed)
     stated = torch.from_numpy(np.stack([stated_sides(spec) for spec in captions.specs])).flatten(1)
     model = make_model(tokenizer).train()
     model.set_attn_implementation("eager")  # twice as fast on a CPU as the fused one, whose backward is slow
@@ -103,6 +104,7 @@ def train(world: ShapesWorld, steps: int, batch_size: int, lr: float, seed: int)
     for step in range(steps):
         scenes = [world.sample(TRAINING_STREAM + seed, step * batch_size + i) for i in range(batch_size)]
         pixels, truth, known, classes, related = batch_of(scenes, captions)
+        tokens = tokenizer(captions.draw(phrasings), padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             seen = model.get_image_features(pixel_values=pixels)
             said = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
@@ -138,18 +140,17 @@ def scores(clip: CLIP, world: ShapesWorld, scenes_per_task: int, seed: int) -> l
 
     Kind "all false": how often it is nearer than every caption of the world that is false for the scene.
     """
-    captions = Captions(world)
-    texts = clip.texts(captions.texts)
+    captions, phrasings = Captions(world), torch.Generator().manual_seed(seed)
     rows = []
     for number, task in enumerate(TASKS):
-        only = ShapesWorld(task_weights=tuple(float(i == number) for i in range(len(TASKS))))
+        only = ShapesWorld(task_weights=tuple(float(i == number) for i in range(len(TASKS))), split="all")
         scenes = [only.sample(HELD_OUT_STREAM + seed, i) for i in range(scenes_per_task)]
         images = torch.from_numpy(np.stack([render_scene(s) for s in scenes])).permute(0, 3, 1, 2)
-        cosines = torch.cat([clip.images(part) @ texts.T for part in images.split(128)]).cpu().numpy()
+        cosines = [clip.images(part) @ clip.texts(captions.draw(phrasings)).T for part in images.split(50)]
         found: dict[str, list[float]] = {}
         true_cosines, false_cosines = [], []
-        for scene, row in zip(scenes, cosines, strict=True):
-            own, truth = row[captions.index[scene.caption]], captions.truth(scene)
+        for scene, row in zip(scenes, torch.cat(cosines).cpu().numpy(), strict=True):
+            own, truth = row[captions.index[scene.spec.caption]], captions.truth(scene)
             for kind, misses in near_misses(scene.spec, world).items():
                 false = [captions.index[m] for m in misses if truth[captions.index[m]] == 0]
                 found.setdefault(kind, []).extend((own > row[false]).astype(float).tolist())
@@ -177,6 +178,7 @@ def card(clip: CLIP, rows: list[dict], args: argparse.Namespace, curve: list[dic
     """The README of the folder."""
     found, out = machine("cpu"), args.out.name if args.out.is_absolute() else args.out
     parameters = sum(p.numel() for p in clip.model.parameters())
+    requests = len(Captions(ShapesWorld(split="all")).specs)
     megabytes = (args.out / "model.safetensors").stat().st_size / 1e6
     command = f"OMP_NUM_THREADS=1 python -m assets.recipes.train_shapes_clip --out {out}"
     command += f" --steps {args.steps} --batch-size {args.batch_size} --seed {args.seed}"
@@ -195,16 +197,17 @@ and captions of the shapes world. It scores images of that world and gives patch
 {curve[-1]["contrast"]:.3f}. Other machines and thread counts round differently: a rerun gives a similar model, not the
 same bits.
 
-The loss is contrastive with known truth: each image against all {len(Captions(ShapesWorld()).texts)} captions of the
-world, every true one a positive; auxiliary linear heads, dropped afterwards, predict what each patch shows, on which
-side of the other object it is, and (from the embeddings of images and captions) on which side each shape is. So this
-CLIP was supervised with shapes, colors and places, and REPA on it passes these on. Details:
+The loss is contrastive with known truth: each image against all {requests} requests of the world, each in one of its
+phrasings, every true one a positive; auxiliary linear heads, dropped afterwards, predict what each patch shows, on
+which side of the other object it is, and (from the embeddings of images and captions) on which side each shape is. So
+this CLIP was supervised with shapes, colors and places, and REPA on it passes these on. Details:
 `assets/recipes/train_shapes_clip.py`.
 
 ## Scores
 
 How often the true caption is nearer than a false one, on {args.scenes} held-out scenes of each task, with the weights
-of this folder. The scenes are new, the captions are not: training sees all of them. "all false": nearer than every
+of this folder, each caption in a phrasing drawn at random. The scenes are new, the captions are not: training sees all
+of them, also those that other models do not see. "all false": nearer than every
 caption of the world that is false for the image.
 
 {table(rows)}
@@ -220,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=500, help="held-out scenes of each task")
     args = parser.parse_args(argv)
-    world = ShapesWorld(task_weights=TASK_WEIGHTS)
+    world = ShapesWorld(task_weights=TASK_WEIGHTS, split="all")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
         model, tokenizer, curve = train(world, args.steps, args.batch_size, args.lr, args.seed)

@@ -1,15 +1,18 @@
 """Pretrains the text model of the shapes world, so that linear probes read from it what a caption asks for.
 
-    python -m assets.recipes.train_shapes_text    # two minutes on one thread: writes emmdit/shapes/text.safetensors
+    python -m assets.recipes.train_shapes_text    # three minutes on one thread: writes emmdit/shapes/text.safetensors
 
 A denoiser expects features of a trained language model, which bind words: who is left of whom, which color belongs to
 which shape. A random transformer holds this information, too, but not linearly, and learning to decode it took most of
-a denoiser's training (docs/shapes_world.md). The tiny Llama starts from `initial_model` and learns, over all captions
-of the world, features from which linear probes predict
+a denoiser's training (docs/shapes_world.md). The tiny Llama starts from `initial_model` and learns features from which
+linear probes predict
 
-- at the last word and all positions after it: the count of each shape, its color, and its side (left of, right of,
-  above, below the other);
+- at the last word and all positions after it: the answers to `questions`, such as the number of objects, the color of
+  the first one, and the side (left of, right of, above, below the other) of each shape;
 - at each word: the word itself and the previous one.
+
+It sees the captions of all splits, as a language model has read of more than its images show. Of those of the training
+split alone it learns shortcuts (of a pair of which one order is held out, the other one): `--split train` shows them.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from assets.recipes.shapes_truth import OPPOSITE
-from emmdit.evaluation.geneval.prompts import RELATIONS, TASKS
+from emmdit.evaluation.geneval.prompts import NUMBERS, RELATIONS, TASKS
 from emmdit.shapes import ShapesWorld, Spec
+from emmdit.shapes.captions import OPPOSITE
 from emmdit.shapes.text import MAX_LENGTH, WEIGHTS, shapes_tokenizer, text_config
+from emmdit.shapes.world import SPLITS
 
 LOOK_BACK = (1, 2, 4, 7)  # words; one head each, in every layer
 # Chosen by linear probes: sharper heads forget the words in between, blunter ones the order.
@@ -36,16 +40,24 @@ CONSTANT = 3.0  # of the direction that queries and keys share, where a word's o
 SHARPNESS, CONTENT = 0.7, 0.3  # of attention by distance, and by word
 
 
-def answers(spec: Spec, world: ShapesWorld) -> list[int]:
-    """For each shape: its count (0..4), its color (0: none is asked for), its side (0: none)."""
-    found = []
+def questions(spec: Spec, world: ShapesWorld) -> dict[str, tuple[int, int]]:
+    """What a caption asks for, as (answer, number of possible answers); 0 is none.
+
+    No answer is the color or number *of a shape*. Each stands for one object in order of naming or one shape, so that
+    what a denoiser learns from it holds in compositions that its captions do not have.
+    """
+    objects = dict.fromkeys(spec.objects)  # those named: three circles are named once
+    shapes = [shape for shape, _ in objects]
+    found = {"number": (len(spec.objects) - 1, max(NUMBERS))}
+    for place, (shape, color) in enumerate([*objects, (None, None)][:2]):
+        found[f"shape {place}"] = ((None, *world.shapes).index(shape), 1 + len(world.shapes))
+        found[f"color {place}"] = ((None, *world.colors).index(color), 1 + len(world.colors))
     for shape in world.shapes:
-        places = [i for i, (name, _) in enumerate(spec.objects) if name == shape]
-        color = spec.objects[places[0]][1] if places else None
         side = None
-        if spec.relation and places:
-            side = spec.relation if places[0] == 0 else OPPOSITE[spec.relation]
-        found += [len(places), (None, *world.colors).index(color), (None, *RELATIONS).index(side)]
+        if spec.relation and shape in shapes:
+            side = spec.relation if shape == shapes[0] else OPPOSITE[spec.relation]
+        found[f"presence of {shape}"] = (int(shape in shapes), 2)
+        found[f"side of {shape}"] = ((None, *RELATIONS).index(side), 1 + len(RELATIONS))
     return found
 
 
@@ -56,8 +68,8 @@ def initial_model(seed: int = 0) -> LlamaModel:
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights; these replace them
         model = LlamaModel(text_config(tokenizer)).eval().requires_grad_(False)
     _set_weights(model, torch.Generator().manual_seed(seed))
-    captions = [spec.caption for task in TASKS for spec in ShapesWorld().specs(task)]
-    scale_norm(model, tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt"))
+    captions = Captions(ShapesWorld(split="all"))
+    scale_norm(model, {"input_ids": captions.ids[::5], "attention_mask": captions.mask[::5]})
     return model
 
 
@@ -102,46 +114,81 @@ def _set_weights(model: LlamaModel, generator: torch.Generator) -> None:
         mlp.down_proj.weight.copy_(down)
 
 
-def train(steps: int = 800, lr: float = 3e-3, seed: int = 0, report: int = 100) -> tuple[nn.Module, dict[str, float]]:
-    """The trained model, and the accuracy of each probe at the last word and at the last padding."""
-    torch.manual_seed(seed)
-    world = ShapesWorld()
-    specs = [spec for task in TASKS for spec in world.specs(task)]
-    tokenizer = shapes_tokenizer()
-    tokens = tokenizer([s.caption for s in specs], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
-    ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
-    last = mask.sum(1) - 1
-    complete = torch.arange(MAX_LENGTH) >= last[:, None]  # positions that have seen the whole caption
-    wanted = torch.tensor([answers(spec, world) for spec in specs])  # (N, 12)
-    sizes = [5, 1 + len(world.colors), 1 + len(RELATIONS)] * len(world.shapes)
+class Captions:
+    """Captions of a split in all phrasings: tokens, what each asks for, and the rows of each task that has any."""
 
-    model = initial_model().requires_grad_(True).train()
-    width = model.config.hidden_size
-    probes = nn.Linear(width, sum(sizes))
-    words = nn.Linear(width, 2 * len(tokenizer))
-    # Each task has the same weight: 360 of the 460 captions belong to the last one.
-    tags = torch.tensor([TASKS.index(spec.task) for spec in specs])
-    weight = (1.0 / torch.bincount(tags).float())[tags]
-    weight = weight / weight.sum()
+    def __init__(self, world: ShapesWorld) -> None:
+        rows = [(spec, caption) for task in TASKS for spec in world.specs(task) for caption in spec.captions]
+        texts, options = [caption for _, caption in rows], dict(padding="max_length", max_length=MAX_LENGTH)
+        tokens = shapes_tokenizer()(texts, return_tensors="pt", **options)
+        self.ids, self.mask = tokens["input_ids"], tokens["attention_mask"]
+        self.wanted = torch.tensor([[answer for answer, _ in questions(spec, world).values()] for spec, _ in rows])
+        numbers = torch.tensor([TASKS.index(spec.task) for spec, _ in rows])
+        self.tasks = {task: (numbers == i).nonzero()[:, 0] for i, task in enumerate(TASKS) if (numbers == i).any()}
 
-    def read(hidden: Tensor) -> list[Tensor]:
-        return list(probes(hidden).split(sizes, dim=-1))
+    def draw(self, per_task: int, generator: torch.Generator) -> Tensor:
+        """Rows of a batch, (tasks * per_task,): each task has the same weight, however many captions it has."""
+        drawn = [rows[torch.randint(len(rows), (per_task,), generator=generator)] for rows in self.tasks.values()]
+        return torch.cat(drawn)
 
-    optimizer = torch.optim.AdamW(
-        [*model.parameters(), *probes.parameters(), *words.parameters()], lr, weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for step in range(steps):
-        hidden = F.rms_norm(model(**tokens).last_hidden_state, (width,))
-        share = complete / complete.sum(1, keepdim=True)
+
+class Probes(nn.Module):
+    """Linear readers of RMS-normalized features: what a caption asks for, and at each word itself and the previous."""
+
+    def __init__(self, width: int, world: ShapesWorld, words: int) -> None:
+        super().__init__()
+        self.sizes = [number for _, number in questions(world.specs("single_object")[0], world).values()]
+        self.of_caption, self.of_words = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 2 * words)
+
+    def loss(self, hidden: Tensor, ids: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+        """Cross-entropies; those of the answers at the last word and all positions after it, which have seen all."""
+        share = (torch.arange(MAX_LENGTH) >= mask.sum(1, keepdim=True) - 1).float()
+        share = share / share.sum(1, keepdim=True) / len(share)
         loss = torch.zeros(())
-        for logits, answer in zip(read(hidden), wanted.T, strict=True):
+        for logits, answer in zip(self.of_caption(hidden).split(self.sizes, dim=-1), wanted.T, strict=True):
             each = F.cross_entropy(logits.flatten(0, 1), answer.repeat_interleave(MAX_LENGTH), reduction="none")
-            loss = loss + ((each.view_as(share) * share).sum(1) * weight).sum()
-        own, before = words(hidden[:, 1:]).chunk(2, dim=-1)
-        inside = mask[:, 1:]
+            loss = loss + (each.view_as(share) * share).sum()
+        own, before = self.of_words(hidden[:, 1:]).chunk(2, dim=-1)
+        inside = mask[:, 1:].bool()
         for logits, word in ((own, ids[:, 1:]), (before, ids[:, :-1])):
             loss = loss + F.cross_entropy(logits[inside], word[inside])
+        return loss
+
+    @torch.no_grad()
+    def scores(self, model: LlamaModel, captions: Captions) -> dict[str, float]:
+        """Share of captions of each task of which every answer is right, at the last word and the last padding."""
+        hidden = normalized(model, captions.ids, captions.mask)
+        last = captions.mask.sum(1) - 1
+        scores = {}
+        for place, vectors in (("last word", hidden[torch.arange(len(last)), last]), ("last padding", hidden[:, -1])):
+            read = torch.stack([x.argmax(-1) for x in self.of_caption(vectors).split(self.sizes, dim=-1)], dim=1)
+            right = read == captions.wanted
+            for task, rows in captions.tasks.items():
+                scores[f"{task} at the {place}"] = right[rows].all(1).float().mean().item()
+        return scores
+
+
+def normalized(model: LlamaModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Features (B, T, D) with mean square 1 at each position."""
+    return F.rms_norm(model(input_ids=ids, attention_mask=mask).last_hidden_state, (model.config.hidden_size,))
+
+
+def train(
+    steps: int = 1000, lr: float = 3e-3, per_task: int = 64, seed: int = 0, report: int = 100, split: str = "all"
+) -> tuple[LlamaModel, dict[str, dict[str, float]]]:
+    """The trained model, and the probes' scores on seen and unseen captions, "seen" being those of the train split."""
+    torch.manual_seed(seed)
+    world = ShapesWorld(split=split)
+    captions = Captions(world)
+    model = initial_model().requires_grad_(True).train()
+    probes = Probes(model.config.hidden_size, world, model.config.vocab_size)
+    optimizer = torch.optim.AdamW([*model.parameters(), *probes.parameters()], lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        rows = captions.draw(per_task, generator)
+        ids, mask = captions.ids[rows], captions.mask[rows]
+        loss = probes.loss(normalized(model, ids, mask), ids, mask, captions.wanted[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -149,26 +196,23 @@ def train(steps: int = 800, lr: float = 3e-3, seed: int = 0, report: int = 100) 
         if report and (step + 1) % report == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
     model.eval().requires_grad_(False)
-    scores = {}
-    with torch.no_grad():
-        hidden = F.rms_norm(model(**tokens).last_hidden_state, (width,))
-        for place, vectors in (("last word", hidden[torch.arange(len(specs)), last]), ("last padding", hidden[:, -1])):
-            right = torch.stack([r.argmax(-1) == a for r, a in zip(read(vectors), wanted.T, strict=True)], dim=1)
-            for number, name in enumerate(("count", "color", "side")):
-                scores[f"{name} at the {place}"] = right[:, number::3].float().mean().item()
-    scale_norm(model, tokens)
+    sides = {"seen": Captions(ShapesWorld()), "unseen": Captions(ShapesWorld(split="unseen"))}
+    scores = {side: probes.scores(model, of_side) for side, of_side in sides.items()}
+    scale_norm(model, {"input_ids": captions.ids, "attention_mask": captions.mask})
     return model, scores
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="all", help="captions to train on")
     args = parser.parse_args(argv)
-    model, scores = train(args.steps, seed=args.seed)
-    for name, value in scores.items():
-        print(f"{name}: {value:.1%}")
+    model, scores = train(args.steps, seed=args.seed, split=args.split)
+    for name, value in scores["seen"].items():
+        beside = f", unseen {scores['unseen'][name]:.1%}" if name in scores["unseen"] else ""
+        print(f"{name}: {value:.1%}{beside}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, args.out, {"format": "pt"})
     print(f"{args.out.stat().st_size / 1e3:.0f} kB: {args.out}")

@@ -106,7 +106,7 @@ def write_report(folder: str | Path, result: Mapping[str, Any], rows: Sequence[R
     headings, metrics = metric_table(result)
     tasks: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["filename"]):
-        tasks[row["tag"]].append(row)
+        tasks[row["tag"] + (", unseen" if row.get("unseen") else "")].append(row)
     text = PAGE.render(
         title=f"Evaluation of {source}" + (f" beside {pair['teacher']['source']}" if pair else ""),
         headings=headings,

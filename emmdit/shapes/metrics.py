@@ -23,19 +23,28 @@ Generate = Callable[[list[str], list[int]], Tensor]  # prompts and seeds -> imag
 class ShapesPrompts(PromptSet):
     """Prompts of the shapes world with GenEval metadata: at most `per_task` different ones of each of the six tasks.
 
-    The tasks have 4, 12, 12, 24, 48 and 360 different prompts: 200 of each make 300 in all.
+    Args:
+        per_task: prompts of each task that training captions ask for, too; from 65 on some tasks have fewer.
+        images: images per prompt.
+        unseen: prompts of each task (single_object and two_object have none) whose composition no training caption asks
+            for. GenEval scores them apart: `geneval_shapes_unseen`.
+        phrasings: how many phrasings to choose from, in their order; 1: only GenEval's own. Default: all.
     """
 
     name = "shapes"
 
-    def __init__(self, per_task: int = 200, images: int = 4) -> None:
+    def __init__(self, per_task: int = 48, images: int = 4, unseen: int = 0, phrasings: int | None = None) -> None:
         super().__init__(images)
-        if per_task < 1:
-            raise ValueError(f"ShapesPrompts needs per_task >= 1, got {per_task}.")
-        self.per_task = per_task
+        least = {"per_task": (per_task, 1), "unseen": (unseen, 0), "phrasings": (phrasings, 1)}
+        for key, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ValueError(f"ShapesPrompts needs {key} >= {lowest}, got {value}.")
+        self.per_task, self.unseen, self.phrasings = per_task, unseen, phrasings
 
     def load(self) -> list[dict[str, Any]]:
-        return ShapesWorld().prompts(self.per_task)
+        seen = ShapesWorld().prompts(self.per_task, phrasings=self.phrasings)
+        unseen = ShapesWorld(split="unseen").prompts(self.unseen, phrasings=self.phrasings)
+        return seen + [line | {"unseen": True} for line in unseen]
 
 
 class ShapesDetector(Detector):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from emmdit.evaluation.geneval.prompts import prompt_line
+from emmdit.shapes.captions import is_held_out, phrasings
 
 SHAPES = ("circle", "square", "star", "cross")
 GROUND = (212, 212, 212)
@@ -39,7 +41,10 @@ class ShapeObject:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """The request of a caption: the objects in the order the caption names them (`color` None = any)."""
+    """The request of a caption: the objects in the order the caption names them (`color` None = any).
+
+    `captions` are all phrasings of it; `caption` is the first, GenEval's own.
+    """
 
     task: str
     objects: tuple[tuple[str, str | None], ...]
@@ -51,26 +56,38 @@ class Spec:
         return prompt_line(self.task, self.objects, self.relation)
 
     @property
+    def captions(self) -> tuple[str, ...]:
+        return _captions(self)
+
+    @property
     def caption(self) -> str:
-        return self.metadata["prompt"]
+        return self.captions[0]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training caption asks for this."""
+        return is_held_out(self.task, self.objects, self.relation)
+
+
+@lru_cache(maxsize=1024)
+def _captions(spec: Spec) -> tuple[str, ...]:
+    return phrasings(spec.task, spec.objects, spec.relation)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Objects (in the caption's order) and the spec they satisfy."""
+    """Objects (in the caption's order), the spec they satisfy, and the caption that asks for it."""
 
     spec: Spec
     objects: tuple[ShapeObject, ...]
     image_size: int
+    caption: str
 
     @property
     def task(self) -> str:
         return self.spec.task
 
     @property
-    def caption(self) -> str:
-        return self.spec.caption
-
-    @property
     def metadata(self) -> dict[str, Any]:
-        return self.spec.metadata
+        """The GenEval line, as `Spec.metadata`, with the caption as its prompt."""
+        return self.spec.metadata | {"prompt": self.caption}

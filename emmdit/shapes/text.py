@@ -19,7 +19,8 @@ from emmdit.types import Condition
 
 PAD, BOS, UNKNOWN, EOS = "<pad>", "<bos>", "<unk>", "<eos>"
 WEIGHTS = Path(__file__).with_name("text.safetensors")
-MAX_LENGTH = 16  # <bos> and the longest caption's ten words fit
+MAX_LENGTH = 16  # <bos> and the longest caption's eleven words fit
+TOGETHER = 16  # captions to encode at a time
 
 
 def shapes_tokenizer(max_length: int = MAX_LENGTH, eos: bool = False) -> PreTrainedTokenizerFast:
@@ -79,8 +80,8 @@ class ShapesText(TextConditioner):
     """Captions of the shapes world -> `encoder_hidden_states` (B, max_length, 64).
 
     Captions are padded to `max_length`; the features of the padding are the model's outputs there (as in Nitro-E). Each
-    different caption is encoded once, alone, and cached: its features never depend on the batch, so that a resumed run
-    sees the same bits.
+    different caption is encoded once, in a batch that is always of one size, and cached: its features do not depend on
+    the captions beside it, so that a resumed run sees the same bits.
 
     Args:
         with_mask: give the denoiser `encoder_attention_mask` (B, T) bool, True for a word or `<bos>`.
@@ -93,7 +94,7 @@ class ShapesText(TextConditioner):
         self,
         with_mask: bool = False,
         max_length: int = MAX_LENGTH,
-        cache_size: int = 4096,
+        cache_size: int = 8192,
         model: LlamaModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         pooled: bool = False,
@@ -136,7 +137,14 @@ class ShapesText(TextConditioner):
         """Raises ValueError for words outside the vocabulary and for captions longer than `max_length`."""
         if isinstance(captions, str):
             raise ValueError("captions must be a list of strings, not one string.")
-        rows = [self._encode(caption) for caption in captions]
+        found = {caption: self._cache[caption] for caption in captions if caption in self._cache}
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in found]
+        for first in range(0, len(missing), TOGETHER):
+            found |= self._encode(missing[first : first + TOGETHER])
+        self._cache |= {caption: found[caption] for caption in missing}
+        for oldest in list(self._cache)[: max(len(self._cache) - self.cache_size, 0)]:
+            del self._cache[oldest]
+        rows = [found[caption] for caption in captions]
         condition = {"encoder_hidden_states": torch.stack([hidden for hidden, _ in rows])}
         if self.with_mask:
             condition["encoder_attention_mask"] = torch.stack([mask for _, mask in rows])
@@ -152,25 +160,24 @@ class ShapesText(TextConditioner):
         """The condition of the empty prompt; the tensors are views, so do not write into them."""
         return {name: value.expand(batch_size, *value.shape[1:]) for name, value in self([""]).items()}
 
-    def _encode(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (T, D) and mask (T,) of one caption, through the cache."""
-        if caption in self._cache:
-            return self._cache[caption]
-        self._check(caption)
-        options = dict(padding="max_length", max_length=self.max_length, return_tensors="pt")
-        tokens = self.tokenizer(caption, **options).to(self.device)
-        length = tokens["input_ids"].shape[1]
-        if length > self.max_length:
-            raise ValueError(
-                f"The caption {caption!r} has {length} tokens with {BOS}, more than max_length {self.max_length}: "
-                f"shorten it or set max_length."
-            )
+    def _encode(self, captions: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Features (T, D) and mask (T,) of each of at most `TOGETHER` captions."""
+        for caption in captions:
+            self._check(caption)
+        filled = captions + [""] * (TOGETHER - len(captions))
+        tokens = self.tokenizer(filled, padding="max_length", max_length=self.max_length)
+        for caption, ids in zip(captions, tokens["input_ids"], strict=False):
+            if len(ids) > self.max_length:
+                raise ValueError(
+                    f"The caption {caption!r} has {len(ids)} tokens with {BOS}, more than max_length "
+                    f"{self.max_length}: shorten it or set max_length."
+                )
+        tokens = tokens.convert_to_tensors("pt").to(self.device)
         with frozen(self.device):
-            hidden = self.model(**tokens).last_hidden_state[0]
-        row = self._cache[caption] = (hidden, tokens["attention_mask"][0].bool())
-        if len(self._cache) > self.cache_size:
-            del self._cache[next(iter(self._cache))]
-        return row
+            hidden = self.model(**tokens).last_hidden_state
+        # copies: a row of the batch would keep all of it
+        rows = zip(hidden.unbind(), tokens["attention_mask"].bool().unbind(), strict=True)
+        return {caption: (row.clone(), mask.clone()) for caption, (row, mask) in zip(captions, rows, strict=False)}
 
     def _check(self, caption: str) -> None:
         vocabulary = self.tokenizer.get_vocab()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from emmdit.evaluation.geneval.prompts import NUMBERS, RELATIONS, TASKS, plural
+from emmdit.evaluation.geneval.prompts import NUMBERS, RELATIONS, TASKS
 from emmdit.shapes.scene import PALETTE, SHAPES, Scene, ShapeObject, Spec
 
 MARGIN = 1.0  # px between an object and the border of the image
@@ -23,16 +23,25 @@ SIZES = {1: (12.0, 18.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.5, 11.0)}  # px
 # Sideways offset in units of the distance along the asked axis. At 0.45 no other relation holds under the official
 # rule (r / |o| > 0.5): 0.45 / sqrt(1 + 0.45**2) = 0.41.
 MAX_SKEW = 0.45
+SPLITS = ("train", "unseen", "all")
 
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """Settings of the world, and its scenes. `task_weights` is in the order of `TASKS`; 0 leaves a task out."""
+    """Settings of the world, and its scenes.
+
+    Args:
+        task_weights: in the order of `TASKS`; 0 leaves a task out.
+        split: captions that are asked for: "train", "unseen" (compositions held out of "train"; the tasks single_object
+            and two_object have none), or "all". A caption of "train" leaves colors that it does not name open, so an
+            object may have a color in which no caption asks for it.
+    """
 
     image_size: int = 32
     shapes: tuple[str, ...] = SHAPES
     colors: tuple[str, ...] = tuple(PALETTE)
     task_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    split: str = "train"
 
     def __post_init__(self) -> None:
         for name in ("shapes", "colors", "task_weights"):  # YAML gives lists; tuples make the world hashable
@@ -51,6 +60,13 @@ class ShapesWorld:
                 f"ShapesWorld task_weights={self.task_weights} must be {len(TASKS)} weights >= 0, "
                 f"not all zero, in the order {TASKS}."
             )
+        if self.split not in SPLITS:
+            raise ValueError(f"ShapesWorld split={self.split!r} is none of {', '.join(SPLITS)}.")
+        if not any(weight and self.specs(task) for task, weight in zip(TASKS, self.task_weights, strict=True)):
+            raise ValueError(
+                f"ShapesWorld has no captions of split={self.split!r} with these shapes, colors and task_weights: "
+                f"name more of them."
+            )
 
     def sample(self, seed: int, index: int) -> Scene:
         """Scene `index` of stream `seed`."""
@@ -58,19 +74,22 @@ class ShapesWorld:
             raise ValueError(f"A scene needs seed and index >= 0, got seed={seed}, index={index}.")
         # A counter-based generator keyed by (seed, index): no state, no order, no hash collisions. Only uniform
         # doubles are drawn: numpy keeps that stream stable over its versions.
-        draw = np.random.Generator(np.random.Philox(key=(index << 64) | seed)).random(24).tolist()
-        tables, thresholds = _tables(self)
-        task = next(i for i, edge in enumerate(thresholds) if draw[0] < edge)
-        return self._scene(_pick(tables[task], draw[1]), draw)
+        draw = np.random.Generator(np.random.Philox(key=(index << 64) | seed)).random(26).tolist()
+        task = next(task for task, edge in zip(TASKS, _thresholds(self), strict=True) if draw[0] < edge)
+        spec = _pick(_specs(self.shapes, self.colors, "all")[TASKS.index(task)], draw[1])
+        if self.split != "all" and spec.held_out != (self.split == "unseen"):
+            spec = _pick(self.specs(task), draw[25])  # other scenes are the same in every split
+        return self._scene(spec, draw, _pick(spec.captions, draw[24]))
 
     def sample_for(self, prompt: str, seed: int) -> Scene:
-        """A scene that shows `prompt`, a caption of this world; each seed gives another one."""
-        specs = _specs_by_caption(self)
+        """A scene that shows `prompt`, a caption of this world in any phrasing and split; each seed gives another."""
+        specs = _specs_by_caption(self.shapes, self.colors)
         if prompt not in specs:
             raise ValueError(f"{prompt!r} is not a caption of the shapes world: take one from `ShapesWorld.prompts`.")
-        return self._scene(specs[prompt], np.random.Generator(np.random.Philox(key=seed)).random(24).tolist())
+        draw = np.random.Generator(np.random.Philox(key=seed)).random(24).tolist()
+        return self._scene(specs[prompt], draw, prompt)
 
-    def _scene(self, spec: Spec, draw: list[float]) -> Scene:
+    def _scene(self, spec: Spec, draw: list[float], caption: str) -> Scene:
         n = len(spec.objects)
         scale = self.image_size / REFERENCE_SIZE
         sizes = [scale * _uniform(*SIZES[n], u) for u in draw[2 : 2 + n]]
@@ -82,28 +101,34 @@ class ShapesWorld:
             ShapeObject(shape, color or _pick(self.colors, u), x, y, size)
             for (shape, color), u, (x, y), size in zip(spec.objects, draw[6 : 6 + n], centers, sizes, strict=True)
         )
-        return Scene(spec, objects, self.image_size)
+        return Scene(spec, objects, self.image_size, caption)
 
     def specs(self, task: str) -> tuple[Spec, ...]:
-        """Every distinct request of a caption of this task."""
-        return _tables(self)[0][TASKS.index(task)]
+        """Every distinct request of a caption of this task, in this split."""
+        return _specs(self.shapes, self.colors, self.split)[TASKS.index(task)]
 
-    def prompts(self, n_per_task: int, seed: int = 0) -> list[dict[str, Any]]:
+    def prompts(self, n_per_task: int, seed: int = 0, phrasings: int | None = None) -> list[dict[str, Any]]:
         """GenEval metadata of at most `n_per_task` different prompts of each task, in GenEval's task order.
 
-        A task with fewer different prompts (single_object has one per shape) gives all of them.
+        The requests of a task take turns, each time in another phrasing. A task that runs out gives fewer.
+
+        Args:
+            phrasings: how many phrasings to choose from, in their order; 1: only GenEval's own. Default: all.
         """
         lines = []
         for number, task in enumerate(TASKS):
             specs = self.specs(task)
-            order = np.argsort(np.random.Generator(np.random.Philox(key=(number << 64) | seed)).random(len(specs)))
-            lines += [specs[i].metadata for i in order[:n_per_task]]
+            rng = np.random.Generator(np.random.Philox(key=(number << 64) | seed))
+            order = np.argsort(rng.random(len(specs)))
+            # numpy keeps the stream of uniform doubles stable, hence no rng.permutation
+            turns = [np.argsort(rng.random(len(spec.captions[:phrasings]))) for spec in specs]
+            asked = [(specs[i], turn[i]) for turn in zip(*turns, strict=True) for i in order]
+            lines += [spec.metadata | {"prompt": spec.captions[i]} for spec, i in asked[:n_per_task]]
         return lines
 
     def vocabulary(self) -> list[str]:
-        """All words a caption of this world can contain, in a fixed order."""
-        words = ["a", "an", "photo", "of", "and", *NUMBERS.values(), "left", "right", "above", "below"]
-        return words + list(self.colors) + list(self.shapes) + [plural(s) for s in self.shapes]
+        """All words a caption of this world can contain, in any split, in a fixed order."""
+        return list(dict.fromkeys(" ".join(_specs_by_caption(self.shapes, self.colors)).split()))
 
 
 def _pick(options: tuple, u: float) -> Any:
@@ -111,9 +136,8 @@ def _pick(options: tuple, u: float) -> Any:
 
 
 @lru_cache(maxsize=32)
-def _tables(world: ShapesWorld) -> tuple[tuple[tuple[Spec, ...], ...], tuple[float, ...]]:
-    """All specs of each task, and the cumulative task probabilities."""
-    shapes, colors = world.shapes, world.colors
+def _specs(shapes: tuple[str, ...], colors: tuple[str, ...], split: str) -> tuple[tuple[Spec, ...], ...]:
+    """The specs of each task in a split."""
     pairs = list(itertools.permutations(shapes, 2))
     tables = {
         "single_object": [((s, None),) for s in shapes],
@@ -122,18 +146,24 @@ def _tables(world: ShapesWorld) -> tuple[tuple[tuple[Spec, ...], ...], tuple[flo
         "colors": [((s, c),) for s in shapes for c in colors],
         "color_attr": [((a, c), (b, d)) for a, b in pairs for c, d in itertools.permutations(colors, 2)],
     }
-    specs = {task: tuple(Spec(task, objects) for objects in rows) for task, rows in tables.items()}
-    specs["position"] = tuple(
-        Spec("position", ((a, None), (b, None)), relation) for a, b in pairs for relation in RELATIONS
-    )
-    edges = np.cumsum(world.task_weights) / np.sum(world.task_weights)
-    edges[np.max(np.nonzero(world.task_weights)) :] = 1.0  # rounding must not leave a gap below 1
-    return tuple(specs[task] for task in TASKS), tuple(edges.tolist())
+    specs = {task: [Spec(task, objects) for objects in rows] for task, rows in tables.items()}
+    specs["position"] = [Spec("position", ((a, None), (b, None)), relation) for a, b in pairs for relation in RELATIONS]
+    held_out = {"all": (True, False), "train": (False,), "unseen": (True,)}[split]
+    return tuple(tuple(spec for spec in specs[task] if spec.held_out in held_out) for task in TASKS)
 
 
 @lru_cache(maxsize=32)
-def _specs_by_caption(world: ShapesWorld) -> dict[str, Spec]:
-    return {spec.caption: spec for specs in _tables(world)[0] for spec in specs}
+def _thresholds(world: ShapesWorld) -> tuple[float, ...]:
+    """Cumulative probabilities of the tasks; those without captions in this split have none."""
+    weights = [weight if world.specs(task) else 0.0 for task, weight in zip(TASKS, world.task_weights, strict=True)]
+    edges = np.cumsum(weights) / np.sum(weights)
+    edges[np.max(np.nonzero(weights)) :] = 1.0  # rounding must not leave a gap below 1
+    return tuple(edges.tolist())
+
+
+@lru_cache(maxsize=32)
+def _specs_by_caption(shapes: tuple[str, ...], colors: tuple[str, ...]) -> dict[str, Spec]:
+    return {caption: spec for of_task in _specs(shapes, colors, "all") for spec in of_task for caption in spec.captions}
 
 
 def _uniform(low: float, high: float, u: float) -> float:

@@ -23,7 +23,7 @@ LARGEST_SEED = 2**32 - 1
 # The least and greatest value of each whole number on the command line; `Sampling` knows those of its own fields.
 BOUNDS = {
     **dict(resolution=(1, 16384), columns=(1, 10_000), scale=(1, 64), seed=(0, LARGEST_SEED), quality=(1, 100)),
-    **dict(num_images=(1, 1_000_000), batch_size=(1, 100_000), per_task=(1, 100_000)),
+    **dict(num_images=(1, 1_000_000), batch_size=(1, 100_000), per_task=(1, 100_000), unseen=(0, 100_000)),
     **dict.fromkeys(("num", "shapes", "rows_per_shard"), (1, 10**9)),
 }
 

@@ -69,8 +69,12 @@ def reference_parser() -> ArgumentParser:
     source.add_argument("--images", help="folder of images, searched with all folders below it")
     source.add_argument("--data", help="hub id, parquet or Arrow folder, as of `datamodules.HubDataModule`")
     source.add_argument("--shapes", type=int, metavar="N", help="N ground-truth renders of the shapes world")
-    per_task_help = "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; all captions by default"
+    per_task_help = (
+        "with --shapes: render the prompts of `ShapesPrompts(per_task=K)` in turn; default: training captions"
+    )
     parser.add_argument("--per_task", type=int, metavar="K", help=per_task_help)
+    unseen_help = "with --per_task: also those of `ShapesPrompts(unseen=K)`"
+    parser.add_argument("--unseen", type=int, default=0, metavar="K", help=unseen_help)
     parser.add_argument("--split", default="train", help="split of --data")
     parser.add_argument("--image_column", default="image", help="column of --data that holds the images")
     resolution_help = "pixels: resize the short side and center-crop; by default images stay as they are (--shapes: 32)"
@@ -145,17 +149,21 @@ def open_images(args: Namespace) -> Source:
             raise ValueError("--num goes with --images or --data; with --shapes N there are N images.")
         scenes = ShapesDataset(ShapesWorld(32 if args.resolution is None else args.resolution), args.seed, args.shapes)
         about |= {"source": "shapes world", "resolution": scenes.world.image_size, "per_task": args.per_task}
+        about |= {"unseen": args.unseen} if args.unseen else {}
+        if args.per_task is None and args.unseen:
+            raise ValueError("--unseen goes with --per_task.")
         if args.per_task is None:
             return Source("shapes", args.shapes, lambda i: _tensor(render_scene(scenes.scene(i))), about)
-        prompts = [line["prompt"] for line in ShapesPrompts(args.per_task).lines]
+        prompts = [line["prompt"] for line in ShapesPrompts(args.per_task, unseen=args.unseen).lines]
         first = (1 + args.seed) << 32  # seeds of their own: evaluations count from zero
 
         def scene(i: int) -> Tensor:
             return _tensor(render_scene(scenes.world.sample_for(prompts[i % len(prompts)], first + i)))
 
-        return Source(f"shapes_p{args.per_task}", args.shapes, scene, about)
-    if args.per_task is not None:
-        raise ValueError("--per_task goes with --shapes.")
+        label = f"shapes_p{args.per_task}" + (f"_u{args.unseen}" if args.unseen else "")
+        return Source(label, args.shapes, scene, about)
+    if args.per_task is not None or args.unseen:
+        raise ValueError("--per_task and --unseen go with --shapes.")
     if args.images is not None:
         files = image_files(Path(args.images))
         count, label = len(files), resolved(args.images).name

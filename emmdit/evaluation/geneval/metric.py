@@ -28,6 +28,9 @@ _MISSING, _WRONG, _CORRECT = 0, 1, 2
 class GenEval(ImageMetric):
     """Share of images that show what their prompt asks for: for each task, and as headline the mean over tasks.
 
+    Prompts whose line has `"unseen": true` (compositions held out of training) are scored apart, as the part `unseen`:
+    the mean over the tasks that they have.
+
     `begin` announces the images of the set; `compute` raises while one of them is missing. `rows` are the results of
     the images that this process judged, with reasons and detections.
     """
@@ -91,7 +94,7 @@ class GenEval(ImageMetric):
             self.rows.append(result_row(sample.path, sample.line, verdict, detections))
 
     def compute(self) -> dict[str, float]:
-        """{"": mean over tasks, task: share of correct images}.
+        """{"": mean over tasks, task: share of correct images}; the same of unseen prompts as "unseen", "unseen_TASK".
 
         Raises:
             ValueError: images of the set are missing, with their count and the first few.
@@ -107,9 +110,14 @@ class GenEval(ImageMetric):
                 f"GenEval lacks {len(missing)} of {len(judged)} images, of {prompts} prompts: {first}"
                 f"{', ...' if len(missing) > 3 else ''}; generate them first."
             )
-        tasks = by_task((sample.line["tag"], verdict == _CORRECT) for sample, verdict in judged)
-        scores = {tag: fmean(correct) for tag, correct in tasks.items()}
-        return {"": fmean(scores.values()), **scores}
+        scores: dict[str, float] = {}
+        for unseen, headline in ((False, ""), (True, "unseen")):
+            found = [(s.line["tag"], v == _CORRECT) for s, v in judged if bool(s.line.get("unseen")) == unseen]
+            tasks = {tag: fmean(correct) for tag, correct in by_task(found).items()}
+            if tasks:
+                scores[headline] = fmean(tasks.values())
+                scores |= {f"{headline}_{tag}".lstrip("_"): score for tag, score in tasks.items()}
+        return scores
 
     def settings(self) -> dict[str, Any]:
         return {

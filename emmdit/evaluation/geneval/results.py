@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict, detections: Iterable[Detection]) -> Row:
-    """The official columns of one image, `filename` relative to the folder of the set.
+    """The official columns of one image, `filename` relative to the folder of the set; and "unseen" as in `metadata`.
 
     `metadata` and `details` are JSON strings: the prompt's line, and {class: [[x1, y1, x2, y2, score]]} of the objects
     above the thresholds.
@@ -29,6 +29,7 @@ def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict, det
         "reason": verdict.reason,
         "metadata": json.dumps(metadata),
         "details": json.dumps({name: [[*d.box, float(d.score)] for d in found] for name, found in counted.items()}),
+        **({"unseen": True} if metadata.get("unseen") else {}),
     }
 
 
@@ -50,17 +51,25 @@ def by_task(verdicts: Iterable[tuple[str, bool]]) -> dict[str, list[bool]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The official summary of `rows`, whose completeness `GenEval.compute` checks.
+    """The official summary of `rows`, whose completeness `GenEval.compute` checks, and one of unseen prompts below it.
 
     A prompt is correct if one of its images is.
     """
+    parts = {
+        "Summary": [row for row in rows if not row.get("unseen")],
+        "Summary of unseen compositions": [row for row in rows if row.get("unseen")],
+    }
+    return "\n\n".join(_summary(title, part) for title, part in parts.items() if part)
+
+
+def _summary(title: str, rows: Sequence[Row]) -> str:
     prompts: dict[str, bool] = {}
     for row in rows:
         prompts[row["metadata"]] = prompts.get(row["metadata"], False) or row["correct"]
     tasks = by_task((row["tag"], row["correct"]) for row in rows)
     lines = [
-        "Summary",
-        "=======",
+        title,
+        "=" * len(title),
         f"Total images: {len(rows)}",
         f"Total prompts: {len(prompts)}",
         f"% correct images: {fmean(row['correct'] for row in rows):.2%}",
