@@ -12,7 +12,7 @@ linear probes predict
 - at each word: the word itself and the previous one.
 
 It sees the captions of all splits, as a language model has read of more than its images show. Of those of the training
-split alone it learns shortcuts (of a pair of which one order is held out, the other one): `--split train` shows them.
+split alone it learns shortcuts (they say only one order of a pair of which the other is held out): see `--split train`.
 """
 
 from __future__ import annotations
