@@ -38,14 +38,14 @@ def parameter_groups(network: nn.Module, *others_too: nn.Module) -> list[dict[st
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., m, n) -> about U V^T of each matrix; singular values end up in about [0.7, 1.2]."""
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.to(dtype)
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):  # x <- a x + b (x x^T) x + c (x x^T)^2 x
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if transposed else x).to(matrices.dtype)
+    return (x.mT if transposed else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -90,7 +90,7 @@ class AdaLN(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 # -- subregions --------------------------------------------------------------------------------------
@@ -271,10 +271,10 @@ class EMMDiTBlock(nn.Module):
 
         x_normed = modulate(self.norm1(x), shift, scale)
         attended, c_attended = self.attn(x_normed, c_normed, context_mask, **attention_kwargs or {})
-        x = x + gate * attended
-        x = x + ff_gate * self.ff(modulate(self.norm2(x), ff_shift, ff_scale))
+        x = torch.addcmul(x, gate, attended)
+        x = torch.addcmul(x, ff_gate, self.ff(modulate(self.norm2(x), ff_shift, ff_scale)))
         if self.modulation_context is None:
             return x, None
-        c = c + c_gate * c_attended
-        c = c + c_ff_gate * self.ff_context(modulate(self.norm2(c), c_ff_shift, c_ff_scale))
+        c = torch.addcmul(c, c_gate, c_attended)
+        c = torch.addcmul(c, c_ff_gate, self.ff_context(modulate(self.norm2(c), c_ff_shift, c_ff_scale)))
         return x, c
