@@ -59,7 +59,9 @@ class TextToImage(DenoiserModule):
                 losses[name] = value
                 total = total + component.weights[name] * value
         self.samples_seen += len(inputs.x0) * self.trainer.world_size
-        parts = losses if self.components else {}
+        parts = dict(losses) if self.components else {}
+        if inputs.weight is not None:  # whose curve is comparable with that of other weights
+            parts["unweighted"] = flow_loss(inputs.prediction, inputs.target).mean()
         self.log_training({name: value.detach() for name, value in {"loss": total, **parts}.items()}, len(inputs.x0))
         return total
 
