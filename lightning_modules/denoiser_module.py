@@ -23,7 +23,7 @@ from emmdit.optim import parameter_groups
 from emmdit.seeding import generator
 from emmdit.types import Condition
 from emmdit.weights import check_source, load_component_weights, load_weights, open_source
-from lightning_modules.parallel import parallelize
+from lightning_modules.parallel import keep_freed_memory, parallelize
 
 DenoiserFactory = Callable[[], ModelMixin]
 VALIDATION_TIMESTEPS = tuple(1000 * (k + 0.5) / 8 for k in range(8))
@@ -194,6 +194,8 @@ class DenoiserModule(LightningModule):
             raise ValueError(f"model.{name}: {error}") from error
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.move_frozen()
 
     def on_validation_start(self) -> None:

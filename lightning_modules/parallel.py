@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         check_optimizers(checkpoint, self.lightning_module.trainer)
         with patch("lightning.fabric.strategies.model_parallel._distributed_checkpoint_load", load_sharded):
             return super().load_checkpoint(path, True if weights_only is None else weights_only)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensors, where the CPU trains.
+
+    By default each large tensor is mapped anew, cleared page by page and unmapped: a seventh of a step of
+    experiments/quickstart.yaml. Other C libraries are left as they are.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8  # malloc.h
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 64 * 2**20)
+        mallopt(m_arena_max, 1)
