@@ -269,7 +269,7 @@ def test_checkpoint_to_export_to_sample(tmp_path: Path, trained: tuple[Path, str
     files = {path.name for path in (tmp_path / "export").iterdir()}
     assert {"grid.png", "curve.csv", "curve.png", "config.yaml"} <= files
     settings = read_settings(tmp_path / "from_run/00001.png")
-    expected = {"prompt": "a photo of two squares", "seed": 6, "steps": 4, "guidance": 3.0, "weights": "ema"}
+    expected = {"prompt": "a photo of two squares", "seed": 6, "steps": 4, "guidance": 4.0, "weights": "ema"}
     assert {key: settings[key] for key in expected} == expected
     assert read_settings(tmp_path / "raw/00001.png")["weights"] == "raw"
 
