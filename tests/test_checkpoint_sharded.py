@@ -83,6 +83,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 say(first, "left", sorted(path.name for path in folder.iterdir()))
 refused("ema", folder, 5, "last", ema=True)
 refused("optimizer", folder, 5, "last", optimizer=torch.optim.SGD)
+wait()  # the other process may still be reading
 if first.is_global_zero:
     shard = folder / "step=4.ckpt/__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-50])
