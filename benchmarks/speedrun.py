@@ -1,6 +1,6 @@
 """Speedrun: what it costs to train to a level of GenEval (shapes), over several seeds (docs/speedrun.md).
 
-    python -m benchmarks.speedrun experiments/shapes/speedrun.yaml --compare experiments/shapes/emmdit.yaml
+    python -m benchmarks.speedrun experiments/shapes/speedrun.yaml --compare experiments/shapes/speedrun_baseline.yaml
     python -m benchmarks.speedrun experiments/shapes/speedrun.yaml --steps 500 1000 2000  # a run for each budget
     python -m benchmarks.speedrun experiments/sweeps/speedrun.yaml --seeds 0              # what helps and what does not
     python -m benchmarks.tables                                                          # then: the tables in the docs

@@ -176,8 +176,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors, where the CPU trains.
 
-    By default each large tensor is mapped anew, cleared page by page and unmapped: a seventh of a step of
-    experiments/quickstart.yaml. Other C libraries are left as they are.
+    By default each large tensor is mapped anew, cleared page by page and unmapped, which a small network feels. Other
+    C libraries are left as they are.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8  # malloc.h
     with suppress(OSError, AttributeError):

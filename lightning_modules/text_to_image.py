@@ -52,7 +52,10 @@ class TextToImage(DenoiserModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs = self.forward_step(batch)
-        losses = {"task": flow_loss(inputs.prediction, inputs.target, inputs.weight).mean()}
+        error = flow_loss(inputs.prediction, inputs.target)
+        if self.timestep_weight is not None:
+            inputs.weight = self.timestep_weight(self.path, inputs.t, error.detach())
+        losses = {"task": (error if inputs.weight is None else error * inputs.weight).mean()}
         total = self.task_weight * losses["task"]
         for component in self.components.values():
             for name, value in component.by_name(inputs).items():
@@ -61,7 +64,7 @@ class TextToImage(DenoiserModule):
         self.samples_seen += len(inputs.x0) * self.trainer.world_size
         parts = dict(losses) if self.components else {}
         if inputs.weight is not None:  # whose curve is comparable with that of other weights
-            parts["unweighted"] = flow_loss(inputs.prediction, inputs.target).mean()
+            parts["unweighted"] = error.mean()
         self.log_training({name: value.detach() for name, value in {"loss": total, **parts}.items()}, len(inputs.x0))
         return total
 
@@ -82,10 +85,7 @@ class TextToImage(DenoiserModule):
             output = self.denoiser(x_t, timestep=t, **condition).sample
         prediction = output[:, : x0.shape[1]].float()  # PixArt also predicts a variance, behind the prediction
         target = self.path.target(x0, noise, t)
-        weight = None
-        if self.timestep_weight is not None:
-            weight = self.timestep_weight(self.path, t, flow_loss(prediction.detach(), target))
-        return LossInputs(batch, x0, noise, t, x_t, condition, target, prediction, weight)
+        return LossInputs(batch, x0, noise, t, x_t, condition, target, prediction)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the FLOPs of a training step on one sample, for MFU: three forward passes of the denoiser alone."""

@@ -231,7 +231,7 @@ def test_teacher_to_student_to_export(teacher: str, student: str, width: str, ca
     attention = "--model.init_args.train=attention"
     main(["fit", *tiny(student, width), attention, f"--model.init_args.teacher=runs/shapes/{teacher}"])
     state = checkpoint_state(find_checkpoint(f"runs/shapes/{student}"))
-    assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser", "timestep_weight"}
+    assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser"}
     source = checkpoint_state(find_checkpoint(f"runs/shapes/{teacher}"))
     same = [key for key in state if key.startswith("denoiser.") and ".ff." in key]
     assert same and all(torch.equal(state[key], source[f"ema_{key}"]) for key in same)  # only attention trains
@@ -284,7 +284,7 @@ def test_one_process_and_fsdp_agree_and_a_killed_run_goes_on(tmp_path: Path) -> 
         assert sorted(a["ids"] + b["ids"]) == sorted(line["ids"])
         assert a["raw"] == pytest.approx(line["raw"], rel=1e-6) and a["ema"] == pytest.approx(line["ema"], rel=1e-6)
     state = checkpoint_state(find_checkpoint("fsdp"))
-    assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser", "timestep_weight"}
+    assert {key.split(".")[0] for key in state} == {"denoiser", "ema_denoiser"}
 
 
 REAL = {

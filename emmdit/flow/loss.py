@@ -51,7 +51,7 @@ class MinSNR(TimestepWeight):
         return ((alpha / sigma).square().clamp(max=self.gamma) * of_x0).float()
 
 
-class RelativeLoss(TimestepWeight, nn.Module):
+class RelativeLoss(nn.Module, TimestepWeight):
     """Each timestep's loss counts in relation to what it usually is: weight 1 / (its running mean).
 
     The loss of a denoiser differs by orders of magnitude between timesteps, and the largest ones, near noise, can
@@ -82,5 +82,3 @@ class RelativeLoss(TimestepWeight, nn.Module):
         updated = torch.where(self.mean > 0, self.decay * self.mean + (1 - self.decay) * latest, latest)
         self.mean.copy_(torch.where((sums[1] > 0) & latest.isfinite(), updated, self.mean))
         return 1 / self.mean[index].clamp_min(torch.finfo(torch.float32).tiny)
-
-    __call__ = nn.Module.__call__
